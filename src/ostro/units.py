@@ -12,7 +12,7 @@ from datetime import timedelta
 _UNIT_SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(
     r"(?P<number>\d+(?:\.\d+)?)\s*"
-    r"(?P<unit>w|d|h|m|s|weeks?|days?|hours?|hrs?|hr|minutes?|mins?|seconds?|secs?)\s*,?\s*",
+    r"(?P<unit>(?:weeks?|days?|hours?|hrs?|minutes?|mins?|seconds?|secs?|[wdhms])(?![a-z]))\s*,?\s*",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(?:(?P<hours>\d+):)?(?P<minutes>\d*):(?P<seconds>\d+(?:\.\d+)?)$")
