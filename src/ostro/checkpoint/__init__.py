@@ -1,0 +1,25 @@
+"""Checkpoints: when to save, atomic and checksummed storage, and what to resume from."""
+
+from ostro.checkpoint.checkpointer import Checkpointer, CheckpointerConfig, SaveReport
+from ostro.checkpoint.discovery import Decision, find_latest, scan, which_checkpoint
+from ostro.checkpoint.metadata import Metadata
+from ostro.checkpoint.policy import CheckpointInterval, Policy
+from ostro.checkpoint.store import Saved, State, checkpoint_bytes, load, write
+
+__all__ = [
+    "CheckpointInterval",
+    "Checkpointer",
+    "CheckpointerConfig",
+    "Decision",
+    "Metadata",
+    "Policy",
+    "SaveReport",
+    "Saved",
+    "State",
+    "checkpoint_bytes",
+    "find_latest",
+    "load",
+    "scan",
+    "which_checkpoint",
+    "write",
+]

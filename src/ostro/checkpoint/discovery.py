@@ -1,0 +1,115 @@
+"""Finding the checkpoint to start from: the newest complete one, and which folder counts."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from ostro.checkpoint import storage
+from ostro.checkpoint.metadata import Metadata
+from ostro.checkpoint.store import Saved, load, read_metadata
+from ostro.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+def scan(path: str) -> list[tuple[str, Metadata]]:
+    """Every complete checkpoint at or below `path`, newest first: by commit time, then step.
+
+    A damaged one is named in a warning and left out; contents are not compared with checksums.
+    """
+    found = []
+    for folder in storage.below(path):
+        try:
+            found.append((folder, read_metadata(folder)))
+        except CheckpointError as error:
+            _log.warning("skipping a damaged checkpoint: %s", error)
+    return sorted(found, key=lambda pair: (pair[1].timestamp, pair[1].step), reverse=True)
+
+
+def find_latest(path: str) -> Saved | None:
+    """The newest intact checkpoint at or anywhere below `path`, checksums compared.
+
+    `path` may be a checkpoint, a run's folder, or one further up. Where there is no such
+    folder its last part is taken for a run's name, looked up in the checkpoints below its
+    parent. A damaged checkpoint is named in a warning and the one before it is taken.
+    """
+    path = path.rstrip("/") or path
+    if storage.is_folder(path):
+        candidates = scan(path)
+    else:
+        parent, _, name = path.rpartition("/")
+        parent = parent if parent or path.startswith("/") else "."
+        found = scan(parent) if storage.is_folder(parent or "/") else []
+        candidates = [(folder, metadata) for folder, metadata in found if metadata.run_name == name]
+    for folder, _ in candidates:
+        try:
+            saved = load(folder)
+            saved.verify()
+        except CheckpointError as error:
+            _log.warning("skipping a damaged checkpoint: %s", error)
+        else:
+            return saved
+    return None
+
+
+@dataclass(frozen=True)
+class Decision(Generic[_T]):
+    """What a run starts from, and what to tell the user about it."""
+
+    saved: _T | None
+    """The checkpoint whose full state is restored; None: a start from scratch."""
+    source: Literal["own", "load_checkpoint_path", "initialize_from", "scratch"]
+    """Which setting led to it; "own" is the run's own folder."""
+    message: str
+    """One line for the log."""
+    warnings: tuple[str, ...] = ()
+    """What did not happen as the settings may have meant."""
+
+
+def which_checkpoint(
+    own: str,
+    find: Callable[[str], _T | None] = find_latest,
+    *,
+    load_checkpoint: bool | None = None,
+    load_checkpoint_path: str | None = None,
+    initialize_from: str | None = None,
+) -> Decision[_T]:
+    """Decide what a run starts from; `find` looks for the newest checkpoint below a path.
+
+    The run's `own` folder comes first, so that a run that was interrupted goes on whatever it
+    once started from; then `load_checkpoint_path`, then `initialize_from`, then nothing.
+    `load_checkpoint` true makes it an error to find nothing to resume, false skips both
+    searches. Raises `CheckpointError` naming every place that was looked at.
+    """
+    warnings: list[str] = []
+    if load_checkpoint is False:
+        if load_checkpoint_path is not None:
+            warnings.append(
+                f"load_checkpoint_path = {load_checkpoint_path} - not used, for load_checkpoint is "
+                "false"
+            )
+    else:
+        if (saved := find(own)) is not None:
+            return Decision(saved, "own", f"resuming from {saved}")
+        if load_checkpoint_path is not None:
+            if (saved := find(load_checkpoint_path)) is not None:
+                return Decision(saved, "load_checkpoint_path", f"continuing from {saved}")
+            warnings.append(
+                f"load_checkpoint_path = {load_checkpoint_path} - no complete checkpoint there or below"
+            )
+        if load_checkpoint:
+            places = [own] if load_checkpoint_path is None else [own, load_checkpoint_path]
+            raise CheckpointError(
+                f"load_checkpoint = true - no complete checkpoint below {' or '.join(places)} - "
+                "give another load_checkpoint_path, or load_checkpoint: null to start anew"
+            )
+    if initialize_from is None:
+        return Decision(None, "scratch", "starting from scratch", tuple(warnings))
+    if (saved := find(initialize_from)) is None:
+        raise CheckpointError(
+            f"initialize_from = {initialize_from} - no complete checkpoint there or below - "
+            "give a checkpoint's folder (step-<k>) or one that contains some"
+        )
+    return Decision(saved, "initialize_from", f"initialising from {saved}", tuple(warnings))

@@ -1,0 +1,285 @@
+"""Writing and reading one checkpoint folder.
+
+    step-1000/
+      model.safetensors  optimizer.safetensors  state.safetensors   one per group of tensors
+      values.json                                                   step, position, tracker ids ...
+      config.yaml                                                   texts
+      metadata.json                                                 written last: the commit marker
+
+A local folder is written under another name, flushed, and renamed into place, so a crash or a
+full disk at any moment leaves the checkpoints that were there. Nothing is ever pickled.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from time import time
+from typing import Any
+
+from torch import Tensor
+
+from ostro.checkpoint import storage
+from ostro.checkpoint.metadata import (
+    FileRecord,
+    Metadata,
+    is_plain_name,
+    parse_metadata,
+    read_json,
+)
+from ostro.checkpoint.tensorfile import file_size, read_tensors, write_tensors
+from ostro.errors import CheckpointError
+
+_VALUES = "values.json"
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a run needs to go on as if it had not stopped."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """Group ("model", "optimizer", "state") to name to tensor; each group is one file."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """What JSON can hold: step, data position, tracker ids."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """File name to content, for example `config.yaml`."""
+
+
+def step_folder(folder: str, step: int) -> str:
+    """Where the checkpoint of `step` lies below a run's folder."""
+    return f"{folder.rstrip('/')}/step-{step}"
+
+
+def _small_files(state: State) -> dict[str, bytes]:
+    files = {_VALUES: (json.dumps(state.values, indent=2) + "\n").encode()}
+    files |= {name: text.encode() for name, text in state.texts.items()}
+    for name in [*files, *state.tensors]:
+        assert is_plain_name(name), f"{name!r} cannot be a file of a checkpoint"
+        assert name in (_VALUES, *state.tensors) or not name.endswith((".json", _SUFFIX)), name
+    return files
+
+
+def checkpoint_bytes(state: State) -> int:
+    """Size of the checkpoint of `state` in bytes, without writing it.
+
+    Tensors count by shape and type alone and may be on the meta device. Exact up to the few
+    bytes by which the run's name and the time change the length of `metadata.json`.
+    """
+    sizes = {name: len(data) for name, data in _small_files(state).items()}
+    sizes |= {group + _SUFFIX: file_size(tensors) for group, tensors in state.tensors.items()}
+    records = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
+    marker = Metadata(10**6, 1e9, False, False, "run-id00", "run-id00", records).to_json()
+    return sum(sizes.values()) + len(marker)
+
+
+def write(
+    folder: str,
+    state: State,
+    *,
+    step: int,
+    is_temporary: bool,
+    is_best: bool = False,
+    run_id: str = "",
+    run_name: str = "",
+    timestamp: float | None = None,
+) -> Metadata:
+    """Write `state` as `<folder>/step-<step>`, replacing a checkpoint of that name safely.
+
+    `folder` is a path or an fsspec URL. Returns the metadata written. Raises `CheckpointError`
+    where the disk is too small (before writing), fills up, or refuses; what was being written
+    is removed then, and every older checkpoint is still there.
+    """
+    storage.require_space(folder, checkpoint_bytes(state))
+    local = storage.is_local(folder)
+    target = step_folder(folder, step)
+    aside = step_folder(folder, step).removesuffix(f"step-{step}")
+    aside = f"{aside}{storage.ASIDE}step-{step}-{os.getpid()}"
+    work = aside.replace(storage.ASIDE, storage.PARTIAL) if local else target
+    marks = (step, time() if timestamp is None else float(timestamp), is_temporary, is_best)
+    replaced = False
+    try:
+        if not local and storage.is_folder(target):
+            storage.move(target, aside)
+            replaced = True
+        metadata = Metadata(*marks, run_id, run_name, _write_files(work, state))
+        _write_file(f"{work}/{storage.MARKER}", [metadata.to_json().encode()])
+        if local:
+            storage.flush_folder(work)
+            if storage.is_folder(target):
+                storage.move(target, aside)
+                replaced = True
+            storage.move(work, target)  # the commit
+    except BaseException as error:
+        _undo(work, target, aside if replaced else None)
+        if isinstance(error, OSError) or (isinstance(error, Exception) and not local):
+            raise CheckpointError(_failure(target, error)) from error
+        raise
+    if replaced:
+        storage.remove(aside)
+    return metadata
+
+
+def _write_files(folder: str, state: State) -> dict[str, FileRecord]:
+    fs, path = storage.locate(folder)
+    if fs.isdir(path):
+        fs.rm(path, recursive=True)
+    fs.makedirs(path, exist_ok=True)
+    records = {}
+    for group, tensors in state.tensors.items():
+        name = group + _SUFFIX
+        records[name] = _write_file(f"{folder}/{name}", tensors)
+    for name, data in _small_files(state).items():
+        records[name] = _write_file(f"{folder}/{name}", [data])
+    return records
+
+
+def _write_file(url: str, content: Mapping[str, Tensor] | Iterable[bytes]) -> FileRecord:
+    """Write one file, flushed to the disk, and say what was written."""
+    fs, path = storage.locate(url)
+    digest, size = hashlib.sha256(), 0
+    with fs.open(path, "wb") as file:
+
+        def write_piece(piece: bytes | memoryview) -> None:
+            nonlocal size
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+
+        if isinstance(content, Mapping):
+            write_tensors(write_piece, content)
+        else:
+            for piece in content:
+                write_piece(piece)
+        if storage.is_local(url):
+            file.flush()
+            os.fsync(file.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
+def _undo(work: str, target: str, aside: str | None) -> None:
+    """After a failed write: remove the remains, put the replaced checkpoint back."""
+    try:
+        if storage.is_folder(work):
+            storage.remove(work)
+        if aside is not None and not storage.is_folder(target):
+            storage.move(aside, target)
+    except OSError:
+        pass  # the first error matters; the next run tidies up
+
+
+def _failure(target: str, error: BaseException) -> str:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else f"cannot be written: {error}"
+    return f"{target} - {what} - older checkpoints are untouched; free space or change base_path"
+
+
+class Saved:
+    """A complete checkpoint that was opened: metadata and small files; tensors on request."""
+
+    def __init__(self, path: str, metadata: Metadata):
+        self.path = path
+        self.metadata = metadata
+        self._verified: dict[str, str] = {}  # file name -> local path
+        self._downloads: str | None = None
+        self.values: dict[str, Any] = read_json(self._small_file(_VALUES), f"{path}/{_VALUES}")
+        self.texts: dict[str, str] = {}
+        for name in metadata.files:
+            if name != _VALUES and not name.endswith(_SUFFIX):
+                try:
+                    self.texts[name] = self._small_file(name).decode()
+                except UnicodeDecodeError as error:
+                    raise CheckpointError(f"{path}/{name} - is not text: {error}") from error
+
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups of tensors that it holds."""
+        return [n.removesuffix(_SUFFIX) for n in self.metadata.files if n.endswith(_SUFFIX)]
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of one group, on the CPU, after their file's checksum was compared."""
+        name = group + _SUFFIX
+        if name not in self.metadata.files:
+            found = ", ".join(self.groups) or "none"
+            raise CheckpointError(f"{self.path} - holds no {group!r} tensors, only {found}")
+        return read_tensors(self._verified_file(name), f"{self.path}/{name}")
+
+    def verify(self) -> None:
+        """Compare every file with its checksum; `CheckpointError` names the first that differs."""
+        for name in self.metadata.files:
+            self._verified_file(name)
+
+    def _small_file(self, name: str) -> bytes:
+        with open(self._verified_file(name), "rb") as file:
+            return file.read()
+
+    def _verified_file(self, name: str) -> str:
+        """The local path of a file whose content is as recorded; a remote one is fetched once."""
+        if name in self._verified:
+            return self._verified[name]
+        url, record = f"{self.path}/{name}", self.metadata.files.get(name)
+        if record is None:
+            raise CheckpointError(f"{url} - is missing from the checkpoint's list of files")
+        try:
+            path = self._fetch(url, name)
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{url} - cannot be read: {error}") from error
+        if digest != record.sha256:
+            raise CheckpointError(f"{url} - is damaged: its content differs from its checksum")
+        self._verified[name] = path
+        return path
+
+    def _fetch(self, url: str, name: str) -> str:
+        fs, path = storage.locate(url)
+        if storage.is_local(url):
+            return path
+        if self._downloads is None:
+            self._downloads = tempfile.mkdtemp(prefix="ostro-checkpoint-")
+            weakref.finalize(self, shutil.rmtree, self._downloads, ignore_errors=True)
+        local = os.path.join(self._downloads, name)
+        fs.get_file(path, local)
+        return local
+
+
+def read_metadata(path: str) -> Metadata:
+    """The metadata of a checkpoint folder, after its files' sizes were compared with it."""
+    marker = f"{path}/{storage.MARKER}"
+    try:
+        data = storage.read_bytes(marker)
+    except (FileNotFoundError, NotADirectoryError):
+        there = storage.is_folder(path)
+        what = f"has no {storage.MARKER}: it is not a complete checkpoint" if there else "not found"
+        raise CheckpointError(f"{path} - {what}") from None
+    except OSError as error:
+        raise CheckpointError(f"{marker} - cannot be read: {error}") from error
+    metadata = parse_metadata(data, marker)
+    for name, record in metadata.files.items():
+        try:
+            found = storage.size(f"{path}/{name}")
+        except OSError:
+            raise CheckpointError(f"{path}/{name} - is missing from the checkpoint") from None
+        if found != record.bytes:
+            raise CheckpointError(
+                f"{path}/{name} - is damaged: it has {found} bytes instead of {record.bytes}"
+            )
+    return metadata
+
+
+def load(path: str) -> Saved:
+    """Open the checkpoint in a folder (a path or an fsspec URL).
+
+    Sizes and small files are checked here, tensors by checksum when they are asked for. Every
+    way in which a folder is not a checkpoint is a `CheckpointError` naming file and fault.
+    """
+    path = path.rstrip("/") or path
+    return Saved(path, read_metadata(path))
