@@ -1,0 +1,200 @@
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm first, GELU, tied head."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ostro.axes import EMBED, HEADS, MLP, POSITION, VOCAB
+from ostro.errors import Problem
+from ostro.models.lm_model import (
+    LmConfig,
+    LmModel,
+    activation_problems,
+    run_block,
+    size_problems,
+)
+from ostro.nn import ACTIVATIONS, Embedding, KeyValueCache, LayerNorm, Linear, causal_attention
+from ostro.nn.attention import segment_mask
+
+
+@LmConfig.register_subclass("gpt2")
+@dataclass(frozen=True)
+class Gpt2Config(LmConfig):
+    """GPT-2 in any size; the defaults are GPT-2 small (124M parameters)."""
+
+    seq_len: int = 1024
+    """Tokens per sequence, also the number of learned positions."""
+    hidden_dim: int = 768
+    """Width of the residual stream; a multiple of `num_heads`."""
+    num_layers: int = 12
+    """Number of transformer blocks."""
+    num_heads: int = 12
+    """Attention heads per block."""
+    mlp_scale: int = 4
+    """Width of the MLP as a multiple of `hidden_dim`."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; projections back into the residual stream get
+    this divided by sqrt(2 `num_layers`)."""
+    embed_pdrop: float = 0.0
+    """Dropout probability on the sum of token and position embeddings."""
+    resid_pdrop: float = 0.0
+    """Dropout probability on what each attention and MLP adds to the residual stream."""
+    attn_pdrop: float = 0.0
+    """Dropout probability on attention weights."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in LayerNorm."""
+    activation_function: str = "gelu_new"
+    """relu, silu, swish, gelu, gelu_new (tanh approximation), quick_gelu or tanh."""
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Also divide attention logits by the layer's index + 1."""
+    upcast_attn: bool = False
+    """Compute attention in float32."""
+    gradient_checkpointing: bool = True
+    """Keep only each block's input and compute the rest again in the backward pass: less memory,
+    about a third more work."""
+    use_bias: bool = True
+    """Biases in linear layers and in LayerNorm."""
+
+    def build(self, vocab_size: int, compute_dtype: torch.dtype = torch.float32) -> "Gpt2Model":
+        """See `LmConfig.build`."""
+        return Gpt2Model(self, vocab_size, compute_dtype)
+
+    def flops_per_token(self, vocab_size: int) -> int:
+        """See `LmConfig.flops_per_token`."""
+        embed = self.hidden_dim
+        mlp = 2 * 2 * embed * self.mlp_scale * embed
+        projections = 2 * embed * 3 * embed + 2 * embed * embed
+        attention = 4 * self.seq_len * embed + 3 * self.seq_len * self.num_heads
+        return self.num_layers * (mlp + projections + attention) + 2 * embed * vocab_size
+
+    def problems(self) -> Iterator[Problem]:
+        """Shapes and names that cannot work."""
+        sizes = ("seq_len", "hidden_dim", "num_layers", "num_heads", "mlp_scale")
+        yield from size_problems(self, (*sizes, "initializer_range", "layer_norm_epsilon"))
+        if self.num_heads > 0 and self.hidden_dim % self.num_heads:
+            yield Problem(
+                "num_heads",
+                f"must divide hidden_dim = {self.hidden_dim}",
+                "change one of the two",
+            )
+        yield from activation_problems(self.activation_function)
+        for name in ("embed_pdrop", "resid_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                yield Problem(name, "must be at least 0 and below 1")
+
+
+class Gpt2Model(LmModel):
+    """The model; parameters are float32, computation runs in `compute_dtype`."""
+
+    def __init__(self, config: Gpt2Config, vocab_size: int, compute_dtype: torch.dtype):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        embed, std = (EMBED, config.hidden_dim), config.initializer_range
+        self.token_embedding = Embedding((VOCAB, vocab_size), embed, deviation=std)
+        self.position_embedding = Embedding((POSITION, config.seq_len), embed, deviation=std)
+        self.blocks = nn.ModuleList(Gpt2Block(config, i) for i in range(config.num_layers))
+        self.final_norm = LayerNorm(embed, eps=config.layer_norm_epsilon, bias=config.use_bias)
+
+    def hidden(
+        self, tokens: Tensor, *, segments: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """See `LmModel.hidden`."""
+        num_tokens = tokens.shape[1]
+        if cache is None:
+            assert num_tokens <= self.config.seq_len, "more tokens than learned positions"
+            positions = torch.arange(num_tokens, device=tokens.device)
+        else:
+            positions = cache.positions(num_tokens)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        x = F.dropout(x.to(self.compute_dtype), self.config.embed_pdrop, self.training)
+        mask = None if segments is None else segment_mask(segments)
+        recompute = self.config.gradient_checkpointing and cache is None
+        for block in self.blocks:
+            x = run_block(block, recompute, x, mask, cache)
+        return self.final_norm(x)
+
+    def head_weight(self) -> Tensor:
+        """The token embedding: the head is tied to it."""
+        return self.token_embedding.weight
+
+
+class Gpt2Block(nn.Module):
+    """Attention and MLP, each on a normalised copy and added back."""
+
+    def __init__(self, config: Gpt2Config, layer: int):
+        super().__init__()
+        embed = (EMBED, config.hidden_dim)
+        self.dropout = config.resid_pdrop
+        self.norm_1 = LayerNorm(embed, eps=config.layer_norm_epsilon, bias=config.use_bias)
+        self.attention = Gpt2Attention(config, layer)
+        self.norm_2 = LayerNorm(embed, eps=config.layer_norm_epsilon, bias=config.use_bias)
+        self.mlp = Gpt2Mlp(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        """(batch, position, embed) -> the same."""
+        attended = self.attention(self.norm_1(x), mask, cache)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm_2(x)), self.dropout, self.training)
+
+
+class Gpt2Attention(nn.Module):
+    """Causal self-attention. The rows of `qkv` are (heads, 3, head_size): heads stay together."""
+
+    def __init__(self, config: Gpt2Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.dropout = config.attn_pdrop
+        self.upcast = config.upcast_attn
+        head_size = config.hidden_dim // config.num_heads
+        self.scale = head_size**-0.5
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        embed, heads, std = config.hidden_dim, config.num_heads, config.initializer_range
+        self.qkv = Linear(
+            (EMBED, embed), (HEADS, 3 * heads * head_size), config.use_bias, deviation=std
+        )
+        self.out = Linear(
+            (HEADS, heads * head_size),
+            (EMBED, embed),
+            config.use_bias,
+            deviation=std / (2 * config.num_layers) ** 0.5,
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        """(batch, position, embed) -> the same."""
+        batch, position, _ = x.shape
+        qkv = self.qkv(x).view(batch, position, self.num_heads, 3, -1)
+        query, key, value = qkv.permute(3, 0, 2, 1, 4)  # (batch, heads, position, head_size)
+        if cache is not None:
+            key, value, mask = cache.update(self.layer, key, value)
+        attended = causal_attention(
+            query,
+            key,
+            value,
+            scale=self.scale,
+            mask=mask,
+            dropout=self.dropout if self.training else 0.0,
+            upcast=self.upcast,
+        )
+        return self.out(attended.transpose(1, 2).reshape(batch, position, -1))
+
+
+class Gpt2Mlp(nn.Module):
+    """Up, activation, down."""
+
+    def __init__(self, config: Gpt2Config):
+        super().__init__()
+        embed, mlp = (EMBED, config.hidden_dim), (MLP, config.mlp_scale * config.hidden_dim)
+        std, bias = config.initializer_range, config.use_bias
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.up = Linear(embed, mlp, bias, deviation=std)
+        self.down = Linear(mlp, embed, bias, deviation=std / (2 * config.num_layers) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, position, embed) -> the same."""
+        return self.down(self.activation(self.up(x)))

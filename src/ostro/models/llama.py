@@ -1,0 +1,220 @@
+"""Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated MLP, grouped heads."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ostro.axes import EMBED, HEADS, MLP, VOCAB
+from ostro.errors import Problem, did_you_mean
+from ostro.models.lm_model import LmConfig, LmModel, run_block, size_problems
+from ostro.nn import (
+    ACTIVATIONS,
+    Embedding,
+    KeyValueCache,
+    Linear,
+    RMSNorm,
+    RotaryConfig,
+    apply_rotary,
+    causal_attention,
+)
+from ostro.nn.attention import segment_mask
+from ostro.nn.rotary import DefaultRotaryConfig
+
+
+@LmConfig.register_subclass("llama")
+@dataclass(frozen=True)
+class LlamaConfig(LmConfig):
+    """Llama in any size; the defaults are Llama 2 7B."""
+
+    seq_len: int = 2048
+    """Tokens per sequence."""
+    hidden_dim: int = 4096
+    """Width of the residual stream."""
+    intermediate_dim: int = 11008
+    """Width of the gated MLP."""
+    num_layers: int = 32
+    """Number of transformer blocks."""
+    num_heads: int = 32
+    """Query heads per block."""
+    num_kv_heads: int = 32
+    """Key and value heads per block; divides `num_heads`, each serves an equal group of them."""
+    head_dim: int | None = None
+    """Width of a head. Null: `hidden_dim` / `num_heads`."""
+    activation_function: str = "silu"
+    """relu, silu, swish, gelu, gelu_new (tanh approximation), quick_gelu or tanh."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; projections back into the residual stream get
+    this divided by sqrt(2 `num_layers`)."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_word_embeddings: bool = False
+    """Use the token embedding as the head."""
+    upcast_attn: bool = False
+    """Compute attention in float32."""
+    gradient_checkpointing: bool = True
+    """Keep only each block's input and compute the rest again in the backward pass: less memory,
+    about a third more work."""
+    use_bias: bool = False
+    """Biases in the linear layers of the blocks."""
+    rope: RotaryConfig = field(default_factory=DefaultRotaryConfig)
+    """Rotary position embedding and its scaling."""
+
+    def build(self, vocab_size: int, compute_dtype: torch.dtype = torch.float32) -> "LlamaModel":
+        """See `LmConfig.build`."""
+        return LlamaModel(self, vocab_size, compute_dtype)
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head, resolved."""
+        return self.head_dim or self.hidden_dim // self.num_heads
+
+    def flops_per_token(self, vocab_size: int) -> int:
+        """See `LmConfig.flops_per_token`."""
+        embed, heads = self.hidden_dim, self.num_heads * self.head_size
+        mlp = 2 * 3 * embed * self.intermediate_dim
+        qkv = 2 * embed * (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+        attention = 4 * self.seq_len * heads + 3 * self.seq_len * self.num_heads
+        per_layer = mlp + qkv + 2 * heads * embed + attention
+        return self.num_layers * per_layer + 2 * embed * vocab_size
+
+    def problems(self) -> Iterator[Problem]:
+        """Shapes and names that cannot work."""
+        sizes = ("seq_len", "hidden_dim", "intermediate_dim", "num_layers", "num_heads")
+        more = ("num_kv_heads", "head_dim", "initializer_range", "layer_norm_epsilon")
+        wrong_sizes = list(size_problems(self, sizes + more))
+        yield from wrong_sizes
+        if self.activation_function not in ACTIVATIONS:
+            rule = "must be one of " + ", ".join(ACTIVATIONS)
+            advice = did_you_mean(self.activation_function, ACTIVATIONS)
+            yield Problem("activation_function", rule, advice)
+        if wrong_sizes:
+            return
+        if self.head_dim is None and self.hidden_dim % self.num_heads:
+            rule = f"must divide hidden_dim = {self.hidden_dim}"
+            yield Problem("num_heads", rule, "change one of the two, or set head_dim")
+        elif self.head_size % 2:
+            rule = f"makes heads of odd size {self.head_size}, but rotary embeddings turn pairs"
+            name = "num_heads" if self.head_dim is None else "head_dim"
+            yield Problem(name, rule, "choose an even head size")
+        if self.num_heads % self.num_kv_heads:
+            rule = f"must divide num_heads = {self.num_heads}"
+            yield Problem("num_kv_heads", rule, "change one of the two")
+
+
+class LlamaModel(LmModel):
+    """The model; parameters are float32, computation runs in `compute_dtype`."""
+
+    def __init__(self, config: LlamaConfig, vocab_size: int, compute_dtype: torch.dtype):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        embed, vocab, std = (
+            (EMBED, config.hidden_dim),
+            (VOCAB, vocab_size),
+            config.initializer_range,
+        )
+        self.token_embedding = Embedding(vocab, embed, deviation=std)
+        self.blocks = nn.ModuleList(LlamaBlock(config, i) for i in range(config.num_layers))
+        self.final_norm = RMSNorm(embed, eps=config.layer_norm_epsilon)
+        tied = config.tie_word_embeddings
+        self.head = None if tied else Linear(embed, vocab, bias=False, deviation=std)
+
+    def hidden(
+        self, tokens: Tensor, *, segments: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """See `LmModel.hidden`."""
+        num_tokens = tokens.shape[1]
+        if cache is None:
+            positions = torch.arange(num_tokens, device=tokens.device).unsqueeze(0)
+        else:
+            positions = cache.positions(num_tokens)
+        cos, sin = self.config.rope.tables(positions, self.config.head_size)
+        # (batch or 1, position, 1, 1, head_size / 2): one angle for all heads
+        cos, sin = cos[:, :, None, None], sin[:, :, None, None]
+        x = self.token_embedding(tokens).to(self.compute_dtype)
+        mask = None if segments is None else segment_mask(segments)
+        recompute = self.config.gradient_checkpointing and cache is None
+        for block in self.blocks:
+            x = run_block(block, recompute, x, cos, sin, mask, cache)
+        return self.final_norm(x)
+
+    def head_weight(self) -> Tensor:
+        """The head's own weight, or the token embedding when tied."""
+        return self.token_embedding.weight if self.head is None else self.head.weight
+
+
+class LlamaBlock(nn.Module):
+    """Attention and gated MLP, each on a normalised copy and added back."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        embed = (EMBED, config.hidden_dim)
+        self.norm_1 = RMSNorm(embed, eps=config.layer_norm_epsilon)
+        self.attention = LlamaAttention(config, layer)
+        self.norm_2 = RMSNorm(embed, eps=config.layer_norm_epsilon)
+        self.mlp = LlamaMlp(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """(batch, position, embed) -> the same."""
+        x = x + self.attention(self.norm_1(x), cos, sin, mask, cache)
+        return x + self.mlp(self.norm_2(x))
+
+
+class LlamaAttention(nn.Module):
+    """Causal self-attention with grouped heads.
+
+    The rows of `qkv` are (kv_heads, group + 2, head_size): for each key-value head the queries of
+    its group, then its key, then its value, so that it splits by key-value heads.
+    """
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_kv_heads = config.num_kv_heads
+        self.group = config.num_heads // config.num_kv_heads
+        self.head_size = config.head_size
+        self.upcast = config.upcast_attn
+        embed, std = (EMBED, config.hidden_dim), config.initializer_range
+        rows = config.num_kv_heads * (self.group + 2) * config.head_size
+        heads = (HEADS, config.num_heads * config.head_size)
+        back = std / (2 * config.num_layers) ** 0.5
+        self.qkv = Linear(embed, (HEADS, rows), config.use_bias, deviation=std)
+        self.out = Linear(heads, embed, config.use_bias, deviation=back)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """(batch, position, embed) -> the same."""
+        batch, position, _ = x.shape
+        group, size = self.group, self.head_size
+        qkv = self.qkv(x).view(batch, position, -1, group + 2, size)
+        turned = apply_rotary(qkv[:, :, :, : group + 1], cos, sin)
+        query = turned[:, :, :, :group].reshape(batch, position, -1, size).transpose(1, 2)
+        key = turned[:, :, :, group].transpose(1, 2)  # (batch, kv_heads, position, head_size)
+        value = qkv[:, :, :, group + 1].transpose(1, 2)
+        if cache is not None:
+            key, value, mask = cache.update(self.layer, key, value)
+        scale = size**-0.5
+        attended = causal_attention(query, key, value, scale=scale, mask=mask, upcast=self.upcast)
+        return self.out(attended.transpose(1, 2).reshape(batch, position, -1))
+
+
+class LlamaMlp(nn.Module):
+    """`down(activation(gate(x)) * up(x))`."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        embed, mlp = (EMBED, config.hidden_dim), (MLP, config.intermediate_dim)
+        std, bias = config.initializer_range, config.use_bias
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.gate = Linear(embed, mlp, bias, deviation=std)
+        self.up = Linear(embed, mlp, bias, deviation=std)
+        self.down = Linear(mlp, embed, bias, deviation=std / (2 * config.num_layers) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, position, embed) -> the same."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))

@@ -1,0 +1,104 @@
+"""What every language model offers: a registry of configurations and one forward signature."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ostro.config import Choice
+from ostro.errors import Problem, did_you_mean
+from ostro.nn import ACTIVATIONS, KeyValueCache, initialize, linear_cross_entropy
+
+__all__ = ["LmConfig", "LmModel", "count_parameters", "initialize"]
+
+
+class LmConfig(Choice):
+    """The architecture of a language model; `type` picks the family."""
+
+    default_type = "gpt2"
+
+    seq_len: int
+
+    @abstractmethod
+    def build(self, vocab_size: int, compute_dtype: torch.dtype = torch.float32) -> "LmModel":
+        """The model with float32 parameters, not initialised, on the current default device."""
+
+    @abstractmethod
+    def flops_per_token(self, vocab_size: int) -> int:
+        """Operations of the forward pass per token, with attention counted over all `seq_len`.
+
+        A training step costs three times this.
+        """
+
+
+class LmModel(nn.Module, ABC):
+    """A causal language model: tokens to logits or to a loss.
+
+    Subclasses give `hidden` (everything below the head) and `head_weight`.
+    """
+
+    @abstractmethod
+    def hidden(
+        self, tokens: Tensor, *, segments: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Tokens (batch, position) -> normalised states (batch, position, embed)."""
+
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """The weight of the head, (vocab, embed)."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        segments: Tensor | None = None,
+        reduction: str = "sum",
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits, or with `targets` the loss in nats as float32.
+
+        tokens and targets are int64 (batch, position); a target of -100 means nothing to predict.
+        Without targets: logits (batch, position, vocab); with a `cache` only those of each row's
+        last real token, (batch, 1, vocab). With targets: the sum over predicted positions
+        (`reduction="sum"`) or (batch, position) with 0 where ignored, without a graph ("none").
+        Attention stays inside equal `segments` (batch, position).
+        """
+        hidden = self.hidden(tokens, segments=segments, cache=cache)
+        if targets is not None:
+            return linear_cross_entropy(hidden, self.head_weight(), targets, reduction=reduction)
+        if cache is not None:
+            hidden = cache.last(hidden)
+        return F.linear(hidden, self.head_weight().to(hidden.dtype))
+
+
+def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
+    """Run a block; with `recompute` its activations are computed again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def count_parameters(config: LmConfig, vocab_size: int) -> int:
+    """Parameters of the model, shared ones counted once, without allocating any."""
+    with torch.device("meta"):
+        model = config.build(vocab_size)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def size_problems(config: LmConfig, names: Sequence[str]) -> Iterator[Problem]:
+    """A problem for each field that should be a positive number and is not."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            yield Problem(name, "must be positive")
+
+
+def activation_problems(name: str) -> Iterator[Problem]:
+    """A problem when `activation_function` is not one of ours."""
+    if name not in ACTIVATIONS:
+        known = "must be one of " + ", ".join(ACTIVATIONS)
+        yield Problem("activation_function", known, did_you_mean(name, ACTIVATIONS))

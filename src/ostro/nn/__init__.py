@@ -1,0 +1,30 @@
+"""Small modules that know the axis names of their parameters; models are built from these.
+
+Every module keeps float32 master weights and computes in the dtype of its input: it casts its
+weight to `x.dtype`. Statistics of norms, of the softmax and of the loss are float32.
+"""
+
+from ostro.nn.activation import ACTIVATIONS
+from ostro.nn.attention import KeyValueCache, causal_attention
+from ostro.nn.embedding import Embedding
+from ostro.nn.init import axes_of, initialize
+from ostro.nn.linear import Linear
+from ostro.nn.loss import IGNORE, linear_cross_entropy
+from ostro.nn.norm import LayerNorm, RMSNorm
+from ostro.nn.rotary import RotaryConfig, apply_rotary
+
+__all__ = [
+    "ACTIVATIONS",
+    "IGNORE",
+    "Embedding",
+    "KeyValueCache",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "RotaryConfig",
+    "apply_rotary",
+    "axes_of",
+    "causal_attention",
+    "initialize",
+    "linear_cross_entropy",
+]

@@ -1,0 +1,56 @@
+"""What modules say about their parameters: how each is filled, and what its dims are called.
+
+A module of `ostro.nn` carries two dicts for the parameters it owns directly: `parameter_axes`
+(`ParameterAxes` by name) and `parameter_fill` (`Fill` by name). They live on the module because
+attributes of a parameter do not survive `deepcopy`, `Module.to` or FSDP.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ostro.axes import ParameterAxes
+
+
+@dataclass(frozen=True)
+class Fill:
+    """The first values of a parameter: normal(mean, deviation), or the constant `mean`."""
+
+    mean: float
+    deviation: float = 0.0
+
+
+def axes_of(model: nn.Module) -> dict[str, ParameterAxes]:
+    """The axis names of every parameter, by full name; a shared parameter is listed once."""
+    found = {
+        _join(prefix, name): axes
+        for prefix, module in model.named_modules()
+        for name, axes in getattr(module, "parameter_axes", {}).items()
+    }
+    return {name: found[name] for name, _ in model.named_parameters()}
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from a generator of its own, keyed by (seed, full name).
+
+    The values do not depend on the order of modules, the number of threads or the device: they
+    are drawn on the CPU in float32 and copied.
+    """
+    for prefix, module in model.named_modules():
+        for name, fill in getattr(module, "parameter_fill", {}).items():
+            parameter = getattr(module, name)
+            if fill.deviation == 0:
+                parameter.fill_(fill.mean)
+                continue
+            key = hashlib.sha256(f"{seed}/{_join(prefix, name)}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+            values = torch.empty(parameter.shape, device="cpu")
+            values.normal_(fill.mean, fill.deviation, generator=generator)
+            parameter.copy_(values)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

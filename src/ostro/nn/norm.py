@@ -1,0 +1,46 @@
+"""Normalisation over the last dim. Statistics are float32, the result has the input's dtype."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ostro.axes import ParameterAxes
+from ostro.nn.init import Fill
+
+
+class LayerNorm(nn.Module):
+    """Zero mean and unit variance over axis `Axis` (name, size), then a gain and a bias."""
+
+    def __init__(self, Axis: tuple[str, int], *, eps: float, bias: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(Axis[1]))
+        self.bias = nn.Parameter(torch.empty(Axis[1])) if bias else None
+        self.parameter_axes = {"weight": ParameterAxes((Axis[0],))}
+        self.parameter_fill = {"weight": Fill(1.0)}
+        if bias:
+            self.parameter_axes["bias"] = ParameterAxes((Axis[0],))
+            self.parameter_fill["bias"] = Fill(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., size) -> (..., size)."""
+        # The kernels of torch accumulate in float32 for half-precision inputs.
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Unit root mean square over axis `Axis` (name, size), then a gain."""
+
+    def __init__(self, Axis: tuple[str, int], *, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(Axis[1]))
+        self.parameter_axes = {"weight": ParameterAxes((Axis[0],))}
+        self.parameter_fill = {"weight": Fill(1.0)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., size) -> (..., size)."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight.to(x.dtype)

@@ -1,0 +1,155 @@
+"""Rotary position embeddings (Su et al. 2021) and the scalings that stretch them."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ostro.config import Choice
+from ostro.errors import Problem
+
+
+class RotaryConfig(Choice):
+    """How positions turn the queries and keys; `type` picks the scaling of frequencies."""
+
+    default_type = "default"
+    theta: float
+
+    @abstractmethod
+    def frequencies(self, head_size: int) -> tuple[Tensor, float]:
+        """Angle per position of each pair of dims, (head_size / 2,); factor on cos and sin."""
+
+    def tables(self, positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+        """float32 cos and sin for int positions (...), each (..., head_size / 2)."""
+        frequencies, factor = self.frequencies(head_size)
+        angles = positions[..., None].float() * frequencies.to(positions.device)
+        return angles.cos() * factor, angles.sin() * factor
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules that every scaling shares."""
+        if self.theta <= 0:
+            yield Problem("theta", "must be positive")
+        factor = getattr(self, "factor", 1.0)
+        if factor <= 0:
+            yield Problem("factor", "must be positive")
+
+
+def _base_frequencies(theta: float, head_size: int) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, head_size, 2, device="cpu").float() / head_size)
+
+
+@RotaryConfig.register_subclass("default")
+@dataclass(frozen=True)
+class DefaultRotaryConfig(RotaryConfig):
+    """Frequencies as in the paper, without scaling unless a factor is given."""
+
+    theta: float = 10000.0
+    """Base of the geometric series of wavelengths."""
+    factor: float = 1.0
+    """Frequencies are divided by this; 1 leaves them."""
+
+    def frequencies(self, head_size: int) -> tuple[Tensor, float]:
+        """See `RotaryConfig.frequencies`."""
+        return _base_frequencies(self.theta, head_size) / self.factor, 1.0
+
+
+@RotaryConfig.register_subclass("linear")
+@dataclass(frozen=True)
+class LinearRotaryConfig(RotaryConfig):
+    """Position interpolation (Chen et al. 2023): every frequency divided by `factor`."""
+
+    theta: float = 10000.0
+    """Base of the geometric series of wavelengths."""
+    factor: float = 1.0
+    """How many times longer than in the first training sequences may be."""
+
+    def frequencies(self, head_size: int) -> tuple[Tensor, float]:
+        """See `RotaryConfig.frequencies`."""
+        return _base_frequencies(self.theta, head_size) / self.factor, 1.0
+
+
+@RotaryConfig.register_subclass("llama3")
+@dataclass(frozen=True)
+class Llama3RotaryConfig(RotaryConfig):
+    """Llama 3: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+
+    theta: float = 500000.0
+    """Base of the geometric series of wavelengths."""
+    factor: float = 8.0
+    """Divisor of the low frequencies."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above `original_max_position_embeddings` / this are scaled fully."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below `original_max_position_embeddings` / this are kept."""
+    original_max_position_embeddings: int = 8192
+    """Sequence length in tokens of the first training."""
+
+    def frequencies(self, head_size: int) -> tuple[Tensor, float]:
+        """See `RotaryConfig.frequencies`."""
+        base = _base_frequencies(self.theta, head_size)
+        turns = self.original_max_position_embeddings * base / (2 * math.pi)
+        span = self.high_freq_factor - self.low_freq_factor
+        kept = ((turns - self.low_freq_factor) / span).clamp(0, 1)
+        return (1 - kept) * base / self.factor + kept * base, 1.0
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules of this scaling."""
+        yield from super().problems()
+        if self.high_freq_factor <= self.low_freq_factor:
+            yield Problem("high_freq_factor", "must be above low_freq_factor")
+        if self.original_max_position_embeddings <= 0:
+            yield Problem("original_max_position_embeddings", "must be positive")
+
+
+@RotaryConfig.register_subclass("yarn")
+@dataclass(frozen=True)
+class YarnRotaryConfig(RotaryConfig):
+    """YaRN (Peng et al. 2023): a ramp over dims, and cos and sin scaled with the factor's log."""
+
+    theta: float = 10000.0
+    """Base of the geometric series of wavelengths."""
+    factor: float = 1.0
+    """How many times longer than in the first training sequences may be."""
+    beta_fast: float = 32.0
+    """Dims that turn more often than this over the original length are kept."""
+    beta_slow: float = 1.0
+    """Dims that turn less often than this over the original length are scaled fully."""
+    original_max_position_embeddings: int = 2048
+    """Sequence length in tokens of the first training."""
+    attention_factor: float | None = None
+    """Factor on cos and sin. Null: 0.1 ln(factor) + 1."""
+
+    def frequencies(self, head_size: int) -> tuple[Tensor, float]:
+        """See `RotaryConfig.frequencies`."""
+        base = _base_frequencies(self.theta, head_size)
+
+        def dim_of(turns: float) -> float:
+            wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
+            return head_size * math.log(wavelength) / (2 * math.log(self.theta))
+
+        low = max(math.floor(dim_of(self.beta_fast)), 0)
+        high = min(math.ceil(dim_of(self.beta_slow)), head_size - 1)
+        span = high - low if high != low else 0.001
+        scaled = ((torch.arange(head_size // 2, device="cpu").float() - low) / span).clamp(0, 1)
+        factor = self.attention_factor
+        if factor is None:
+            factor = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        return base / self.factor * scaled + base * (1 - scaled), factor
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules of this scaling."""
+        yield from super().problems()
+        if self.beta_fast <= self.beta_slow:
+            yield Problem("beta_fast", "must be above beta_slow")
+        if self.original_max_position_embeddings <= 0:
+            yield Problem("original_max_position_embeddings", "must be positive")
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn dim i against dim i + head_size / 2. x is (..., head_size), cos and sin broadcast."""
+    first, second = x.chunk(2, -1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return turned.to(x.dtype)
