@@ -172,18 +172,22 @@ class Checkpointer:
 
     def _tidy_up(self) -> list[str]:
         """Look at what earlier attempts of this run left; the temporary checkpoints among it."""
-        for name in storage.names(self.folder):
-            path = f"{self.folder}/{name}"
-            if name.startswith(storage.PARTIAL):
-                storage.remove(path)
-            elif name.startswith(storage.ASIDE):
-                original = f"{self.folder}/{name.removeprefix(storage.ASIDE).rpartition('-')[0]}"
-                if storage.is_folder(original):
-                    storage.remove(path)
-                else:
-                    storage.move(path, original)
+        try:
+            for name in storage.names(self.folder):
+                self._tidy_remains(name)
+        except OSError as error:
+            _log.warning("could not tidy up %s: %s", self.folder, error)
         found = scan(self.folder)
         self._newest = max((metadata.timestamp for _, metadata in found), default=0.0)
         if not self._config.delete_old_temp_checkpoints:
             return []
         return [p for p, m in found if m.is_temporary and m.run_id == self._run_id]
+
+    def _tidy_remains(self, name: str) -> None:
+        """Delete a half-written folder; put back a checkpoint whose successor never came."""
+        path = f"{self.folder}/{name}"
+        original = f"{self.folder}/{name.removeprefix(storage.ASIDE).rpartition('-')[0]}"
+        if name.startswith(storage.ASIDE) and not storage.is_folder(original):
+            storage.move(path, original)
+        elif name.startswith((storage.ASIDE, storage.PARTIAL)):
+            storage.remove(path)

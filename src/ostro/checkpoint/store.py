@@ -10,6 +10,7 @@ A local folder is written under another name, flushed, and renamed into place, s
 full disk at any moment leaves the checkpoints that were there. Nothing is ever pickled.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -98,8 +99,7 @@ def write(
     storage.require_space(folder, checkpoint_bytes(state))
     local = storage.is_local(folder)
     target = step_folder(folder, step)
-    aside = step_folder(folder, step).removesuffix(f"step-{step}")
-    aside = f"{aside}{storage.ASIDE}step-{step}-{os.getpid()}"
+    aside = f"{folder.rstrip('/')}/{storage.ASIDE}step-{step}-{os.getpid()}"
     work = aside.replace(storage.ASIDE, storage.PARTIAL) if local else target
     marks = (step, time() if timestamp is None else float(timestamp), is_temporary, is_best)
     replaced = False
@@ -121,7 +121,8 @@ def write(
             raise CheckpointError(_failure(target, error)) from error
         raise
     if replaced:
-        storage.remove(aside)
+        with contextlib.suppress(OSError):  # committed all the same; the next run tidies up
+            storage.remove(aside)
     return metadata
 
 
@@ -164,13 +165,11 @@ def _write_file(url: str, content: Mapping[str, Tensor] | Iterable[bytes]) -> Fi
 
 def _undo(work: str, target: str, aside: str | None) -> None:
     """After a failed write: remove the remains, put the replaced checkpoint back."""
-    try:
+    with contextlib.suppress(OSError):  # the first error matters; the next run tidies up
         if storage.is_folder(work):
             storage.remove(work)
         if aside is not None and not storage.is_folder(target):
             storage.move(aside, target)
-    except OSError:
-        pass  # the first error matters; the next run tidies up
 
 
 def _failure(target: str, error: BaseException) -> str:

@@ -1,0 +1,21 @@
+"""States of a few bytes for the tests of checkpoints."""
+
+import torch
+
+from ostro.checkpoint import State
+
+
+def small_state(number: int) -> State:
+    """A state whose every part is recognisable by `number`."""
+    return State(
+        tensors={
+            "model": {
+                "weight": torch.full((3, 2), float(number)),
+                "half": torch.full((5,), number, dtype=torch.bfloat16),
+            },
+            "optimizer": {"weight.exp_avg": torch.full((3, 2), number / 2)},
+            "state": {"rng": torch.tensor([number % 256, 1, 2], dtype=torch.uint8)},
+        },
+        values={"step": number, "loss": float(number)},
+        texts={"config.yaml": f"seed: {number}\n"},
+    )

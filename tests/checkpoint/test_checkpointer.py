@@ -1,0 +1,244 @@
+"""A run's checkpointer with a clock that is set by hand."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+from checkpoint_states import small_state
+
+from ostro.checkpoint import CheckpointerConfig, CheckpointInterval, find_latest, load, scan, store
+from ostro.errors import CheckpointError
+
+
+class Run:
+    """A checkpointer, its clock, and how often it asked for the state."""
+
+    def __init__(self, base, keep=(), seconds=10, run_id="me", **fields):
+        interval = None if seconds is None else timedelta(seconds=seconds)
+        keep = [CheckpointInterval(*pair) for pair in keep]
+        config = CheckpointerConfig(str(base), interval, keep, **fields)
+        assert not list(config.problems())
+        self.now = 0.0
+        self.asked = 0
+        self.checkpointer = config.build(run_id, f"name of {run_id}", clock=lambda: self.now)
+        self.folder = self.checkpointer.folder
+
+    def step(self, step, now=None, **fields):
+        """What was saved after `step`, as (step, kind)."""
+        self.now = self.now if now is None else now
+
+        def make_state():
+            self.asked += 1
+            return small_state(step)
+
+        report = self.checkpointer.on_step(step, make_state, **fields)
+        return None if report is None else (report.step, report.kind)
+
+    def kinds(self):
+        """Every checkpoint of the folder: step -> kind."""
+        marks = [metadata for _, metadata in scan(self.folder)]
+        return {m.step: "temporary" if m.is_temporary else "permanent" for m in marks}
+
+
+def test_policy_without_time(tmp_path):
+    run = Run(tmp_path, keep=[(2, 10), (5, 20), (10,)], seconds=None)
+    for step in range(50):
+        run.step(step)
+    assert sorted(run.kinds()) == [2, 4, 6, 8, 10, 15, 20, 30, 40]
+    assert set(run.kinds().values()) == {"permanent"}
+    assert run.asked == 9
+
+
+def test_policy_with_a_trailing_temporary_one(tmp_path):
+    run = Run(tmp_path, keep=[(2, 10), (5, 20), (10,)])
+    for step in range(50):
+        run.step(step, now=10.0 * step)
+    assert sorted(run.kinds()) == [2, 4, 6, 8, 10, 15, 20, 30, 40, 49]
+    assert [step for step, kind in run.kinds().items() if kind == "temporary"] == [49]
+
+
+def test_a_temporary_one_is_replaced_by_the_next(folder):
+    run = Run(folder)
+    assert run.step(1, now=10) == (1, "temporary")
+    assert run.step(2, now=19) is None
+    assert run.step(3, now=20) == (3, "temporary")
+    assert run.kinds() == {3: "temporary"}
+    assert run.asked == 2
+
+
+def test_a_permanent_one_resets_the_timer_and_replaces_the_temporary(folder):
+    run = Run(folder, keep=[(3,)])
+    assert run.step(2, now=10) == (2, "temporary")
+    assert run.step(3, now=15) == (3, "permanent")
+    assert run.kinds() == {3: "permanent"}
+    assert run.step(4, now=24) is None
+    assert run.step(5, now=25) == (5, "temporary")
+    assert run.kinds() == {3: "permanent", 5: "temporary"}
+
+
+def test_step_0_is_not_saved_and_restarts_the_timer(tmp_path):
+    run = Run(tmp_path, keep=[(1,)])
+    assert run.step(0, now=500) is None
+    run = Run(tmp_path)
+    assert run.step(0, now=500) is None
+    assert run.step(1, now=509) is None
+    assert run.step(2, now=510) == (2, "temporary")
+    assert run.step(0, force=True) == (0, "permanent")
+
+
+def test_final_save_of_a_step_just_saved_as_temporary_survives(folder):
+    run = Run(folder)
+    assert run.step(9, now=10) == (9, "temporary")
+    assert run.step(9, force=True) == (9, "permanent")
+    assert run.kinds() == {9: "permanent"}
+    assert run.step(10, now=30) == (10, "temporary")
+    assert run.kinds() == {9: "permanent", 10: "temporary"}
+
+
+def test_the_same_step_is_written_once(tmp_path):
+    run = Run(tmp_path, keep=[(3,)])
+    assert run.step(3) == (3, "permanent")
+    assert run.step(3, force=True) is None
+    assert run.step(4, interrupted=True) == (4, "temporary")
+    assert run.step(4, interrupted=True) is None
+    assert run.asked == 2
+
+
+def test_an_interrupted_run_leaves_a_temporary_one_that_the_next_attempt_replaces(folder):
+    run = Run(folder, seconds=None)
+    assert run.step(0, interrupted=True) == (0, "temporary")
+    again = Run(folder, keep=[(2,)], seconds=None)
+    assert again.step(1) is None
+    assert again.kinds() == {0: "temporary"}
+    again.step(2)
+    assert again.kinds() == {2: "permanent"}
+
+
+def test_restart_forgets_no_temporary_one_of_its_own(folder):
+    Run(folder).step(1, now=10)
+    Run(folder, run_id="other").step(1, now=10)
+    again = Run(folder)
+    again.step(5, now=10)
+    assert again.kinds() == {5: "temporary"}
+    assert Run(folder, run_id="other").kinds() == {1: "temporary"}
+
+
+def test_temporary_ones_of_another_run_in_the_same_folder_stay(tmp_path):
+    """A folder that does not end with the id, by `${run_id}` inside its name."""
+    Run(tmp_path / "x-${run_id}", run_id="a").step(1, now=10)
+    os.rename(tmp_path / "x-a", tmp_path / "x-b")
+    other = Run(tmp_path / "x-${run_id}", run_id="b")
+    other.step(5, now=10)
+    assert other.kinds() == {1: "temporary", 5: "temporary"}
+
+
+def test_old_temporary_ones_stay_if_told_so(tmp_path):
+    Run(tmp_path).step(1, now=10)
+    again = Run(tmp_path, delete_old_temp_checkpoints=False)
+    again.step(5, now=10)
+    again.step(6, now=20)
+    assert again.kinds() == {1: "temporary", 6: "temporary"}
+
+
+def test_a_checkpoint_that_became_permanent_is_not_deleted(tmp_path):
+    """Somebody rewrites the marker of the temporary one to keep it."""
+    run = Run(tmp_path)
+    run.step(1, now=10)
+    path = f"{run.folder}/step-1/metadata.json"
+    with open(path) as file:
+        text = file.read().replace('"is_temporary": true', '"is_temporary": false')
+    with open(path, "w") as file:
+        file.write(text)
+    run.step(2, now=20)
+    assert run.kinds() == {1: "permanent", 2: "temporary"}
+
+
+def test_newest_wins_although_the_clock_went_back(tmp_path, monkeypatch):
+    Run(tmp_path, keep=[(1,)]).step(7)
+    moment = time.time()
+    monkeypatch.setattr(time, "time", lambda: moment - 3600)
+    run = Run(tmp_path, keep=[(1,)])
+    run.step(8)
+    run.step(9)
+    assert find_latest(run.folder).metadata.step == 9
+
+
+@pytest.mark.parametrize(
+    ("mode", "saved"),
+    [("never", []), ("improved", [1, 3]), ("always", [1, 2, 3, 4])],
+)
+def test_save_after_evaluation(tmp_path, mode, saved):
+    run = Run(tmp_path, seconds=None, save_after_eval=mode)
+    results = {0: True, 1: True, 2: False, 3: True, 4: False, 5: None}
+    found = [step for step, improved in results.items() if run.step(step, improved=improved)]
+    assert found == saved
+
+
+def test_the_best_one_stays_until_a_better_one(folder):
+    run = Run(folder, save_after_eval="improved")
+    run.step(1, improved=True)
+    run.step(2, now=10, improved=False)
+    run.step(3, now=20)
+    assert sorted(run.kinds()) == [1, 3]
+    again = Run(folder, save_after_eval="improved")
+    again.step(4, now=10)
+    assert sorted(again.kinds()) == [1, 4]
+    again.step(5, improved=True)
+    assert sorted(again.kinds()) == [5]
+    again.step(6, force=True, improved=False)
+    assert again.kinds() == {5: "temporary", 6: "permanent"}
+
+
+def test_report_says_what_was_saved(tmp_path):
+    run = Run(tmp_path)
+    run.step(4, force=True)
+    report = run.checkpointer.last
+    assert report.path == f"{run.folder}/step-4"
+    assert report.bytes == load(report.path).metadata.num_bytes > 300
+    assert 0 < report.seconds < 10
+    marks = load(report.path).metadata
+    assert (marks.run_id, marks.run_name) == ("me", "name of me")
+
+
+def test_a_failed_save_keeps_the_old_one_and_is_not_retried_at_every_step(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.step(1, now=10)
+    real = store.write_tensors
+
+    def failing(write, tensors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write_tensors", failing)
+    with pytest.raises(CheckpointError, match="disk is full"):
+        run.step(2, now=20)
+    assert run.kinds() == {1: "temporary"}
+    monkeypatch.setattr(store, "write_tensors", real)
+    assert run.step(3, now=21) is None
+    assert run.step(4, now=30) == (4, "temporary")
+    assert run.kinds() == {4: "temporary"}
+
+
+def test_remains_of_a_killed_save_are_tidied_up(tmp_path):
+    run = Run(tmp_path)
+    run.step(1, now=10)
+    run.step(2, force=True)
+    os.makedirs(f"{run.folder}/.tmp-step-9-123/x")
+    os.rename(f"{run.folder}/step-2", f"{run.folder}/.old-step-2-123")
+    assert find_latest(run.folder).metadata.step == 2
+    again = Run(tmp_path)
+    again.step(3, force=True)
+    assert sorted(os.listdir(run.folder)) == ["step-2", "step-3"]
+    assert load(f"{run.folder}/step-2").values["step"] == 2
+
+
+def test_a_checkpoint_set_aside_goes_once_its_successor_is_there(tmp_path):
+    run = Run(tmp_path)
+    run.step(2, force=True)
+    os.rename(f"{run.folder}/step-2", f"{run.folder}/.old-step-2-123")
+    Run(tmp_path).step(5, force=True)
+    store.write(run.folder, small_state(8), step=2, is_temporary=False)
+    os.makedirs(f"{run.folder}/.old-step-2-124")
+    Run(tmp_path).step(6, force=True)
+    assert sorted(os.listdir(run.folder)) == ["step-2", "step-5", "step-6"]
+    assert load(f"{run.folder}/step-2").values["step"] == 8

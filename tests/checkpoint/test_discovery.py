@@ -1,0 +1,185 @@
+"""Which checkpoint a run starts from: newest, intact, and from the right folder."""
+
+import os
+import shutil
+
+import pytest
+from checkpoint_states import small_state
+
+from ostro.checkpoint import find_latest, scan, which_checkpoint, write
+from ostro.errors import CheckpointError
+
+
+def save(folder, step, timestamp=None, **fields):
+    fields = {"is_temporary": False, "timestamp": timestamp} | fields
+    write(folder, small_state(step), step=step, **fields)
+    return f"{folder}/step-{step}"
+
+
+def found(path):
+    saved = find_latest(path)
+    return None if saved is None else saved.metadata.step
+
+
+def test_found_at_its_folder_its_parent_and_from_far_above(folder):
+    path = save(f"{folder}/gpt2/run1", 5)
+    for above in (path, f"{path}/", f"{folder}/gpt2/run1", f"{folder}/gpt2", folder):
+        assert found(above) == 5
+
+
+def test_newest_by_commit_time_wins_over_the_higher_step(folder):
+    save(folder, 20, timestamp=1000)
+    save(f"{folder}/again", 10, timestamp=2000)
+    assert found(folder) == 10
+
+
+def test_higher_step_wins_at_the_same_time(folder):
+    for step in (10, 30, 20):
+        save(folder, step, timestamp=1000)
+    assert found(folder) == 30
+    assert [metadata.step for _, metadata in scan(folder)] == [30, 20, 10]
+
+
+def test_temporary_and_permanent_ones_count_alike(folder):
+    save(folder, 10, timestamp=1000)
+    save(folder, 11, timestamp=1001, is_temporary=True)
+    assert found(folder) == 11
+
+
+def test_nothing_there(tmp_path):
+    assert found(str(tmp_path)) is None
+    assert found(str(tmp_path / "no/such/folder")) is None
+    assert found("memory://no-such-store/run") is None
+
+
+def test_an_unfinished_folder_does_not_count(tmp_path):
+    run = str(tmp_path)
+    save(run, 10, timestamp=1000)
+    os.remove(f"{save(run, 20, timestamp=2000)}/metadata.json")
+    shutil.copytree(f"{run}/step-10", f"{run}/.tmp-step-30-1")
+    assert found(run) == 10
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "garbage metadata"])
+def test_a_damaged_newest_one_is_named_and_skipped(tmp_path, caplog, damage):
+    run = str(tmp_path)
+    save(run, 10, timestamp=1000)
+    path = save(run, 20, timestamp=2000)
+    name = "metadata.json" if damage == "garbage metadata" else "optimizer.safetensors"
+    if damage == "truncated":
+        os.truncate(f"{path}/{name}", 9)
+    elif damage == "missing":
+        os.remove(f"{path}/{name}")
+    elif damage == "flipped":
+        with open(f"{path}/{name}", "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x7f")
+    else:
+        with open(f"{path}/{name}", "w") as file:
+            file.write("{}}")
+    assert found(run) == 10
+    assert f"{path}/{name}" in caplog.text
+    caplog.clear()
+    shutil.rmtree(f"{run}/step-10")
+    assert found(run) is None
+    assert f"{path}/{name}" in caplog.text
+
+
+def test_a_path_that_is_no_folder_is_looked_up_as_a_run_name(folder):
+    save(f"{folder}/gpt2/id1", 10, timestamp=1000, run_name="my_run")
+    save(f"{folder}/gpt2/id2", 20, timestamp=1001, run_name="my_run")
+    save(f"{folder}/gpt2/id3", 30, timestamp=1002, run_name="another")
+    assert found(f"{folder}/gpt2/my_run") == 20
+    assert found(f"{folder}/gpt2/another/") == 30
+    assert found(f"{folder}/gpt2/nobody") is None
+
+
+def test_a_relative_run_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("checkpoints/id1", 10, run_name="my_run")
+    assert str(find_latest("checkpoints")) == "checkpoints/id1/step-10"
+    assert found("my_run") == 10
+    assert found("other") is None
+
+
+def test_linked_folders_are_followed_and_loops_end(tmp_path):
+    save(str(tmp_path / "big/run"), 10)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/run").symlink_to(tmp_path / "big/run")
+    (tmp_path / "here/loop").symlink_to(tmp_path / "here")
+    assert found(str(tmp_path / "here")) == 10
+    assert len(scan(str(tmp_path))) == 1
+
+
+# The decision, with a search that is a dictionary
+
+OWN, PATH, INIT = "runs/me", "runs/other", "runs/start"
+
+
+def decide(there, **settings):
+    return which_checkpoint(OWN, {place: f"{place}/step-9" for place in there}.get, **settings)
+
+
+@pytest.mark.parametrize(
+    ("load_checkpoint", "path", "init", "there", "source"),
+    [
+        # null: resume what there is, else initialize_from, else scratch
+        (None, None, None, [OWN], "own"),
+        (None, None, None, [], "scratch"),
+        (None, None, INIT, [OWN, INIT], "own"),
+        (None, None, INIT, [INIT], "initialize_from"),
+        (None, PATH, None, [OWN, PATH], "own"),
+        (None, PATH, None, [PATH], "load_checkpoint_path"),
+        (None, PATH, INIT, [PATH, INIT], "load_checkpoint_path"),
+        (None, PATH, None, [], "scratch"),
+        (None, PATH, INIT, [INIT], "initialize_from"),
+        # true: must resume
+        (True, None, None, [OWN], "own"),
+        (True, PATH, None, [PATH], "load_checkpoint_path"),
+        (True, PATH, None, [OWN, PATH], "own"),
+        # false: never resumes
+        (False, None, None, [OWN], "scratch"),
+        (False, PATH, None, [OWN, PATH], "scratch"),
+        (False, None, INIT, [OWN, INIT], "initialize_from"),
+    ],
+)
+def test_what_a_run_starts_from(load_checkpoint, path, init, there, source):
+    decision = decide(
+        there,
+        load_checkpoint=load_checkpoint,
+        load_checkpoint_path=path,
+        initialize_from=init,
+    )
+    assert decision.source == source
+    places = {"own": OWN, "load_checkpoint_path": PATH, "initialize_from": INIT}
+    expected = None if source == "scratch" else f"{places[source]}/step-9"
+    assert decision.saved == expected
+    assert (expected or "scratch") in decision.message
+    not_used = path is not None and (load_checkpoint is False or not {OWN, PATH} & set(there))
+    assert [PATH in warning for warning in decision.warnings] == [True] * not_used
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "named"),
+    [
+        ({"load_checkpoint": True}, [], [OWN]),
+        ({"load_checkpoint": True, "load_checkpoint_path": PATH}, [], [OWN, PATH]),
+        ({"load_checkpoint": True, "initialize_from": INIT}, [INIT], [OWN]),
+        ({"initialize_from": INIT}, [], [INIT]),
+        ({"load_checkpoint": False, "initialize_from": INIT}, [OWN], [INIT]),
+    ],
+)
+def test_what_is_an_error(settings, there, named):
+    with pytest.raises(CheckpointError) as error:
+        decide(there, **settings)
+    for place in named:
+        assert place in str(error.value)
+
+
+def test_decision_on_real_folders(folder):
+    save(f"{folder}/other", 3)
+    decision = which_checkpoint(f"{folder}/me", load_checkpoint_path=f"{folder}/other")
+    assert (decision.source, decision.saved.metadata.step) == ("load_checkpoint_path", 3)
+    save(f"{folder}/me", 4)
+    decision = which_checkpoint(f"{folder}/me", load_checkpoint_path=f"{folder}/other")
+    assert (decision.source, decision.saved.metadata.step) == ("own", 4)
