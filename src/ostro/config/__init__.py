@@ -1,5 +1,28 @@
 """Configuration: files, flags and defaults become one tree whose leaves know their origin."""
 
+from ostro.config.aliases import Alias
 from ostro.config.choice import Choice
+from ostro.config.encode import dump_yaml, encode
+from ostro.config.fields import field_docs
+from ostro.config.files import script_folders
+from ostro.config.help import format_tree, help_text
+from ostro.config.loading import Loaded, check, load
+from ostro.config.main import main, split_words
+from ostro.config.schema import json_schema
 
-__all__ = ["Choice"]
+__all__ = [
+    "Alias",
+    "Choice",
+    "Loaded",
+    "check",
+    "dump_yaml",
+    "encode",
+    "field_docs",
+    "format_tree",
+    "help_text",
+    "json_schema",
+    "load",
+    "main",
+    "script_folders",
+    "split_words",
+]

@@ -14,6 +14,11 @@ class Choice(draccus.ChoiceRegistry):
     default_type: ClassVar[str | None] = None
     """The type taken when a configuration names none; None makes `type` required."""
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if Choice in cls.__bases__:  # draccus would share one table among all our registries
+            cls._choice_registry = {}
+
     @classmethod
     def default_choice_name(cls) -> str | None:
         """What draccus asks for; see `default_type`."""

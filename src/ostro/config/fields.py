@@ -1,0 +1,163 @@
+"""What a config class declares: fields, types, registries, docstrings."""
+
+import ast
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from ostro.config.nodes import join
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """Field types of a dataclass, with textual annotations resolved."""
+    return get_type_hints(cls)
+
+
+def members(tp: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; one type alone is a union of one."""
+    if get_origin(tp) is Annotated:
+        return members(get_args(tp)[0])
+    if get_origin(tp) in (Union, types.UnionType):
+        return tuple(inner for member in get_args(tp) for inner in members(member))
+    return (tp,)
+
+
+def is_registry(tp: Any) -> bool:
+    """True for a class whose `type` picks another class, False for what is registered."""
+    known = getattr(tp, "get_known_choices", None)
+    return isinstance(tp, type) and known is not None and tp not in known().values()
+
+
+def is_text_class(tp: Any) -> bool:
+    """True for a class that reads itself from text, such as `units.Precision`."""
+    return isinstance(tp, type) and hasattr(tp, "from_text")
+
+
+def is_record(tp: Any) -> bool:
+    """True for what is written as a mapping with fixed keys: a dataclass or a registry."""
+    return is_registry(tp) or (isinstance(tp, type) and is_dataclass(tp) and not is_text_class(tp))
+
+
+def is_list(tp: Any) -> bool:
+    """True for `list[T]` and `tuple[...]`."""
+    return (get_origin(tp) or tp) in (list, tuple)
+
+
+def is_dict(tp: Any) -> bool:
+    """True for `dict[K, V]`."""
+    return (get_origin(tp) or tp) is dict
+
+
+def element(tp: Any, index: int = 0) -> Any:
+    """The type of an element of `list[T]`, `tuple[T, ...]` or `tuple[A, B]`."""
+    args = get_args(tp)
+    if not args:
+        return Any
+    if get_origin(tp) is tuple and Ellipsis not in args:
+        return args[min(index, len(args) - 1)]
+    return args[0]
+
+
+def choice_name(cls: type) -> str | None:
+    """The `type` of a registered class; None for a class that is in no registry."""
+    if not hasattr(cls, "get_known_choices") or is_registry(cls):
+        return None
+    return cls.get_choice_name(cls)  # type: ignore[attr-defined]
+
+
+def default_of(field: Field) -> Any:
+    """The default of a field, or MISSING (also when its factory needs arguments)."""
+    if field.default is not MISSING:
+        return field.default
+    if field.default_factory is MISSING:
+        return MISSING
+    try:
+        return field.default_factory()
+    except TypeError:  # the class of a nested section has required fields of its own
+        return MISSING
+
+
+def settable(cls: type) -> list[Field]:
+    """The fields that a configuration can give."""
+    return [field for field in fields(cls) if field.init]
+
+
+def records(tp: Any) -> Iterator[type]:
+    """Every dataclass that a field of this type may hold, choices and elements included."""
+    for member in members(tp):
+        if is_registry(member):
+            yield from member.get_known_choices().values()
+        elif is_record(member):
+            yield member
+        elif is_list(member):
+            yield from records(element(member))
+
+
+def dotted_names(cls: type, path: str = "", seen: tuple[type, ...] = ()) -> Iterator[str]:
+    """Every setting's dotted name, below every choice of every registry."""
+    for field in settable(cls):
+        name = join(path, field.name)
+        yield name
+        tp = hints(cls)[field.name]
+        if any(is_registry(member) for member in members(tp)):
+            yield f"{name}.type"
+        for record in records(tp):
+            if record not in (*seen, cls):
+                yield from dotted_names(record, name, (*seen, cls))
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field, inherited ones included; empty without source."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not is_dataclass(base):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+        for statement, following in pairwise(body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            ):
+                docs[statement.target.id] = inspect.cleandoc(following.value.value)
+    return docs
+
+
+def type_text(tp: Any) -> str:
+    """A field's type as a user reads it: `int | null`, `list of text`, `cosine | linear`."""
+    names = {int: "int", float: "float", bool: "bool", str: "text", type(None): "null"}
+    parts = []
+    for member in members(tp):
+        if get_origin(member) is not None and repr(get_origin(member)) == "typing.Literal":
+            parts += [literal_text(value) for value in get_args(member)]
+        elif is_list(member):
+            parts.append(f"list of {type_text(element(member))}")
+        elif is_dict(member):
+            args = get_args(member)
+            parts.append(f"mapping to {type_text(args[1])}" if args else "mapping")
+        elif is_registry(member):
+            parts.append("type " + "|".join(member.get_known_choices()))
+        elif member in names:
+            parts.append(names[member])
+        else:
+            kind = getattr(member, "__name__", str(member))
+            parts.append("duration" if kind == "timedelta" else kind)
+    return " | ".join(dict.fromkeys(parts))
+
+
+def literal_text(value: Any) -> str:
+    """A value of a `Literal` as YAML writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

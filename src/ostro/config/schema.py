@@ -1,0 +1,114 @@
+"""The JSON schema of a config class, for editors."""
+
+from datetime import timedelta
+from typing import Any, Literal, get_args, get_origin
+
+from ostro.config.encode import encode
+from ostro.config.fields import (
+    default_of,
+    element,
+    field_docs,
+    hints,
+    is_dict,
+    is_list,
+    is_record,
+    is_registry,
+    members,
+    settable,
+)
+
+_SIMPLE = {
+    str: {"type": "string"},
+    bool: {"type": "boolean"},
+    # YAML readers of editors take `1e-4` for text, and we read it as the number it is
+    int: {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^[+-]?\d[\d_]*$"}]},
+    float: {
+        "anyOf": [
+            {"type": "number"},
+            {"type": "string", "pattern": r"^[+-]?[\d_.]+([eE][+-]?\d+)?$"},
+        ]
+    },
+    timedelta: {"type": ["string", "number"]},
+    type(None): {"type": "null"},
+}
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """The schema (draft 2020-12) of the files that `load(cls, ...)` reads."""
+    definitions: dict[str, Any] = {}
+    top = _reference(cls, definitions)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top, "$defs": definitions}
+
+
+def _reference(cls: type, definitions: dict[str, Any], type_name: str | None = None) -> dict:
+    name = cls.__qualname__ if type_name is None else f"{cls.__qualname__}:{type_name}"
+    name = name.replace("<locals>.", "")
+    if name not in definitions:
+        definitions[name] = {}  # taken, so that a class may refer to itself
+        definitions[name].update(_object(cls, definitions, type_name))
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _object(cls: type, definitions: dict[str, Any], type_name: str | None) -> dict[str, Any]:
+    docs, properties, required = field_docs(cls), {}, []
+    if type_name is not None:
+        properties["type"] = {"const": type_name}
+    for item in settable(cls):
+        schema = dict(_schema(hints(cls)[item.name], definitions))
+        if item.name in docs:
+            schema["description"] = docs[item.name]
+        default = default_of(item)
+        try:
+            schema["default"] = encode(default)
+        except Exception:
+            required.append(item.name)
+        properties[item.name] = schema
+    result = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {**result, "required": required} if required else result
+
+
+def _schema(tp: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    options = [_member(member, definitions) for member in members(tp)]
+    return options[0] if len(options) == 1 else {"anyOf": options}
+
+
+def _member(tp: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    if tp in _SIMPLE:
+        return _SIMPLE[tp]
+    if get_origin(tp) is Literal:
+        return {"enum": list(get_args(tp))}
+    if is_registry(tp):
+        return _registry(tp, definitions)
+    if is_record(tp):
+        return {"anyOf": [_reference(tp, definitions), {"type": "null"}]}
+    if is_list(tp):
+        return {"type": "array", "items": _schema(element(tp), definitions)}
+    if is_dict(tp):
+        args = get_args(tp)
+        return {
+            "type": "object",
+            "additionalProperties": _schema(args[1], definitions) if args else True,
+        }
+    return {"type": "string"} if hasattr(tp, "from_text") else {}
+
+
+def _registry(tp: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    known, default = tp.get_known_choices(), tp.default_choice_name()
+    rules = [
+        {
+            "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
+            "then": _reference(cls, definitions, name),
+        }
+        for name, cls in known.items()
+    ]
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"type": {"enum": list(known)}},
+        "allOf": rules,
+    }
+    if default is None:
+        schema["required"] = ["type"]
+    elif default in known:
+        untyped = {"if": {"not": {"required": ["type"]}}}
+        rules.append({**untyped, "then": _reference(known[default], definitions, default)})
+    return {"anyOf": [schema, {"type": "string"}]}
