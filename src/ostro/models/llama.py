@@ -7,8 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ostro.axes import EMBED, HEADS, MLP, VOCAB
-from ostro.errors import Problem, did_you_mean
-from ostro.models.lm_model import LmConfig, LmModel, run_block, size_problems
+from ostro.errors import Problem
+from ostro.models.lm_model import (
+    LmConfig,
+    LmModel,
+    activation_problems,
+    run_block,
+    size_problems,
+)
 from ostro.nn import (
     ACTIVATIONS,
     Embedding,
@@ -85,10 +91,7 @@ class LlamaConfig(LmConfig):
         more = ("num_kv_heads", "head_dim", "initializer_range", "layer_norm_epsilon")
         wrong_sizes = list(size_problems(self, sizes + more))
         yield from wrong_sizes
-        if self.activation_function not in ACTIVATIONS:
-            rule = "must be one of " + ", ".join(ACTIVATIONS)
-            advice = did_you_mean(self.activation_function, ACTIVATIONS)
-            yield Problem("activation_function", rule, advice)
+        yield from activation_problems(self.activation_function)
         if wrong_sizes:
             return
         if self.head_dim is None and self.hidden_dim % self.num_heads:

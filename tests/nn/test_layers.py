@@ -1,0 +1,66 @@
+"""Layers: dtype rules, axis names, attention against a plain formula."""
+
+import pytest
+import torch
+
+from ostro.nn import Embedding, LayerNorm, Linear, RMSNorm, causal_attention, initialize
+from ostro.nn.attention import segment_mask
+from ostro.nn.rotary import DefaultRotaryConfig, apply_rotary
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_compute_in_the_dtype_of_their_input(dtype):
+    x = torch.randn(3, 8).to(dtype)
+    for layer in (
+        Linear(("embed", 8), ("mlp", 12)),
+        LayerNorm(("embed", 8), eps=1e-5),
+        RMSNorm(("embed", 8), eps=1e-5),
+    ):
+        initialize(layer, 0)
+        y = layer(x)
+        assert y.dtype == dtype
+        y.float().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_norm_statistics_are_float32():
+    x = (torch.randn(4, 512) * 3 + 100).to(torch.bfloat16)
+    for layer in (LayerNorm(("embed", 512), eps=1e-5), RMSNorm(("embed", 512), eps=1e-5)):
+        initialize(layer, 0)
+        expected = layer(x.float())
+        assert (layer(x).float() - expected).abs().max() <= expected.abs().max() / 100
+
+
+def test_linear_is_out_by_in_and_names_its_dims():
+    layer = Linear(("embed", 8), ("mlp", 12), bias=False)
+    assert layer.weight.shape == (12, 8) and layer.bias is None
+    assert layer.parameter_axes["weight"].names == ("mlp", "embed")
+    table = Embedding(("vocab", 10), ("embed", 8))
+    assert table.parameter_axes["weight"].names == ("vocab", "embed")
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_the_plain_formula(kv_heads, masked):
+    query = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, kv_heads, 9, 8, dtype=torch.float64)
+    segments = torch.tensor([[0] * 5 + [1] * 4, [0] * 9])
+    mask = segment_mask(segments) if masked else None
+    found = causal_attention(query, key, value, scale=0.3, mask=mask)
+    keys, values = (x.repeat_interleave(4 // kv_heads, 1) for x in (key, value))
+    logits = 0.3 * query @ keys.transpose(-1, -2)
+    allowed = mask if masked else torch.ones(9, 9).tril().bool()
+    expected = logits.masked_fill(~allowed, -torch.inf).softmax(-1) @ values
+    torch.testing.assert_close(found, expected)
+
+
+def test_rotary_logits_depend_on_distance_only():
+    config = DefaultRotaryConfig()
+    query, key = torch.randn(2, 16, dtype=torch.float64)
+
+    def logit(p, q):
+        cos, sin = config.tables(torch.tensor([p, q]), 16)
+        return apply_rotary(query, cos[0], sin[0]) @ apply_rotary(key, cos[1], sin[1])
+
+    torch.testing.assert_close(logit(3, 1), logit(30, 28), rtol=1e-4, atol=1e-4)
+    assert (logit(3, 1) - logit(3, 2)).abs() > 1e-3
