@@ -214,6 +214,7 @@ def make_schedule(
             )
 
         decay_start = stop - num_decay
+        kind: PhaseKind
         for kind, first_step, last_step, first in (
             (ramp, start, start + num_warmup, end),
             ("stable", start + num_warmup, decay_start, peak),

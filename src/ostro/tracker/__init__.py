@@ -1,0 +1,31 @@
+"""Trackers: where the figures of a run go."""
+
+from ostro.tracker.console import ConsoleConfig
+from ostro.tracker.json_logger import JsonLoggerConfig
+from ostro.tracker.tensorboard import TensorboardConfig
+from ostro.tracker.tracker import (
+    CompositeTracker,
+    NoopConfig,
+    NoopTracker,
+    RunInfo,
+    Tracker,
+    TrackerConfig,
+    build_trackers,
+    run_folder,
+)
+from ostro.tracker.wandb import WandbConfig
+
+__all__ = [
+    "CompositeTracker",
+    "ConsoleConfig",
+    "JsonLoggerConfig",
+    "NoopConfig",
+    "NoopTracker",
+    "RunInfo",
+    "TensorboardConfig",
+    "Tracker",
+    "TrackerConfig",
+    "WandbConfig",
+    "build_trackers",
+    "run_folder",
+]
