@@ -4,10 +4,19 @@ import os
 import time
 from datetime import timedelta
 
+import fsspec
 import pytest
 from checkpoint_states import small_state
 
-from ostro.checkpoint import CheckpointerConfig, CheckpointInterval, find_latest, load, scan, store
+from ostro.checkpoint import (
+    CheckpointerConfig,
+    CheckpointInterval,
+    find_latest,
+    load,
+    scan,
+    storage,
+    store,
+)
 from ostro.errors import CheckpointError
 
 
@@ -242,3 +251,16 @@ def test_a_checkpoint_set_aside_goes_once_its_successor_is_there(tmp_path):
     Run(tmp_path).step(6, force=True)
     assert sorted(os.listdir(run.folder)) == ["step-2", "step-5", "step-6"]
     assert load(f"{run.folder}/step-2").values["step"] == 8
+
+
+def test_a_store_killed_while_it_moved_a_checkpoint_aside(folder):
+    """Its copy is complete, the original has lost files: the copy takes its place again."""
+    run = Run(folder)
+    run.step(2, force=True)
+    fs, path = fsspec.url_to_fs(run.folder)
+    fs.copy(f"{path}/step-2", f"{path}/.old-step-2-123", recursive=True)
+    fs.rm_file(f"{path}/step-2/metadata.json")
+    assert find_latest(run.folder).metadata.step == 2
+    Run(folder).step(6, force=True)
+    assert storage.names(run.folder) == ["step-2", "step-6"]
+    assert load(f"{run.folder}/step-2").values["step"] == 2

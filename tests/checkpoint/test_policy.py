@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostro.checkpoint import CheckpointerConfig, CheckpointInterval, Policy
+from ostro.checkpoint import CheckpointerConfig, CheckpointInterval, Policy, disk_bytes
 
 
 def policy(*keep, seconds=None):
@@ -77,9 +77,12 @@ def test_step_0_is_saved_only_when_forced():
     assert rule.due(0, 0.0, force=True) == "permanent"
 
 
-def test_most_on_disk_counts_the_temporary_one_and_the_forced_last():
-    assert policy((5,)).most_on_disk(12) == 3  # 5, 10, 11
-    assert policy((5,), seconds=1).most_on_disk(12) == 4
+def test_disk_counts_the_last_step_and_the_temporary_one_being_replaced():
+    keep = [CheckpointInterval(5)]  # 5, 10 and the last step, 11
+    assert disk_bytes(CheckpointerConfig(keep=keep, save_interval=None), 12, 100) == (3, 300)
+    assert disk_bytes(CheckpointerConfig(keep=keep), 12, 100) == (3, 400)
+    best = CheckpointerConfig(keep=keep, save_after_eval="improved")
+    assert disk_bytes(best, 12, 100) == (3, 500)
 
 
 def problems(**fields):

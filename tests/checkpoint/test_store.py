@@ -77,7 +77,7 @@ def test_files_are_ordinary_safetensors(tmp_path):
 
 def test_size_is_known_before_writing(tmp_path):
     state = small_state(3)
-    predicted = checkpoint_bytes(state)
+    predicted = checkpoint_bytes(state.tensors, state.values, state.texts)
     path = save(str(tmp_path), 3)
     actual = sum(os.path.getsize(f"{path}/{name}") for name in os.listdir(path))
     assert abs(predicted - actual) <= 60  # the run's name and the digits of the time
@@ -86,7 +86,7 @@ def test_size_is_known_before_writing(tmp_path):
 def test_size_needs_no_weights():
     def state(device):
         tensors = {f"layer{i}.weight": torch.empty(300, 200, device=device) for i in range(4)}
-        return State({"model": tensors, "optimizer": {"moment": torch.empty(7, device=device)}})
+        return {"model": tensors, "optimizer": {"moment": torch.empty(7, device=device)}}
 
     assert checkpoint_bytes(state("meta")) == checkpoint_bytes(state("cpu"))
     assert checkpoint_bytes(state("meta")) > 4 * 300 * 200 * 4
@@ -243,7 +243,8 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
 def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    need = checkpoint_bytes(small_state(7))
+    state = small_state(7)
+    need = checkpoint_bytes(state.tensors, state.values, state.texts)
     with pytest.raises(CheckpointError, match=rf"needs .* \({need} bytes\).* 1\.0 KB free"):
         save(str(tmp_path / "run"))
     assert not os.path.exists(tmp_path / "run")
@@ -288,3 +289,16 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         save(str(tmp_path / "run"))
+
+
+def test_interrupted_before_anything_was_written_on_a_store(monkeypatch):
+    """Ctrl-C while the old checkpoint is being copied aside must not delete it."""
+    path = save("memory://interrupted", 7)
+
+    def interrupted(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.storage, "move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write("memory://interrupted", small_state(9), step=7, is_temporary=False)
+    assert load(path).values["step"] == 7

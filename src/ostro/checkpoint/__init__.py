@@ -1,6 +1,6 @@
 """Checkpoints: when to save, atomic and checksummed storage, and what to resume from."""
 
-from ostro.checkpoint.checkpointer import Checkpointer, CheckpointerConfig, SaveReport
+from ostro.checkpoint.checkpointer import Checkpointer, CheckpointerConfig, SaveReport, disk_bytes
 from ostro.checkpoint.discovery import Decision, find_latest, scan, which_checkpoint
 from ostro.checkpoint.metadata import Metadata
 from ostro.checkpoint.policy import CheckpointInterval, Policy
@@ -17,6 +17,7 @@ __all__ = [
     "Saved",
     "State",
     "checkpoint_bytes",
+    "disk_bytes",
     "find_latest",
     "load",
     "scan",

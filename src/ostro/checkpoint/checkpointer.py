@@ -64,6 +64,15 @@ class CheckpointerConfig:
         return Checkpointer(self, run_id, run_name, clock)
 
 
+def disk_bytes(config: CheckpointerConfig, num_steps: int, size: int) -> tuple[int, int]:
+    """How many checkpoints of `size` bytes a run of `num_steps` leaves for good, and the most
+    bytes it has on disk at one time: a temporary one goes only once its successor is complete.
+    """
+    kept = len(config.policy.kept_steps(num_steps))
+    best = config.save_after_eval != "never"
+    return kept, (kept + (config.save_interval is not None) + best) * size
+
+
 @dataclass(frozen=True)
 class SaveReport:
     """One save that succeeded."""
@@ -187,7 +196,17 @@ class Checkpointer:
         """Delete a half-written folder; put back a checkpoint whose successor never came."""
         path = f"{self.folder}/{name}"
         original = f"{self.folder}/{name.removeprefix(storage.ASIDE).rpartition('-')[0]}"
-        if name.startswith(storage.ASIDE) and not storage.is_folder(original):
+        if name.startswith(storage.ASIDE) and _is_complete(path) and not _is_complete(original):
+            if storage.is_folder(original):
+                storage.remove(original)
             storage.move(path, original)
         elif name.startswith((storage.ASIDE, storage.PARTIAL)):
             storage.remove(path)
+
+
+def _is_complete(path: str) -> bool:
+    try:
+        read_metadata(path)
+    except CheckpointError:
+        return False
+    return True

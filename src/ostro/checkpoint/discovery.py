@@ -97,7 +97,7 @@ def which_checkpoint(
             if (saved := find(load_checkpoint_path)) is not None:
                 return Decision(saved, "load_checkpoint_path", f"continuing from {saved}")
             warnings.append(
-                f"load_checkpoint_path = {load_checkpoint_path} - no complete checkpoint there or below"
+                f"load_checkpoint_path = {load_checkpoint_path} - no complete checkpoint there"
             )
         if load_checkpoint:
             places = [own] if load_checkpoint_path is None else [own, load_checkpoint_path]

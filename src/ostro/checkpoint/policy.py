@@ -66,13 +66,6 @@ class Policy:
         steps = self.permanent_steps(last)
         return steps if steps[-1:] == [last] else [*steps, last]
 
-    def most_on_disk(self, num_steps: int) -> int:
-        """The largest number of checkpoints a run of `num_steps` has on disk at one time.
-
-        The last temporary one goes only when the save that replaces it is complete.
-        """
-        return len(self.kept_steps(num_steps)) + (self.save_interval is not None)
-
 
 def keep_problems(keep: Sequence[CheckpointInterval]) -> Iterator[Problem]:
     """What is wrong with a list of keep intervals; settings relative to its owner."""

@@ -57,23 +57,26 @@ def step_folder(folder: str, step: int) -> str:
     return f"{folder.rstrip('/')}/step-{step}"
 
 
-def _small_files(state: State) -> dict[str, bytes]:
-    files = {_VALUES: (json.dumps(state.values, indent=2) + "\n").encode()}
-    files |= {name: text.encode() for name, text in state.texts.items()}
-    for name in [*files, *state.tensors]:
-        assert is_plain_name(name), f"{name!r} cannot be a file of a checkpoint"
-        assert name in (_VALUES, *state.tensors) or not name.endswith((".json", _SUFFIX)), name
-    return files
+def _small_files(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, bytes]:
+    for name in texts:
+        assert is_plain_name(name) and not name.endswith(_SUFFIX), name
+        assert name not in (_VALUES, storage.MARKER), name
+    files = {_VALUES: (json.dumps(values, indent=2) + "\n").encode()}
+    return files | {name: text.encode() for name, text in texts.items()}
 
 
-def checkpoint_bytes(state: State) -> int:
-    """Size of the checkpoint of `state` in bytes, without writing it.
+def checkpoint_bytes(
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    values: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> int:
+    """Size in bytes of the checkpoint of a state with these parts, without writing it.
 
     Tensors count by shape and type alone and may be on the meta device. Exact up to the few
     bytes by which the run's name and the time change the length of `metadata.json`.
     """
-    sizes = {name: len(data) for name, data in _small_files(state).items()}
-    sizes |= {group + _SUFFIX: file_size(tensors) for group, tensors in state.tensors.items()}
+    sizes = {name: len(data) for name, data in _small_files(values or {}, texts or {}).items()}
+    sizes |= {group + _SUFFIX: file_size(named) for group, named in tensors.items()}
     records = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
     marker = Metadata(10**6, 1e9, False, False, "run-id00", "run-id00", records).to_json()
     return sum(sizes.values()) + len(marker)
@@ -96,32 +99,34 @@ def write(
     where the disk is too small (before writing), fills up, or refuses; what was being written
     is removed then, and every older checkpoint is still there.
     """
-    storage.require_space(folder, checkpoint_bytes(state))
+    storage.require_space(folder, checkpoint_bytes(state.tensors, state.values, state.texts))
     local = storage.is_local(folder)
     target = step_folder(folder, step)
     aside = f"{folder.rstrip('/')}/{storage.ASIDE}step-{step}-{os.getpid()}"
     work = aside.replace(storage.ASIDE, storage.PARTIAL) if local else target
     marks = (step, time() if timestamp is None else float(timestamp), is_temporary, is_best)
-    replaced = False
+    replaced = writing = False
     try:
-        if not local and storage.is_folder(target):
-            storage.move(target, aside)
-            replaced = True
+        if not local:
+            replaced = _put_aside(target, aside)
+        writing = True
         metadata = Metadata(*marks, run_id, run_name, _write_files(work, state))
         _write_file(f"{work}/{storage.MARKER}", [metadata.to_json().encode()])
         if local:
             storage.flush_folder(work)
-            if storage.is_folder(target):
-                storage.move(target, aside)
-                replaced = True
+            replaced = _put_aside(target, aside)
             storage.move(work, target)  # the commit
     except BaseException as error:
-        _undo(work, target, aside if replaced else None)
+        with contextlib.suppress(OSError):  # the first error matters; the next save tidies up
+            if writing and storage.is_folder(work):
+                storage.remove(work)
+            if replaced and not storage.is_folder(target):
+                storage.move(aside, target)
         if isinstance(error, OSError) or (isinstance(error, Exception) and not local):
             raise CheckpointError(_failure(target, error)) from error
         raise
     if replaced:
-        with contextlib.suppress(OSError):  # committed all the same; the next run tidies up
+        with contextlib.suppress(OSError):  # committed all the same; the next attempt tidies up
             storage.remove(aside)
     return metadata
 
@@ -135,7 +140,7 @@ def _write_files(folder: str, state: State) -> dict[str, FileRecord]:
     for group, tensors in state.tensors.items():
         name = group + _SUFFIX
         records[name] = _write_file(f"{folder}/{name}", tensors)
-    for name, data in _small_files(state).items():
+    for name, data in _small_files(state.values, state.texts).items():
         records[name] = _write_file(f"{folder}/{name}", [data])
     return records
 
@@ -163,13 +168,11 @@ def _write_file(url: str, content: Mapping[str, Tensor] | Iterable[bytes]) -> Fi
     return FileRecord(size, digest.hexdigest())
 
 
-def _undo(work: str, target: str, aside: str | None) -> None:
-    """After a failed write: remove the remains, put the replaced checkpoint back."""
-    with contextlib.suppress(OSError):  # the first error matters; the next run tidies up
-        if storage.is_folder(work):
-            storage.remove(work)
-        if aside is not None and not storage.is_folder(target):
-            storage.move(aside, target)
+def _put_aside(target: str, aside: str) -> bool:
+    if not storage.is_folder(target):
+        return False
+    storage.move(target, aside)
+    return True
 
 
 def _failure(target: str, error: BaseException) -> str:
