@@ -11,7 +11,7 @@ does not know (paths, enumerations, a user's own) still go to draccus.
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, is_dataclass
+from dataclasses import MISSING, dataclass, field, is_dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, get_args, get_origin
 
@@ -39,6 +39,7 @@ from ostro.config.nodes import (
     explode,
     from_plain,
     join,
+    leaves,
     written,
 )
 from ostro.config.scalars import BadValue, plain, read_scalar
@@ -69,6 +70,8 @@ class Converter:
     """All dotted names, other spellings included, for suggestions."""
     origins: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    is_partial: bool = False
+    """True when a file is missing: what it may hold is then not asked for."""
 
     def convert(self, tp: Any, layers: list[Node], path: str, default: Any = MISSING) -> Any:
         """The value of type `tp`, or BAD."""
@@ -82,6 +85,7 @@ class Converter:
         top = layers[-1]
         self.origins[path], self.texts[path] = top.origin, written(top)
         if types in ((Any,), (object,)):
+            self.origins |= {place: leaf.origin for place, leaf in leaves(top, path)}
             return plain(top)
         if isinstance(top, Scalar) and top.is_null:
             if _NONE in types:
@@ -97,7 +101,7 @@ class Converter:
 
     def check(self, value: Any, path: str) -> None:
         """Run `problems()` of a value that comes from a default, and of all below it."""
-        for problem in find_problems(value, path):
+        for problem in find_problems(value):
             self.problems.append(self._completed(problem, value, path))
 
     def origin_of(self, path: str) -> str:
@@ -118,18 +122,28 @@ class Converter:
         registry = next((tp for tp in records if is_registry(tp)), None)
         if lists:
             inner = next((m for m in members(element(lists[0])) if is_registry(m)), registry)
-            items, single = self._fold(layers, default, inner, bool(records or dicts))
+            items, single = self._fold(layers, default, inner, path)
+            if items is BAD:
+                return BAD
             if items is not None:
                 return self._list(lists[0], items, path)
             layers, default = single.layers, single.default
         top = layers[-1] if layers else None
+        raw = getattr(top, "raw", None)
+        if raw is not None and str in scalars and not records and not dicts:
+            top = Scalar(
+                raw, top.origin, quoted=True
+            )  # a prompt such as "Q: who?"
         if isinstance(top, Scalar):
-            if scalars:
-                try:
+            try:
+                if scalars:
                     return read_scalar(scalars, top)
-                except BadValue as error:
+            except BadValue as error:
+                if registry is None:
                     return self._fail(path, str(error), error.advice)
             if registry is None and lists:
+                if not top.quoted and top.text.lstrip().startswith("["):
+                    return self._fail(path, "is not a complete list: write [a, b]")
                 return self._list(lists[0], [_Stack([top])], path)
         if isinstance(top, (Mapping, Entry)) or registry is not None:
             if records:
@@ -140,7 +154,7 @@ class Converter:
         return self._fail(path, f"must be {kinds}")
 
     def _fold(
-        self, layers: list[Node], default: Any, registry: Any, or_single: bool
+        self, layers: list[Node], default: Any, registry: Any, path: str
     ) -> tuple[list[_Stack] | None, _Stack]:
         """Merge the layers of a list, or of one element or a list of them."""
         single = _Stack([], default)
@@ -151,25 +165,30 @@ class Converter:
             if isinstance(layer, Sequence):
                 items = [_Stack([item]) for item in layer.items]
             elif isinstance(layer, Entry) and registry is not None:
-                items = self._fold_entry(layer, registry, items, single)
+                items = self._fold_entry(layer, registry, items, single, path)
             elif items is not None and (indices := _indices(layer, len(items))) is not None:
                 assert isinstance(layer, Mapping)
                 for index, node in zip(indices, layer.items.values(), strict=True):
                     items += [_Stack([])] * (index == len(items))
                     items[index].layers.append(node)
             elif items is not None:
+                if layer.origin.startswith("--") and "type" not in _items(layer):
+                    rule = f"is a list of {len(items)}"
+                    name = next(iter(_items(layer)), "")
+                    self._fail(path, rule, f"name one: --{join(join(path, 0), name)}")
+                    return BAD, single
                 items, single = None, _Stack([layer])
             else:
                 single.layers.append(layer)
         return items, single
 
     def _fold_entry(
-        self, entry: Entry, registry: Any, items: list[_Stack] | None, single: _Stack
+        self, entry: Entry, registry: Any, items: list[_Stack] | None, single: _Stack, path: str
     ) -> list[_Stack] | None:
         """Add the settings to the element of their type; join it to the others if it is new."""
         stacks = items if items is not None else [single]
         for stack in stacks:
-            if self._type(registry, stack)[0] == entry.type:
+            if self._type(registry, stack, path)[0] == entry.type:
                 stack.layers.append(entry)
                 return items
         fresh = _Stack([entry])
@@ -228,7 +247,9 @@ class Converter:
 
         return min(records, key=num_unknown)
 
-    def _type(self, registry: Any, stack: _Stack) -> tuple[str | None, list[Mapping], Any]:
+    def _type(
+        self, registry: Any, stack: _Stack, path: str
+    ) -> tuple[str | None, list[Mapping], Any]:
         """The `type` in force after all layers, the layers that count, and their default."""
         kept: list[Mapping] = []
         default, name = stack.default, registry.default_choice_name()
@@ -237,20 +258,23 @@ class Converter:
         for layer in (part for node in stack.layers for part in explode(node)):
             mapping = layer.mapping if isinstance(layer, Entry) else layer
             if isinstance(layer, Scalar):
-                if not hasattr(registry, "from_scalar"):
-                    shorthand = {"type": layer.text}
-                else:
-                    shorthand = registry.from_scalar(layer.text)
-                mapping = from_plain(shorthand, layer.origin)
-            if not isinstance(mapping, Mapping):
-                continue
-            given = mapping.items.get("type")
+                mapping = self._shorthand(registry, layer, path)
+            given = mapping.items.get("type") if isinstance(mapping, Mapping) else None
             if isinstance(given, Scalar):
                 if name is not None and given.text != name:
                     kept, default = [], MISSING
                 name = given.text
             kept.append(mapping)
         return name, kept, default
+
+    def _shorthand(self, registry: Any, node: Scalar, path: str) -> Node:
+        """What a bare word stands for in a registry: `cosine` is `{type: cosine}`."""
+        read = getattr(registry, "from_scalar", lambda text: {"type": text})
+        try:
+            return from_plain(read(node.text), node.origin)
+        except ValueError as error:
+            self._fail(path, str(error))
+            return Bad(node.origin)
 
     def _record(self, tp: Any, layers: list[Node], path: str, default: Any) -> Any:
         if isinstance(layers[-1], Scalar) and not is_registry(tp):
@@ -260,10 +284,9 @@ class Converter:
             kept = [m for m in layers if isinstance(m, Mapping)]
             kept += [m.mapping for m in layers if isinstance(m, Entry)]
             return self._dataclass(tp, kept, path, default, name)
-        try:
-            name, kept, default = self._type(tp, _Stack(layers, default))
-        except ValueError as error:
-            return self._fail(path, str(error))
+        name, kept, default = self._type(tp, _Stack(layers, default), path)
+        if any(isinstance(layer, Bad) for layer in kept):
+            return BAD
         self._tell_dropped(layers, kept, path, name)
         known = tp.get_known_choices()
         if name is not None and name not in known:
@@ -309,10 +332,12 @@ class Converter:
             stack = [layer.items[item.name] for layer in layers if item.name in layer.items]
             start = default_of(item) if default is MISSING else getattr(default, item.name)
             if not stack and start is MISSING:
+                good = False
+                if self.is_partial:
+                    continue
                 rule = f"is required ({type_text(hints(cls)[item.name])})"
                 advice = f"set it in the file or with --{place}"
                 self.problems.append(Problem(place, rule, advice))
-                good = False
                 continue
             values[item.name] = self.convert(hints(cls)[item.name], stack, place, start)
             good = good and values[item.name] is not BAD
@@ -350,7 +375,7 @@ class Converter:
             text = self.texts.get(setting)
         if text is None:
             text = value_text(value, problem.setting)
-        origin = problem.origin or self.origin_of(setting)
+        origin = problem.origin or self.origins.get(setting) or (text and "default")
         return Problem(setting, problem.rule, problem.advice, text, origin)
 
     def _unknown(
@@ -371,7 +396,8 @@ class Converter:
         ]
         elsewhere = [name for name in self.known if name.rpartition(".")[2] == key]
         elsewhere = [name for name in elsewhere if name != place]
-        aliases = [name[len(path) + 1 :] for name in self.known if name.startswith(f"{path}.")]
+        prefix = f"{path}." if path else ""
+        aliases = [name.removeprefix(prefix) for name in self.known if name.startswith(prefix)]
         rule = "is not a setting" + (f" of type {type_name}" if type_name else "")
         if owners:
             advice = f"it belongs to type {' and '.join(owners)}"
@@ -385,12 +411,12 @@ class Converter:
         self.problems.append(Problem(place, rule, advice, written(node), node.origin))
 
 
-def find_problems(value: Any, path: str) -> Iterator[Problem]:
+def find_problems(value: Any) -> Iterator[Problem]:
     """The problems of a value and of everything below it; paths relative to `value`."""
     yield from _own_problems(value)
     for key, child in children(value):
-        for problem in find_problems(child, path):
-            yield Problem(join(str(key), problem.setting), *_rest(problem))
+        for problem in find_problems(child):
+            yield replace(problem, setting=join(str(key), problem.setting))
 
 
 def children(value: Any) -> list[tuple[str | int, Any]]:
@@ -432,10 +458,6 @@ def load_plugins(notices: list[str]) -> None:
 def _own_problems(value: Any) -> list[Problem]:
     own = getattr(value, "problems", None) if is_dataclass(value) else None
     return list(own()) if callable(own) else []
-
-
-def _rest(problem: Problem) -> tuple:
-    return problem.rule, problem.advice, problem.value, problem.origin
 
 
 def _items(node: Node) -> dict[str, Node]:

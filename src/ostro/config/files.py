@@ -49,13 +49,13 @@ class Reader:
         self.problems = problems
         self._num_nodes = 0
 
-    def file(self, name: str, search: Seq[Path] = ()) -> Mapping:
-        """The mapping in a file, which is looked up here and then in `search`."""
+    def file(self, name: str, search: Seq[Path] = ()) -> Node:
+        """The mapping in a file, which is looked up here and then in `search`; or `Bad`."""
         found = _find(name, ["", *map(str, search)])
         if found is None:
             self.problems.append(_missing(name, ["", *map(str, search)], "command line"))
-            return Mapping({}, name)
-        return self._root(found, [found])
+            return Bad(name)
+        return self._load(found, [found])
 
     def text(self, text: str, origin: str) -> Node:
         """The value of a flag. Text that is no YAML value is taken as it is."""
@@ -67,12 +67,11 @@ class Reader:
             graph = None
         bare = isinstance(graph, yaml.ScalarNode) and graph.style is None
         if graph is None or (bare and graph.tag != "!include"):
-            return Scalar(text.strip(), origin)
-        return self._guarded(graph, "", origin, [])
-
-    def _root(self, name: str, chain: list[str]) -> Mapping:
-        node = self._load(name, chain)
-        return node if isinstance(node, Mapping) else Mapping({}, name)
+            return Scalar(text, origin)
+        node = self._guarded(graph, "", origin, [])
+        if isinstance(node, (Mapping, Sequence)) and graph.tag != "!include":
+            node.raw = text
+        return node
 
     def _load(self, name: str, chain: list[str], origin: str = "", top: bool = True) -> Node:
         try:

@@ -62,18 +62,19 @@ def load(
     reader = Reader(problems)
     read = [(reader.file(name, search), trusted) for name in files]
     read.append((parse_flags(flags, reader, known), True))
+    trees = [(layer, is_trusted) for tree, is_trusted in read for layer in nodes.explode(tree)]
     layers: list[nodes.Node] = []
-    for tree, is_trusted in read:
-        for layer in nodes.explode(tree):
-            assert isinstance(layer, nodes.Mapping), "a file or the flags are a mapping"
-            resolve_aliases(layer, aliases, notices, problems)
-            if "imports" in hints(cls):
-                _import_modules(layer, is_trusted, notices, problems)
-            layers.append(layer)
-    converter = Converter(problems, notices, known)
+    for layer, is_trusted in trees:
+        if not isinstance(layer, nodes.Mapping):  # a file that could not be read
+            continue
+        resolve_aliases(layer, aliases, notices, problems)
+        if "imports" in hints(cls):
+            _import_modules(layer, is_trusted, notices, problems)
+        layers.append(layer)
+    converter = Converter(problems, notices, known, is_partial=len(layers) < len(trees))
     config = converter.convert(cls, layers, "")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
     assert config is not BAD, "a value that cannot be converted leaves a problem"
     origins = {path: converter.origin_of(path) for path in leaf_paths(config)}
     return Loaded(config, origins, notices)
@@ -83,10 +84,10 @@ def check(config: Any) -> None:
     """Run every `problems()` of a configuration built in code; raises one `ConfigError`."""
     found = [
         replace(problem, value=problem.value or value_text(config, problem.setting))
-        for problem in find_problems(config, "")
+        for problem in find_problems(config)
     ]
     if found:
-        raise ConfigError(found)
+        raise ConfigError(list(dict.fromkeys(found)))
 
 
 def leaf_paths(value: Any, path: str = "") -> Iterator[str]:

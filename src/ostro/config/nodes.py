@@ -29,6 +29,8 @@ class Sequence:
 
     items: list["Node"]
     origin: str
+    raw: str | None = None
+    """The text of the flag that this was read from; a text field takes it as it is."""
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Mapping:
     origin: str
     base: list["Node"] = field(default_factory=list)
     """What lies under this mapping, lowest first: `<<: !include base.yaml` puts a file there."""
+    raw: str | None = None
+    """As for `Sequence`."""
 
 
 @dataclass
@@ -83,7 +87,7 @@ def explode(node: Node) -> list[Node]:
     depth = max([1, *map(len, children.values())])
     for level in range(-depth, 0):
         items = {key: stack[level] for key, stack in children.items() if level >= -len(stack)}
-        layers.append(Mapping(items, node.origin))
+        layers.append(Mapping(items, node.origin, raw=node.raw))
     return layers
 
 
