@@ -213,16 +213,16 @@ def test_report_says_what_was_saved(tmp_path):
 def test_a_failed_save_keeps_the_old_one_and_is_not_retried_at_every_step(tmp_path, monkeypatch):
     run = Run(tmp_path)
     run.step(1, now=10)
-    real = store.write_tensors
+    real = store.tensor_pieces
 
-    def failing(write, tensors):
+    def failing(tensors):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "write_tensors", failing)
+    monkeypatch.setattr(store, "tensor_pieces", failing)
     with pytest.raises(CheckpointError, match="disk is full"):
         run.step(2, now=20)
     assert run.kinds() == {1: "temporary"}
-    monkeypatch.setattr(store, "write_tensors", real)
+    monkeypatch.setattr(store, "tensor_pieces", real)
     assert run.step(3, now=21) is None
     assert run.step(4, now=30) == (4, "temporary")
     assert run.kinds() == {4: "temporary"}

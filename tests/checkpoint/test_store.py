@@ -219,7 +219,7 @@ def test_malformed_tensors_with_a_matching_checksum(tmp_path, data):
     """A forged record that fits the file leaves only the reader between us and a crash."""
     path = save(str(tmp_path))
     (tmp_path / "step-7/model.safetensors").write_bytes(data)
-    record = store._write_file(str(tmp_path / "x"), [data])
+    record = store._write_file(str(tmp_path / "x"), data)
     edited(path, with_file("model.safetensors", **vars(record)))
     if data.endswith(b"{}"):
         assert load(path).tensors("model") == {}  # an empty file of tensors is a valid one

@@ -77,16 +77,11 @@ def disk_bytes(config: CheckpointerConfig, num_steps: int, size: int) -> tuple[i
 class SaveReport:
     """One save that succeeded."""
 
-    path: str
-    """The checkpoint's folder."""
+    path: str  # the checkpoint's folder
     step: int
-    """The step after which it was saved."""
     kind: Kind
-    """"permanent" or "temporary"."""
-    seconds: float
-    """How long training waited for it."""
+    seconds: float  # how long training waited for it
     bytes: int
-    """Size of its files."""
 
 
 class Checkpointer:

@@ -58,14 +58,10 @@ def find_latest(path: str) -> Saved | None:
 class Decision(Generic[_T]):
     """What a run starts from, and what to tell the user about it."""
 
-    saved: _T | None
-    """The checkpoint whose full state is restored; None: a start from scratch."""
+    saved: _T | None  # whose full state is restored; None: a start from scratch
     source: Literal["own", "load_checkpoint_path", "initialize_from", "scratch"]
-    """Which setting led to it; "own" is the run's own folder."""
-    message: str
-    """One line for the log."""
-    warnings: tuple[str, ...] = ()
-    """What did not happen as the settings may have meant."""
+    message: str  # one line for the log
+    warnings: tuple[str, ...] = ()  # what did not happen as the settings may have meant
 
 
 def which_checkpoint(

@@ -17,32 +17,23 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and checksum of one file of a checkpoint."""
+    """Size and SHA-256 (64 hexadecimal digits) of one file of a checkpoint."""
 
     bytes: int
-    """Size of the file."""
     sha256: str
-    """Checksum of its content, as 64 hexadecimal digits."""
 
 
 @dataclass(frozen=True)
 class Metadata:
     """The commit marker of a checkpoint, written after everything else."""
 
-    step: int
-    """0-based index of the last update in the state; a resumed run goes on with the next."""
-    timestamp: float
-    """When it was committed, in seconds since 1970 UTC: the newest one is resumed from."""
-    is_temporary: bool
-    """Whether the next save replaces it."""
-    is_best: bool
-    """Whether it was saved because an evaluation improved; only a better one replaces it then."""
+    step: int  # 0-based index of the last update in the state; resuming goes on with the next
+    timestamp: float  # of the commit, in seconds since 1970 UTC; resuming takes the newest
+    is_temporary: bool  # the next save replaces it
+    is_best: bool  # an evaluation improved: if temporary, only a better one replaces it
     run_id: str
-    """The id of the run that wrote it."""
-    run_name: str
-    """The name of that run: `load_checkpoint_path` finds runs by it."""
-    files: Mapping[str, FileRecord]
-    """Every other file of the checkpoint, by its name in the folder."""
+    run_name: str  # `load_checkpoint_path` finds runs by it
+    files: Mapping[str, FileRecord]  # every other file, by its name in the folder
 
     @property
     def num_bytes(self) -> int:
@@ -81,32 +72,32 @@ def parse_metadata(data: bytes, where: str) -> Metadata:
     """Read `metadata.json`, trusting nothing in it: types, ranges and file names are checked."""
     value = read_json(data, where)
     version = value.get("format")
-    if type(version) is int and version > FORMAT:
-        raise CheckpointError(f"{where} - has format {version} of a newer ostro; this one reads 1")
-    if type(version) is not int or version != FORMAT:
+    if type(version) is not int or version < 1:
         raise CheckpointError(f"{where} - is not a checkpoint's: it has no format number")
+    if version > FORMAT:
+        raise CheckpointError(f"{where} - has format {version} of a newer ostro")
+    if fault := _fault(value):
+        raise CheckpointError(f"{where} - is damaged: {fault}")
+    files = {name: FileRecord(r["bytes"], r["sha256"]) for name, r in value["files"].items()}
+    return Metadata(**{name: value[name] for name in _FIELDS}, files=files)
+
+
+def _fault(value: dict[str, Any]) -> str | None:
     for name, kind in _FIELDS.items():
         if type(value.get(name)) is not kind:
-            raise CheckpointError(f"{where} - is damaged: {name} is not of type {kind.__name__}")
-    if value["step"] < 0 or not math.isfinite(value["timestamp"]):
-        raise CheckpointError(f"{where} - is damaged: step or timestamp is out of range")
-    files = value.get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{where} - is damaged: files is not an object")
-    records = {name: _parse_record(name, record, where) for name, record in files.items()}
-    return Metadata(**{name: value[name] for name in _FIELDS}, files=records)
-
-
-def _parse_record(name: str, record: Any, where: str) -> FileRecord:
-    if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{where} - is damaged: {name!r} is no plain file name")
-    fields = record if isinstance(record, dict) else {}
-    size, digest = fields.get("bytes"), fields.get("sha256")
-    if type(size) is not int or size < 0:
-        raise CheckpointError(f"{where} - is damaged: the record of {name} has no size")
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise CheckpointError(f"{where} - is damaged: the record of {name} has no checksum")
-    return FileRecord(size, digest)
+            return f"{name} is not of type {kind.__name__}"
+    if value["step"] < 0 or not 0 <= value["timestamp"] < math.inf:
+        return "step or timestamp is out of range"
+    if not isinstance(files := value.get("files"), dict):
+        return "files is not an object"
+    for name, record in files.items():
+        if not is_plain_name(name):
+            return f"{name!r} is no plain file name"
+        if not isinstance(record, dict) or type(size := record.get("bytes")) is not int or size < 0:
+            return f"{name} has no size"
+        if not isinstance(digest := record.get("sha256"), str) or not _DIGEST.fullmatch(digest):
+            return f"{name} has no checksum"
+    return None
 
 
 def is_plain_name(name: str) -> bool:

@@ -39,20 +39,6 @@ def is_folder(url: str) -> bool:
     return bool(fs.isdir(path))
 
 
-def read_bytes(url: str) -> bytes:
-    """The content of a small file. Raises OSError."""
-    fs, path = locate(url)
-    return fs.cat_file(path)
-
-
-def size(url: str) -> int:
-    """Bytes of a file. Raises OSError."""
-    fs, path = locate(url)
-    if not fs.isfile(path):
-        raise FileNotFoundError(path)
-    return int(fs.size(path))
-
-
 def below(url: str) -> Iterator[str]:
     """Every folder at or below `url` that holds a `metadata.json`, as paths that start with it.
 

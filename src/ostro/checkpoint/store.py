@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import time
 from typing import Any
@@ -26,14 +26,8 @@ from typing import Any
 from torch import Tensor
 
 from ostro.checkpoint import storage
-from ostro.checkpoint.metadata import (
-    FileRecord,
-    Metadata,
-    is_plain_name,
-    parse_metadata,
-    read_json,
-)
-from ostro.checkpoint.tensorfile import file_size, read_tensors, write_tensors
+from ostro.checkpoint.metadata import FileRecord, Metadata, is_plain_name, parse_metadata, read_json
+from ostro.checkpoint.tensorfile import file_size, read_tensors, tensor_pieces
 from ostro.errors import CheckpointError
 
 _VALUES = "values.json"
@@ -44,12 +38,9 @@ _SUFFIX = ".safetensors"
 class State:
     """Everything a run needs to go on as if it had not stopped."""
 
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    """Group ("model", "optimizer", "state") to name to tensor; each group is one file."""
-    values: Mapping[str, Any] = field(default_factory=dict)
-    """What JSON can hold: step, data position, tracker ids."""
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """File name to content, for example `config.yaml`."""
+    tensors: Mapping[str, Mapping[str, Tensor]]  # group, which is one file, to name to tensor
+    values: Mapping[str, Any] = field(default_factory=dict)  # what JSON can hold
+    texts: Mapping[str, str] = field(default_factory=dict)  # file name to content
 
 
 def step_folder(folder: str, step: int) -> str:
@@ -111,7 +102,7 @@ def write(
             replaced = _put_aside(target, aside)
         writing = True
         metadata = Metadata(*marks, run_id, run_name, _write_files(work, state))
-        _write_file(f"{work}/{storage.MARKER}", [metadata.to_json().encode()])
+        _write_file(f"{work}/{storage.MARKER}", metadata.to_json().encode())
         if local:
             storage.flush_folder(work)
             replaced = _put_aside(target, aside)
@@ -136,32 +127,22 @@ def _write_files(folder: str, state: State) -> dict[str, FileRecord]:
     if fs.isdir(path):
         fs.rm(path, recursive=True)
     fs.makedirs(path, exist_ok=True)
-    records = {}
-    for group, tensors in state.tensors.items():
-        name = group + _SUFFIX
-        records[name] = _write_file(f"{folder}/{name}", tensors)
-    for name, data in _small_files(state.values, state.texts).items():
-        records[name] = _write_file(f"{folder}/{name}", [data])
-    return records
+    contents: dict[str, bytes | Mapping[str, Tensor]] = {
+        group + _SUFFIX: named for group, named in state.tensors.items()
+    }
+    contents |= _small_files(state.values, state.texts)
+    return {name: _write_file(f"{folder}/{name}", content) for name, content in contents.items()}
 
 
-def _write_file(url: str, content: Mapping[str, Tensor] | Iterable[bytes]) -> FileRecord:
+def _write_file(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
     """Write one file, flushed to the disk, and say what was written."""
     fs, path = storage.locate(url)
     digest, size = hashlib.sha256(), 0
     with fs.open(path, "wb") as file:
-
-        def write_piece(piece: bytes | memoryview) -> None:
-            nonlocal size
+        for piece in [content] if isinstance(content, bytes) else tensor_pieces(content):
             file.write(piece)
             digest.update(piece)
             size += len(piece)
-
-        if isinstance(content, Mapping):
-            write_tensors(write_piece, content)
-        else:
-            for piece in content:
-                write_piece(piece)
         if storage.is_local(url):
             file.flush()
             os.fsync(file.fileno())
@@ -255,9 +236,10 @@ class Saved:
 
 def read_metadata(path: str) -> Metadata:
     """The metadata of a checkpoint folder, after its files' sizes were compared with it."""
+    fs, root = storage.locate(path)
     marker = f"{path}/{storage.MARKER}"
     try:
-        data = storage.read_bytes(marker)
+        data = fs.cat_file(f"{root}/{storage.MARKER}")
     except (FileNotFoundError, NotADirectoryError):
         there = storage.is_folder(path)
         what = f"has no {storage.MARKER}: it is not a complete checkpoint" if there else "not found"
@@ -266,14 +248,12 @@ def read_metadata(path: str) -> Metadata:
         raise CheckpointError(f"{marker} - cannot be read: {error}") from error
     metadata = parse_metadata(data, marker)
     for name, record in metadata.files.items():
-        try:
-            found = storage.size(f"{path}/{name}")
-        except OSError:
-            raise CheckpointError(f"{path}/{name} - is missing from the checkpoint") from None
-        if found != record.bytes:
-            raise CheckpointError(
-                f"{path}/{name} - is damaged: it has {found} bytes instead of {record.bytes}"
-            )
+        size = fs.size(f"{root}/{name}") if fs.isfile(f"{root}/{name}") else None
+        if size is None:
+            raise CheckpointError(f"{path}/{name} - is missing from the checkpoint")
+        if size != record.bytes:
+            fault = f"it has {size} bytes instead of {record.bytes}"
+            raise CheckpointError(f"{path}/{name} - is damaged: {fault}")
     return metadata
 
 

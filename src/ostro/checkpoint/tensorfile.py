@@ -6,7 +6,7 @@ the tensors in memory, and object stores as targets. Reading is the library's.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from safetensors.torch import load_file
@@ -51,14 +51,14 @@ def file_size(tensors: Mapping[str, Tensor]) -> int:
     return len(header_bytes(tensors)) + data
 
 
-def write_tensors(write: Callable[[bytes | memoryview], object], tensors: Mapping[str, Tensor]):
-    """Hand the file to `write` piece by piece. Waits for the device that holds the tensors."""
-    write(header_bytes(tensors))
+def tensor_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The file, piece by piece. Waits for the device that holds the tensors."""
+    yield header_bytes(tensors)
     for name in _ordered(tensors):
         flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         data = memoryview(flat.numpy())
         for start in range(0, len(data), _CHUNK):
-            write(data[start : start + _CHUNK])
+            yield data[start : start + _CHUNK]
 
 
 def read_tensors(path: str, name: str) -> dict[str, Tensor]:
