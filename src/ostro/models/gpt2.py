@@ -108,7 +108,7 @@ class Gpt2Model(LmModel):
             assert num_tokens <= self.config.seq_len, "more tokens than learned positions"
             positions = torch.arange(num_tokens, device=tokens.device)
         else:
-            positions = cache.positions(num_tokens)
+            positions = cache.positions(num_tokens, tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = F.dropout(x.to(self.compute_dtype), self.config.embed_pdrop, self.training)
         mask = None if segments is None else segment_mask(segments)

@@ -132,7 +132,7 @@ class LlamaModel(LmModel):
         if cache is None:
             positions = torch.arange(num_tokens, device=tokens.device).unsqueeze(0)
         else:
-            positions = cache.positions(num_tokens)
+            positions = cache.positions(num_tokens, tokens.device)
         cos, sin = self.config.rope.tables(positions, self.config.head_size)
         # (batch or 1, position, 1, 1, head_size / 2): one angle for all heads
         cos, sin = cos[:, :, None, None], sin[:, :, None, None]

@@ -1,5 +1,7 @@
 """Causal attention on tensors laid out (batch, heads, position, head_size)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,47 +10,61 @@ from torch import Tensor
 class KeyValueCache:
     """Keys and values of tokens seen before, for generation with rows of different lengths.
 
-    Slot p of a row holds the token at position p. A call appends `counts[row]` tokens to each
-    row; rows are padded on the right to one length, and what the padding wrote is overwritten
-    or masked, because a query at position p sees only the slots up to p.
+    Slot p of a row holds the token at position p. Before each forward pass `append` says how many
+    real tokens each row brings; rows are padded on the right to one length, and what the padding
+    wrote is masked and later overwritten, because a query at position p sees only slots up to p.
     """
 
-    def __init__(self, batch_size: int, max_length: int, device: torch.device | None = None):
+    def __init__(self, batch_size: int, max_length: int):
         self.max_length = max_length
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.counts = self.lengths
+        self._lengths = [0] * batch_size  # tokens before this forward pass
+        self._counts = [0] * batch_size  # tokens that it brings
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._mask: Tensor | None = None
 
-    def append(self, counts: Tensor) -> None:
-        """Say how many real tokens of each row the next forward pass brings, (batch,)."""
-        self.lengths = self.lengths + self.counts
-        self.counts = counts
+    def append(self, counts: Sequence[int]) -> None:
+        """Say how many real tokens of each row the next forward pass brings."""
+        self._lengths = [sum(pair) for pair in zip(self._lengths, self._counts, strict=True)]
+        self._counts = list(counts)
+        self._mask = None
 
-    def positions(self, num_tokens: int) -> Tensor:
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """Positions of the tokens of this forward pass, (batch, position)."""
-        steps = torch.arange(num_tokens, device=self.lengths.device)
-        return (self.lengths[:, None] + steps).clamp(max=self.max_length - 1)
+        steps = torch.arange(num_tokens, device=device)
+        starts = torch.tensor(self._lengths, device=device)
+        return (starts[:, None] + steps).clamp(max=self.max_length - 1)
 
     def last(self, hidden: Tensor) -> Tensor:
         """Each row's last real token: (batch, position, embed) -> (batch, 1, embed)."""
-        index = (self.counts - 1).clamp(min=0)
-        return hidden[torch.arange(len(index), device=index.device), index].unsqueeze(1)
+        index = torch.tensor(self._counts, device=hidden.device).sub(1).clamp(min=0)
+        return hidden[torch.arange(len(index), device=hidden.device), index].unsqueeze(1)
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store (batch, heads, position, head_size); return all keys, values, and the mask."""
+    def update(
+        self, layer: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store new keys and values, (batch, heads, position, head_size).
+
+        Returns the keys and values to attend to, and the mask (None: causal).
+        """
+        batch, heads, num_tokens, size = key.shape
         if layer not in self._layers:
-            batch, heads, _, size = key.shape
-            self._layers[layer] = tuple(
-                x.new_zeros(batch, heads, self.max_length, size) for x in (key, value)
-            )
+            shape = (batch, heads, self.max_length, size)
+            self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         keys, values = self._layers[layer]
-        positions = self.positions(key.shape[2])  # (batch, position)
-        index = positions[:, None, :, None].expand(key.shape)
+        first, used = self._lengths[0], max(self._lengths) + num_tokens
+        if used <= self.max_length and self._lengths.count(first) == batch:
+            keys[:, :, first:used], values[:, :, first:used] = key, value
+            if first == 0 or num_tokens == 1:
+                return keys[:, :, :used], values[:, :, :used], None
+        positions = self.positions(num_tokens, key.device)[:, None, :, None]
+        index = positions.expand(key.shape)
         keys.scatter_(2, index, key)
         values.scatter_(2, index, value)
-        slots = torch.arange(self.max_length, device=key.device)
-        mask = slots <= positions[:, None, :, None]  # (batch, 1, position, slot)
-        return keys, values, mask
+        used = min(used, self.max_length)
+        if self._mask is None:  # the same for every layer
+            slots = torch.arange(used, device=key.device)
+            self._mask = slots <= positions  # (batch, 1, position, slot)
+        return keys[:, :, :used], values[:, :, :used], self._mask
 
 
 def segment_mask(segments: Tensor) -> Tensor:
@@ -71,7 +87,8 @@ def causal_attention(
 
     query is (batch, heads, position, head_size); key and value may have fewer heads, each then
     serves a group of consecutive query heads. `mask` (bool, True = may attend) replaces the
-    causal mask. `upcast` computes in float32. Returns the layout and dtype of the query.
+    causal mask; without one a single query sees every key. `upcast` computes in float32. Returns
+    the layout and dtype of the query.
     """
     dtype = query.dtype
     if upcast:
@@ -82,7 +99,7 @@ def causal_attention(
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=mask is None and query.shape[2] > 1,
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
