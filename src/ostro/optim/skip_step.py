@@ -94,13 +94,16 @@ class SkipStep:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take a window over. Of one with another length, the newest steps that fit are kept."""
-        device, num_steps = self.losses.device, len(self.losses)
-        count, old = int(state["count"]), len(state["losses"])
-        kept = min(count, old, num_steps)
-        newest = [step % old for step in range(count - kept, count)]
-        places = [step % num_steps for step in range(count - kept, count)]
-        for name in ("losses", "grad_norms"):
-            values = torch.zeros(num_steps, device=device)
-            values[places] = state[name][newest].to(device, values.dtype)
-            setattr(self, name, values)
-        self.count = torch.tensor(count, device=device)
+        saved = {name: value.to(self.losses.device) for name, value in state.items()}
+        num_saved, num_steps = len(saved["losses"]), len(self.losses)
+        if num_saved != num_steps:
+            count = int(saved["count"])
+            kept = min(count, num_saved, num_steps)
+            newest = [step % num_saved for step in range(count - kept, count)]
+            for name in ("losses", "grad_norms"):
+                values = torch.zeros(num_steps, device=self.losses.device)
+                values[:kept] = saved[name][newest]
+                saved[name] = values
+            saved["count"] = torch.full_like(saved["count"], kept)
+        self.losses, self.grad_norms = saved["losses"].clone(), saved["grad_norms"].clone()
+        self.count = saved["count"].clone()

@@ -7,14 +7,16 @@ from torch import Tensor, nn
 
 
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together, a float32 scalar on their device.
+    """The 2-norm of all gradients together, a scalar of at least float32 on their
+    device.
 
     Parameters without a gradient do not count. Does not wait for the device.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.zeros(())
-    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    norms = torch._foreach_norm(grads, 2, dtype=dtype)
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
@@ -43,7 +45,7 @@ def apply_update(
     Gradients may be scaled in place. Fused optimizers read both on the device; others wait here.
     """
     if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.grad_scale = grad_scale
+        optimizer.grad_scale = None if grad_scale is None else grad_scale.float()
         optimizer.found_inf = None if found_inf is None else (found_inf != 0).float()
         try:
             optimizer.step()
