@@ -1,0 +1,21 @@
+"""Axis names of parameters: their order, and which of them are matrices."""
+
+from ostro.axes import EMBED, HEAD_SIZE, HEADS, MLP, VOCAB, ParameterAxes
+
+
+def test_a_weight_lists_its_outputs_first():
+    weight = ParameterAxes((HEADS, HEAD_SIZE), (EMBED,))
+    assert weight.names == ("heads", "head_size", "embed")
+    assert weight.is_matrix
+
+
+def test_a_table_is_indexed_by_its_input_and_is_no_matrix():
+    table = ParameterAxes((EMBED,), (VOCAB,), lookup=True)
+    assert table.names == ("vocab", "embed")
+    assert not table.is_matrix
+
+
+def test_a_bias_has_no_inputs_and_is_no_matrix():
+    bias = ParameterAxes((MLP,))
+    assert bias.names == ("mlp",)
+    assert not bias.is_matrix
