@@ -11,6 +11,7 @@ does not know (paths, enumerations, a user's own) still go to draccus.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import MISSING, dataclass, field, is_dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, get_args, get_origin
@@ -29,8 +30,8 @@ from ostro.config.fields import (
     settable,
     type_text,
 )
+from ostro.config.merge import Stack, fold, is_bad, items_of, settle
 from ostro.config.nodes import (
-    Bad,
     Entry,
     Mapping,
     Node,
@@ -53,14 +54,6 @@ _loaded_plugins = False
 
 
 @dataclass
-class _Stack:
-    """What the layers say about one value, lowest first, above its default."""
-
-    layers: list[Node]
-    default: Any = field(default_factory=lambda: MISSING)
-
-
-@dataclass
 class Converter:
     """Converts one configuration, collecting problems, notices and origins by dotted path."""
 
@@ -73,10 +66,10 @@ class Converter:
     is_partial: bool = False
     """True when a file is missing: what it may hold is then not asked for."""
 
-    def convert(self, tp: Any, layers: list[Node], path: str, default: Any = MISSING) -> Any:
+    def convert(self, tp: Any, layers: Seq[Node], path: str, default: Any = MISSING) -> Any:
         """The value of type `tp`, or BAD."""
         layers = [layer for node in layers for layer in explode(node)]
-        if any(isinstance(layer, Bad) for layer in layers):
+        if is_bad(layers):
             return BAD
         if not layers:
             self.check(default, path)
@@ -97,7 +90,7 @@ class Converter:
         nulls = [i for i, node in enumerate(layers) if isinstance(node, Scalar) and node.is_null]
         if nulls:
             layers, default = layers[nulls[-1] + 1 :], MISSING
-        return self._choose(types, layers, path, default)
+        return self._choose(types, Stack(layers, default), path)
 
     def check(self, value: Any, path: str) -> None:
         """Run `problems()` of a value that comes from a default, and of all below it."""
@@ -113,7 +106,7 @@ class Converter:
         self.problems.append(Problem(path, rule, advice, text, origin))
         return BAD
 
-    def _choose(self, types: tuple, layers: list[Node], path: str, default: Any) -> Any:
+    def _choose(self, types: tuple, stack: Stack, path: str) -> Any:
         """Pick the member of a union by the kind of node, then convert."""
         lists = [tp for tp in types if is_list(tp)]
         records = [tp for tp in types if is_record(tp)]
@@ -122,18 +115,16 @@ class Converter:
         registry = next((tp for tp in records if is_registry(tp)), None)
         if lists:
             inner = next((m for m in members(element(lists[0])) if is_registry(m)), registry)
-            items, single = self._fold(layers, default, inner, path)
-            if items is BAD:
+            folded = fold(stack, inner)
+            if isinstance(folded, list):
+                return self._list(lists[0], folded, path)
+            if self._misses_element(stack, records, path):
                 return BAD
-            if items is not None:
-                return self._list(lists[0], items, path)
-            layers, default = single.layers, single.default
-        top = layers[-1] if layers else None
+            stack = folded
+        top = stack.layers[-1] if stack.layers else None
         raw = getattr(top, "raw", None)
         if raw is not None and str in scalars and not records and not dicts:
-            top = Scalar(
-                raw, top.origin, quoted=True
-            )  # a prompt such as "Q: who?"
+            top = Scalar(raw, stack.layers[-1].origin, quoted=True)  # a prompt: "Q: who?"
         if isinstance(top, Scalar):
             try:
                 if scalars:
@@ -144,60 +135,25 @@ class Converter:
             if registry is None and lists:
                 if not top.quoted and top.text.lstrip().startswith("["):
                     return self._fail(path, "is not a complete list: write [a, b]")
-                return self._list(lists[0], [_Stack([top])], path)
-        if isinstance(top, (Mapping, Entry)) or registry is not None:
-            if records:
-                return self._record(self._nearest(records, layers), layers, path, default)
-            if dicts:
-                return self._dict(dicts[0], layers, path, default)
-        kinds = " or ".join(_kind(tp) for tp in types if tp is not _NONE)
+                return self._list(lists[0], [Stack([top])], path)
+        if records and not isinstance(top, Sequence):
+            return self._record(self._nearest(records, stack.layers), stack, path)
+        if dicts and isinstance(top, (Mapping, Entry)):
+            return self._dict(dicts[0], stack, path)
+        kinds = " or ".join(dict.fromkeys(_kind(tp) for tp in types if tp is not _NONE))
         return self._fail(path, f"must be {kinds}")
 
-    def _fold(
-        self, layers: list[Node], default: Any, registry: Any, path: str
-    ) -> tuple[list[_Stack] | None, _Stack]:
-        """Merge the layers of a list, or of one element or a list of them."""
-        single = _Stack([], default)
-        items: list[_Stack] | None = None
-        if isinstance(default, (list, tuple)):
-            items = [_Stack([], value) for value in default]
-        for layer in layers:
-            if isinstance(layer, Sequence):
-                items = [_Stack([item]) for item in layer.items]
-            elif isinstance(layer, Entry) and registry is not None:
-                items = self._fold_entry(layer, registry, items, single, path)
-            elif items is not None and (indices := _indices(layer, len(items))) is not None:
-                assert isinstance(layer, Mapping)
-                for index, node in zip(indices, layer.items.values(), strict=True):
-                    items += [_Stack([])] * (index == len(items))
-                    items[index].layers.append(node)
-            elif items is not None:
-                if layer.origin.startswith("--") and "type" not in _items(layer):
-                    rule = f"is a list of {len(items)}"
-                    name = next(iter(_items(layer)), "")
-                    self._fail(path, rule, f"name one: --{join(join(path, 0), name)}")
-                    return BAD, single
-                items, single = None, _Stack([layer])
-            else:
-                single.layers.append(layer)
-        return items, single
+    def _misses_element(self, stack: Stack, records: list[Any], path: str) -> bool:
+        """Refuse `--trainer.tracker.project x` above a list: whose project?"""
+        top, below = stack.layers[-1], stack.layers[-2] if len(stack.layers) > 1 else None
+        keys = items_of(top)
+        if not isinstance(below, Sequence) or not records or not keys or "type" in keys:
+            return False
+        advice = f"name one: {join(join(path, 0), next(iter(keys)))}"
+        self._fail(path, f"is a list of {len(below.items)}", advice)
+        return True
 
-    def _fold_entry(
-        self, entry: Entry, registry: Any, items: list[_Stack] | None, single: _Stack, path: str
-    ) -> list[_Stack] | None:
-        """Add the settings to the element of their type; join it to the others if it is new."""
-        stacks = items if items is not None else [single]
-        for stack in stacks:
-            if self._type(registry, stack, path)[0] == entry.type:
-                stack.layers.append(entry)
-                return items
-        fresh = _Stack([entry])
-        if items is None and not single.layers and single.default in (MISSING, None):
-            single.layers, single.default = fresh.layers, MISSING
-            return None
-        return [*([_Stack(list(single.layers), single.default)] if items is None else items), fresh]
-
-    def _list(self, tp: Any, items: list[_Stack], path: str) -> Any:
+    def _list(self, tp: Any, items: list[Stack], path: str) -> Any:
         values = [
             self.convert(element(tp, i), stack.layers, join(path, i), stack.default)
             for i, stack in enumerate(items)
@@ -211,34 +167,32 @@ class Converter:
             return tuple(values)
         return values
 
-    def _dict(self, tp: Any, layers: list[Node], path: str, default: Any) -> Any:
-        if not all(isinstance(layer, (Mapping, Entry)) for layer in layers):
-            layers = layers[-1:]
+    def _dict(self, tp: Any, stack: Stack, path: str) -> Any:
+        layers = [items_of(layer) for layer in stack.layers]
         key_type, value_type = get_args(tp) or (str, Any)
-        defaults = default if isinstance(default, dict) else {}
-        result = {}
-        names = dict.fromkeys([*map(str, defaults), *(k for la in layers for k in _items(la))])
-        by_name = {str(key): value for key, value in defaults.items()}
-        for name in names:
-            stack = [_items(layer)[name] for layer in layers if name in _items(layer)]
+        defaults = stack.default if isinstance(stack.default, dict) else {}
+        defaults = {str(key): value for key, value in defaults.items()}
+        result: Any = {}
+        for name in dict.fromkeys([*defaults, *(key for layer in layers for key in layer)]):
+            nodes = [layer[name] for layer in layers if name in layer]
             place = join(path, name)
             try:
-                node = Scalar(name, stack[-1].origin if stack else "default", quoted=True)
+                node = Scalar(name, nodes[-1].origin if nodes else "default", quoted=True)
                 key = read_scalar([key_type], node) if key_type is not Any else name
             except BadValue as error:
                 key = self._fail(place, f"{name} as a name {error}", error.advice)
-            value = self.convert(value_type, stack, place, by_name.get(name, MISSING))
+            value = self.convert(value_type, nodes, place, defaults.get(name, MISSING))
             if key is BAD or value is BAD:
                 result = BAD
             elif result is not BAD:
                 result[key] = value
         return result
 
-    def _nearest(self, records: list[Any], layers: list[Node]) -> Any:
+    def _nearest(self, records: list[Any], layers: Seq[Node]) -> Any:
         """Of several dataclasses, the one that knows most of the keys given."""
         if len(records) == 1:
             return records[0]
-        given = {key for layer in layers for key in _items(layer)}
+        given = {key for layer in layers for key in items_of(layer)}
 
         def num_unknown(tp: Any) -> int:
             if is_registry(tp):
@@ -247,73 +201,37 @@ class Converter:
 
         return min(records, key=num_unknown)
 
-    def _type(
-        self, registry: Any, stack: _Stack, path: str
-    ) -> tuple[str | None, list[Mapping], Any]:
-        """The `type` in force after all layers, the layers that count, and their default."""
-        kept: list[Mapping] = []
-        default, name = stack.default, registry.default_choice_name()
-        if type(default) in registry.get_known_choices().values():
-            name = choice_name(type(default))
-        for layer in (part for node in stack.layers for part in explode(node)):
-            mapping = layer.mapping if isinstance(layer, Entry) else layer
-            if isinstance(layer, Scalar):
-                mapping = self._shorthand(registry, layer, path)
-            given = mapping.items.get("type") if isinstance(mapping, Mapping) else None
-            if isinstance(given, Scalar):
-                if name is not None and given.text != name:
-                    kept, default = [], MISSING
-                name = given.text
-            kept.append(mapping)
-        return name, kept, default
-
-    def _shorthand(self, registry: Any, node: Scalar, path: str) -> Node:
-        """What a bare word stands for in a registry: `cosine` is `{type: cosine}`."""
-        read = getattr(registry, "from_scalar", lambda text: {"type": text})
-        try:
-            return from_plain(read(node.text), node.origin)
-        except ValueError as error:
-            self._fail(path, str(error))
-            return Bad(node.origin)
-
-    def _record(self, tp: Any, layers: list[Node], path: str, default: Any) -> Any:
-        if isinstance(layers[-1], Scalar) and not is_registry(tp):
-            return self._fail(path, f"must be {_kind(tp)}")
+    def _record(self, tp: Any, stack: Stack, path: str) -> Any:
         if not is_registry(tp):
-            name = choice_name(tp)
-            kept = [m for m in layers if isinstance(m, Mapping)]
-            kept += [m.mapping for m in layers if isinstance(m, Entry)]
-            return self._dataclass(tp, kept, path, default, name)
-        name, kept, default = self._type(tp, _Stack(layers, default), path)
-        if any(isinstance(layer, Bad) for layer in kept):
-            return BAD
-        self._tell_dropped(layers, kept, path, name)
-        known = tp.get_known_choices()
-        if name is not None and name not in known:
+            if isinstance(stack.layers[-1], Scalar):
+                return self._fail(path, f"must be {_kind(tp)}")
+            mappings = [m.mapping if isinstance(m, Entry) else m for m in stack.layers]
+            kept = [m for m in mappings if isinstance(m, Mapping)]
+            return self._dataclass(tp, kept, path, stack.default, choice_name(tp))
+        choice, known = settle(tp, stack), tp.get_known_choices()
+        if choice.error is not None:
+            self.texts[path] = choice.error[0]
+            return self._fail(path, choice.error[1])
+        for layer in choice.dropped:
+            if fields := [key for key in layer.items if key != "type"]:
+                origin = layer.items[fields[0]].origin
+                notice = f"{', '.join(fields)} ({origin}) no longer counts"
+                self.notices.append(f"{path}.type is now {choice.name}: {notice}")
+        if choice.name is not None and choice.name not in known:
             load_plugins(self.notices)
-        for mapping in kept:
-            if "type" in mapping.items:
-                kind = mapping.items["type"]
-                self.origins[f"{path}.type"] = kind.origin
-                self.texts[f"{path}.type"] = written(kind)
-        if name is None:
-            return self._fail(f"{path}.type", "is required", f"choose {', '.join(known)}")
-        if name not in known:
-            advice = did_you_mean(name, known)
-            rule = f"is not a known type; known: {', '.join(sorted(known)) or 'none'}"
-            return self._fail(f"{path}.type", rule, advice)
-        return self._dataclass(known[name], kept, path, default, name, tp)
-
-    def _tell_dropped(self, layers: list[Node], kept: list, path: str, name: str | None) -> None:
-        """A notice for the settings of another type that the new type leaves behind."""
-        kept_ids = {id(node) for mapping in kept for node in mapping.items.values()}
-        for layer in layers:
-            mine = {k: v for k, v in _items(layer).items() if k != "type" and id(v) not in kept_ids}
-            if mine:
-                origin = next(iter(mine.values())).origin
-                self.notices.append(
-                    f"{path}.type is now {name}: {', '.join(mine)} ({origin}) no longer counts"
-                )
+        place = join(path, "type")
+        for layer in choice.layers:
+            if "type" in layer.items:
+                self.origins[place] = layer.items["type"].origin
+                self.texts[place] = written(layer.items["type"])
+        names = ", ".join(sorted(known)) or "none"
+        if choice.name is None:
+            return self._fail(place, "is required", f"choose {names}")
+        if choice.name not in known:
+            advice = did_you_mean(choice.name, known)
+            return self._fail(place, f"is not a known type; known: {names}", advice)
+        cls = known[choice.name]
+        return self._dataclass(cls, choice.layers, path, choice.default, choice.name, tp)
 
     def _dataclass(
         self,
@@ -389,11 +307,7 @@ class Converter:
     ) -> None:
         place = join(path, key)
         others = registry.get_known_choices() if registry is not None else {}
-        owners = [
-            name
-            for name, cls in others.items()
-            if is_dataclass(cls) and any(f.name == key for f in settable(cls))
-        ]
+        owners = [name for name, cls in others.items() if any(f.name == key for f in settable(cls))]
         elsewhere = [name for name in self.known if name.rpartition(".")[2] == key]
         elsewhere = [name for name in elsewhere if name != place]
         prefix = f"{path}." if path else ""
@@ -458,21 +372,6 @@ def load_plugins(notices: list[str]) -> None:
 def _own_problems(value: Any) -> list[Problem]:
     own = getattr(value, "problems", None) if is_dataclass(value) else None
     return list(own()) if callable(own) else []
-
-
-def _items(node: Node) -> dict[str, Node]:
-    mapping = node.mapping if isinstance(node, Entry) else node
-    return mapping.items if isinstance(mapping, Mapping) else {}
-
-
-def _indices(node: Node, length: int) -> list[int] | None:
-    """The positions that a mapping such as `{0: ...}` names in a list, if all do."""
-    if not isinstance(node, Mapping) or not node.items:
-        return None
-    if not all(key.isdecimal() and len(key) < 6 for key in node.items):
-        return None
-    indices = [int(key) for key in node.items]
-    return indices if sorted(indices)[-1] <= length else None
 
 
 def _kind(tp: Any) -> str:

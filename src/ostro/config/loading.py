@@ -127,9 +127,7 @@ def _import_modules(
         if not isinstance(node, nodes.Scalar) or node.is_null:
             continue
         if not trusted or "://" in node.origin:
-            notices.append(
-                f"imports {node.text} ({node.origin}) is ignored: it was not you who asked"
-            )
+            notices.append(f"imports {node.text} ({node.origin}) is not imported: not trusted")
             continue
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
