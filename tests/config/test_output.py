@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import draccus
 import pytest
 import yaml
 from config_sample import (
@@ -67,7 +66,7 @@ class Everything:
 
 _TEXT = st.text(max_size=12) | st.sampled_from(
     ["01234567", "null", "yes", "", "6E-4", "1e-4", "a\nb\n", " x ", "~", "20m", "1:30", "<<", "=",
-     "[a]", "{a: b}", "!include x", "# no", "a: b", "- a", "é\u2028\x85\ufeff\U0001f600", "1_0", ".5"]
+     "[a]", "{a: b}", "!include x", "# no", "a: b", "- a", "é\u2028\x85\ufeff\U0001f600", ".5"]
 )  # fmt: skip
 _FLOAT = st.floats(allow_nan=False, allow_infinity=False)
 _KEEP = st.builds(Keep, st.integers(), st.none() | st.integers())
@@ -123,7 +122,6 @@ def test_encode_is_plain_and_states_types():
     assert plain["trainer"]["tracker"][1] == {"type": "tensorboard", "logdir": "x"}
     assert json.loads(json.dumps(plain)) == plain
     assert yaml.safe_load(dump_yaml(config)) == plain
-    assert draccus.decode(ModelConfig, plain["model"]) == Llama()
 
 
 def test_registries_do_not_share_their_names():
@@ -147,7 +145,7 @@ def test_the_tree_shows_every_leaf_with_its_origin():
 
 
 def test_field_docs_include_inherited_ones():
-    @dataclass
+    @dataclass(frozen=True)
     class Child(Optimizer):
         extra: int = 1
         """More."""
@@ -304,6 +302,6 @@ def test_main_prints_notices_of_its_aliases(
 
 
 def test_importing_the_package_is_cheap():
-    code = "import sys, ostro.config; print([m for m in ('torch', 'numpy', 'fsspec') if m in sys.modules])"
+    code = "import sys, ostro.config; print({'torch', 'numpy', 'fsspec'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"

@@ -122,6 +122,21 @@ def test_bad_values_name_the_rule(flag: str, value: str, rule: str, advice: str)
     assert (problem.value, problem.origin) == (value, f"--{flag}")
 
 
+def test_a_mistake_below_a_flag_is_still_one():
+    (problem,) = problems("trainer: 7\n", "--trainer.seed=1")
+    assert (problem.setting, problem.value, problem.origin) == ("trainer", "7", "run.yaml:1")
+
+
+def test_a_missing_file_does_not_ask_for_what_it_may_hold():
+    @dataclass
+    class Mine:
+        keep: Keep
+
+    with pytest.raises(ConfigError) as caught:
+        load(Mine, ["no.yaml"], ["--keep.until", "x"])
+    assert [problem.setting for problem in caught.value.problems] == ["no.yaml", "keep.until"]
+
+
 def test_yaml_text_is_not_guessed_either():
     text = "trainer: {id: 01234567, log_dir: yes}\noptimizer: {learning_rate: 6E-4}\n"
     config = resolve(text).config

@@ -136,6 +136,11 @@ class Converter:
                 if not top.quoted and top.text.lstrip().startswith("["):
                     return self._fail(path, "is not a complete list: write [a, b]")
                 return self._list(lists[0], [Stack([top])], path)
+        if (records or dicts) and registry is None and not scalars and not lists:
+            for layer in stack.layers[:-1]:  # hidden below the top, yet a mistake
+                if isinstance(layer, (Scalar, Sequence)):
+                    self.origins[path], self.texts[path] = layer.origin, written(layer)
+                    return self._fail(path, f"must be {_kind((records or dicts)[0])}")
         if records and not isinstance(top, Sequence):
             return self._record(self._nearest(records, stack.layers), stack, path)
         if dicts and isinstance(top, (Mapping, Entry)):
@@ -333,7 +338,7 @@ def find_problems(value: Any) -> Iterator[Problem]:
             yield replace(problem, setting=join(str(key), problem.setting))
 
 
-def children(value: Any) -> list[tuple[str | int, Any]]:
+def children(value: Any) -> list[tuple[Any, Any]]:
     """The parts of a value: fields, keys or positions."""
     if is_dataclass(value) and not hasattr(value, "from_text"):
         return [(item.name, getattr(value, item.name)) for item in settable(type(value))]
@@ -370,7 +375,7 @@ def load_plugins(notices: list[str]) -> None:
 
 
 def _own_problems(value: Any) -> list[Problem]:
-    own = getattr(value, "problems", None) if is_dataclass(value) else None
+    own: Any = getattr(value, "problems", None) if is_dataclass(value) else None
     return list(own()) if callable(own) else []
 
 

@@ -83,7 +83,7 @@ def default_of(field: Field) -> Any:
         return MISSING
 
 
-def settable(cls: type) -> list[Field]:
+def settable(cls: Any) -> list[Field]:
     """The fields that a configuration can give."""
     return [field for field in fields(cls) if field.init]
 

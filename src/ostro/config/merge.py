@@ -25,7 +25,7 @@ class Stack:
 
 
 @dataclass
-class Choice:
+class Settled:
     """A registry's stack after its `type` is settled."""
 
     name: str | None
@@ -46,9 +46,9 @@ def items_of(node: Node) -> dict[str, Node]:
     return mapping.items if isinstance(mapping, Mapping) else {}
 
 
-def settle(registry: Any, stack: Stack) -> Choice:
+def settle(registry: Any, stack: Stack) -> Settled:
     """Which `type` holds after all layers, and what still counts for it."""
-    choice = Choice(registry.default_choice_name(), [], stack.default, [])
+    choice = Settled(registry.default_choice_name(), [], stack.default, [])
     if type(stack.default) in registry.get_known_choices().values():
         choice.name = choice_name(type(stack.default))
     for layer in (part for node in stack.layers for part in explode(node)):

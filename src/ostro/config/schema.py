@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ostro.config.encode import encode
 from ostro.config.fields import (
+    choice_name,
     default_of,
     element,
     field_docs,
@@ -51,8 +52,8 @@ def _reference(cls: type, definitions: dict[str, Any], type_name: str | None = N
 
 def _object(cls: type, definitions: dict[str, Any], type_name: str | None) -> dict[str, Any]:
     docs, properties, required = field_docs(cls), {}, []
-    if type_name is not None:
-        properties["type"] = {"const": type_name}
+    if name := type_name or choice_name(cls):
+        properties["type"] = {"const": name}
     for item in settable(cls):
         schema = dict(_schema(hints(cls)[item.name], definitions))
         if item.name in docs:
@@ -82,7 +83,10 @@ def _member(tp: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     if is_record(tp):
         return {"anyOf": [_reference(tp, definitions), {"type": "null"}]}
     if is_list(tp):
-        return {"type": "array", "items": _schema(element(tp), definitions)}
+        items = _schema(element(tp), definitions)
+        array = {"type": "array", "items": items}
+        # a bare word is a list of one
+        return array if any(map(is_record, members(element(tp)))) else {"anyOf": [array, items]}
     if is_dict(tp):
         args = get_args(tp)
         return {
