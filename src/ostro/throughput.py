@@ -1,0 +1,114 @@
+"""How fast a run is against the limit of its device.
+
+The limit is the published dense peak of devices we know, and everywhere else a matrix product
+timed on the device itself, so that a fraction of peak never means somebody else's hardware.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+# Dense matrix-product peaks in operations per second, from the vendors' data sheets.
+_PUBLISHED_PEAKS = {
+    ("A100", torch.bfloat16): 312e12,
+    ("A100", torch.float16): 312e12,
+    ("H100 PCIe", torch.bfloat16): 756e12,
+    ("H100 PCIe", torch.float16): 756e12,
+    ("H100", torch.bfloat16): 989e12,
+    ("H100", torch.float16): 989e12,
+    ("H200", torch.bfloat16): 989e12,
+    ("H200", torch.float16): 989e12,
+}
+
+
+@dataclass(frozen=True)
+class DevicePeak:
+    """The most operations per second a device can do, and how we know."""
+
+    kind: str
+    """Name of the device."""
+    flops: float
+    """Floating-point operations per second of one device."""
+    source: str
+    """`published` or `measured`."""
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
+    """The peak of `device` for matrix products of `dtype`."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    for (name, peak_dtype), flops in _PUBLISHED_PEAKS.items():
+        if device.type == "cuda" and name in kind and dtype == peak_dtype:
+            return DevicePeak(kind, flops, "published")
+    return DevicePeak(kind, measure_peak(device, dtype), "measured")
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
+    """Operations per second of a square matrix product, the best of several short timings.
+
+    Waits for the device after each product. About `seconds` long.
+    """
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    b = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    with torch.inference_mode():
+        a @ b  # the first product pays for packing and kernel selection
+        while True:
+            _synchronize(device)
+            start = time.perf_counter()
+            a @ b
+            _synchronize(device)
+            now = time.perf_counter()
+            best = min(best, now - start)
+            if now >= end:
+                return 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Turns the time of some steps into the `throughput/` metrics of a run."""
+
+    seq_len: int
+    """Tokens of one example."""
+    flops_per_token: int
+    """Operations of one token in the forward pass; training takes three times as many."""
+    peak: DevicePeak
+    """The limit of one device."""
+    num_devices: int = 1
+    """Devices of the run."""
+
+    def metrics(
+        self, *, num_examples: int, num_steps: int, seconds: float, total_examples: int
+    ) -> dict[str, float]:
+        """Rates over `num_steps` steps of `num_examples` examples together in `seconds`."""
+        tokens_per_second = num_examples * self.seq_len / seconds
+        flops_per_second = 3 * self.flops_per_token * tokens_per_second
+        total_tokens = total_examples * self.seq_len
+        return {
+            "throughput/duration": seconds / num_steps,
+            "throughput/examples_per_second": num_examples / seconds,
+            "throughput/tokens_per_second": tokens_per_second,
+            "throughput/gflops_per_second": flops_per_second / 1e9,
+            "throughput/mfu": 100 * flops_per_second / (self.peak.flops * self.num_devices),
+            "throughput/total_tokens": total_tokens,
+            "throughput/total_gflops": 3 * self.flops_per_token * total_tokens / 1e9,
+        }
+
+    def summary(self) -> dict[str, float | str]:
+        """Facts that do not change during a run."""
+        return {
+            "throughput/device_kind": self.peak.kind,
+            "throughput/peak_source": self.peak.source,
+            "throughput/theoretical_flops_per_device": self.peak.flops,
+            "throughput/theoretical_flops": self.peak.flops * self.num_devices,
+            "throughput/flops_per_example": 3 * self.flops_per_token * self.seq_len,
+        }

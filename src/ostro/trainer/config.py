@@ -1,0 +1,206 @@
+"""Settings of a training run, and the batch arithmetic that follows from them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ostro.checkpoint import CheckpointerConfig
+from ostro.data.mixture import BatchSchedule
+from ostro.distributed import DistributedConfig, RayConfig
+from ostro.errors import ConfigError, Problem
+from ostro.tracker import TrackerConfig, WandbConfig
+from ostro.units import Precision
+
+
+@dataclass(frozen=True)
+class BatchStage:
+    """One stage of a batch-size schedule."""
+
+    start: int
+    """First step of the stage; 0 for the first stage."""
+    value: int
+    """Examples in a batch from that step on."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long to train, on what, in which precision, and what to log, save and resume."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and dropout."""
+    num_train_steps: int = 400_000
+    """Updates to make."""
+    train_batch_size: int | list[BatchStage] = 32
+    """Examples in a batch: a number, or a list of `{start, value}` stages by step."""
+    per_device_parallelism: int | None = None
+    """Examples that a device computes at once; what is left of a batch is accumulated. Null (or
+    -1) is the whole batch, split evenly over the devices."""
+    per_device_eval_parallelism: int | None = None
+    """Examples that a device computes at once in evaluation. Null (or -1) is the training value."""
+    steps_per_eval: int | None = 1000
+    """Evaluate after every so many updates, after the first, and at the end. Null: never."""
+    max_eval_batches: int | None = None
+    """Batches to evaluate of each validation set. Null is all of it."""
+    mp: Precision = field(default_factory=Precision)
+    """Precision of weights, computation and output: `f32`, or `p=f32,c=bfloat16`."""
+    compile: bool = False
+    """Compile the blocks of the model with torch.compile: slower to start, faster on long runs."""
+    device: str = "auto"
+    """`auto` (CUDA, then MPS, then CPU), or a torch device such as `cpu` or `cuda:1`."""
+    require_accelerator: bool = False
+    """Refuse to train on the CPU."""
+    id: str | None = None
+    """Name of the run in folders and trackers. Null: RUN_ID of the environment, the id of the
+    wandb tracker, or eight random characters. A given id resumes its own checkpoints."""
+    log_dir: str = "logs/"
+    """Folder of the run's log and metrics; the run id is appended, or replaces `${run_id}`."""
+    log_interval: int = 10
+    """Steps between two reports. The host waits for the device only then."""
+    tracker: TrackerConfig | list[TrackerConfig] = field(default_factory=WandbConfig)
+    """Where metrics go: one tracker or a list of several."""
+    crash_on_nan: bool = True
+    """Stop when the loss or the gradient is not finite, with the weights before that update.
+    False leaves such updates out and goes on."""
+    checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
+    """Where and when to save."""
+    load_checkpoint: bool | None = None
+    """Null: resume if there is a checkpoint, else start. True: must resume. False: never."""
+    load_checkpoint_path: str | None = None
+    """Resume from the newest complete checkpoint below this path, until the run has its own."""
+    initialize_from: str | None = None
+    """Take the full training state of this checkpoint when the run has none of its own."""
+    batch_axis: str = "batch"
+    """Logical axis of the examples, split over the data-parallel devices."""
+    fsdp_axis: str | list[str] | None = "embed"
+    """Logical axis or axes of the parameters that are sharded over the data-parallel devices."""
+    tensor_parallel_axes: str | list[str] | None = None
+    """Logical axes that are split over the `model` mesh axis."""
+    model_axis_size: int = 1
+    """Devices on the `model` mesh axis (tensor parallelism)."""
+    axis_resources: dict[str, str | list[str]] = field(default_factory=dict)
+    """Logical axis to mesh axis, for parameters and computation."""
+    parameter_axis_resources: dict[str, str | list[str]] = field(default_factory=dict)
+    """Logical axis to mesh axis, for parameters at rest."""
+    compute_axis_resources: dict[str, str | list[str]] = field(default_factory=dict)
+    """Logical axis to mesh axis, during computation."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How the processes of a run meet."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """The cluster that tokenises a corpus when a run spans hosts."""
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("num_train_steps", "log_interval", "model_axis_size"):
+            if getattr(self, name) < 1:
+                yield Problem(name, "must be at least 1")
+        for name in ("steps_per_eval", "max_eval_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Problem(name, "must be at least 1", "null switches it off")
+        for name in ("per_device_parallelism", "per_device_eval_parallelism"):
+            value = getattr(self, name)
+            if value is not None and value != -1 and value < 1:
+                yield Problem(name, "must be at least 1", "null takes the default")
+        yield from self._stage_problems()
+        if self.load_checkpoint is False and self.load_checkpoint_path is not None:
+            rule = "load_checkpoint: false never reads it"
+            yield Problem("load_checkpoint_path", rule, "remove one of the two")
+        axes = [a for a in (self.tensor_parallel_axes, self.fsdp_axis) if a is not None]
+        for axis in axes:
+            if not axis:
+                yield Problem("fsdp_axis", "must not be empty", "use null to switch it off")
+
+    def _stage_problems(self) -> Iterator[Problem]:
+        if isinstance(self.train_batch_size, int):
+            if self.train_batch_size < 1:
+                yield Problem("train_batch_size", "must be at least 1")
+            return
+        if not self.train_batch_size or self.train_batch_size[0].start != 0:
+            rule = "the first stage must start at step 0"
+            yield Problem("train_batch_size", rule, "write [{start: 0, value: 32}, ...]")
+        starts = [stage.start for stage in self.train_batch_size]
+        if starts != sorted(set(starts)):
+            yield Problem(
+                "train_batch_size", f"stages must start at increasing steps, not {starts}"
+            )
+        for index, stage in enumerate(self.train_batch_size):
+            if stage.value < 1:
+                yield Problem(f"train_batch_size[{index}].value", "must be at least 1")
+
+    def batch_schedule(self) -> BatchSchedule:
+        """Batch size by step."""
+        if isinstance(self.train_batch_size, int):
+            return BatchSchedule(((0, self.train_batch_size),))
+        stages = ((stage.start, stage.value) for stage in self.train_batch_size)
+        return BatchSchedule(tuple(stages))
+
+    def batch_plan(self, num_devices: int) -> "BatchPlan":
+        """The batch arithmetic on so many devices; `ConfigError` when it does not come out even."""
+        if num_devices % self.model_axis_size:
+            rule = f"must divide the number of devices = {num_devices}"
+            problem = Problem("trainer.model_axis_size", rule, value=str(self.model_axis_size))
+            raise ConfigError(problem)
+        data_axis_size = num_devices // self.model_axis_size
+        schedule = self.batch_schedule()
+        per_device = _given(self.per_device_parallelism)
+        problems = []
+        for start, size in schedule.stages:
+            at = f" (from step {start})" if start else ""
+            unit = (per_device or 1) * data_axis_size
+            if size % unit:
+                numbers = f"{per_device or 1} * {data_axis_size} = {unit}"
+                rule = f"must be divisible by per_device_parallelism * data_axis_size = {numbers}"
+                near = max(unit, round(size / unit) * unit)
+                advice = f"use {near}, or change per_device_parallelism"
+                value = f"{size}{at}"
+                problems.append(Problem("trainer.train_batch_size", rule, advice, value))
+        if problems:
+            raise ConfigError(problems)
+        largest = -(-schedule.max_size // data_axis_size)
+        per_device_eval = _given(self.per_device_eval_parallelism) or per_device or largest
+        eval_problem = self._eval_problem(schedule, per_device_eval * data_axis_size)
+        if eval_problem is not None:
+            raise ConfigError(eval_problem)
+        return BatchPlan(schedule, per_device, per_device_eval, data_axis_size)
+
+    def _eval_problem(self, schedule: BatchSchedule, unit: int) -> Problem | None:
+        # A batch-size schedule has no one size that the evaluation batch could divide.
+        if len(schedule.stages) > 1 or schedule.max_size % unit == 0:
+            return None
+        given = self.per_device_eval_parallelism
+        rule = (
+            f"train_batch_size = {schedule.max_size} must be divisible by"
+            f" per_device_eval_parallelism * data_axis_size = {unit}"
+        )
+        advice = "use a divisor of the batch size, or null for the training value"
+        return Problem("trainer.per_device_eval_parallelism", rule, advice, str(given))
+
+
+def _given(value: int | None) -> int | None:
+    return None if value == -1 else value
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a batch is cut: over devices, and on each device over micro-batches."""
+
+    schedule: BatchSchedule
+    """Examples in a batch, by step."""
+    per_device_parallelism: int | None
+    """Examples a device computes at once; None is its whole share."""
+    per_device_eval_parallelism: int
+    """Examples a device computes at once in evaluation."""
+    data_axis_size: int
+    """Devices over which a batch is split."""
+
+    def micro_batch_size(self, step: int) -> int:
+        """Examples that one device computes at once in this step."""
+        return self.per_device_parallelism or self.schedule.size(step) // self.data_axis_size
+
+    def num_micro_batches(self, step: int) -> int:
+        """Micro-batches that each device accumulates in this step."""
+        per_device = self.schedule.size(step) // self.data_axis_size
+        return per_device // self.micro_batch_size(step)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Examples in an evaluation batch, over all devices."""
+        return self.per_device_eval_parallelism * self.data_axis_size

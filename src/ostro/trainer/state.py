@@ -1,0 +1,160 @@
+"""Everything that one update hands to the next, and what a checkpoint keeps of it."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ostro.errors import CheckpointError
+from ostro.models.lm_model import LmModel
+from ostro.optim import LossScaler, SkipStep, optimizer_tensors
+
+
+class TrainState:
+    """Model, optimizer, counters and guards of a run.
+
+    The data position is `step`: batch n is a function of (seed, n). So is the random state of
+    dropout, which is seeded anew from (seed, step, micro-batch) before every forward pass.
+    """
+
+    def __init__(
+        self,
+        model: LmModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int,
+        device: torch.device,
+        skip_step: SkipStep | None = None,
+        loss_scaler: LossScaler | None = None,
+        crash_on_nan: bool = True,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.seed = seed
+        self.device = device
+        self.skip_step = skip_step
+        self.loss_scaler = loss_scaler
+        self.crash_on_nan = crash_on_nan
+        self.step = 0
+        """Updates made so far, and the index of the next one."""
+        self.best_eval_loss = math.inf
+        """The lowest `eval/loss` so far."""
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._halted = torch.zeros((), dtype=torch.bool, device=device)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters, a shared one counted once."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def seed_dropout(self, step: int, micro_batch: int) -> None:
+        """Make dropout of this micro-batch a function of (seed, step, micro-batch)."""
+        key = hashlib.blake2b(f"{self.seed}/{step}/{micro_batch}".encode(), digest_size=8)
+        torch.manual_seed(int.from_bytes(key.digest(), "little") >> 1)
+
+    @property
+    def loss_scale(self) -> Tensor | float:
+        """What the loss is multiplied with before the backward pass."""
+        return 1.0 if self.loss_scaler is None else self.loss_scaler.scale
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to differentiate."""
+        return loss if self.loss_scaler is None else loss * self.loss_scaler.scale
+
+    def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Whether to hold this update back (1.0) or make it (0.0), decided on the device.
+
+        An update is held back when the loss or the gradient norm is not finite, when skip-step
+        finds it an outlier, and after a divergence that stops the run. Returns that mask and
+        the figures of the guards; `diverged` among them is 1.0 where the run should stop.
+        """
+        figures: dict[str, Tensor] = {}
+        finite_loss, finite_norm = torch.isfinite(loss), torch.isfinite(norm)
+        hold = diverged = ~(finite_loss & finite_norm)
+        if self.loss_scaler is not None:
+            # Too large a scale overflows the gradient alone; that lowers the scale, no more.
+            diverged = ~finite_loss | (~finite_norm & self.loss_scaler.at_minimum)
+            figures["optim/loss_scale"] = self.loss_scaler.scale
+            self.loss_scaler.update(hold)
+        if self.skip_step is not None:
+            skip, skip_figures = self.skip_step.update(loss, norm)
+            figures |= skip_figures
+            hold = hold | skip
+        if self.crash_on_nan:
+            self._halted = self._halted | diverged
+        figures["diverged"] = diverged
+        return (hold | self._halted).float(), figures
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint, by group: `model`, `optimizer`, `state`. Not copies."""
+        named = dict(self.model.named_parameters())
+        state = {"random.torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        for prefix, guard in self._guards().items():
+            state |= {f"{prefix}.{name}": value for name, value in guard.state_dict().items()}
+        return {
+            "model": {name: parameter.detach() for name, parameter in named.items()},
+            "optimizer": optimizer_tensors(self.optimizer, named),
+            "state": state,
+        }
+
+    def values(self) -> dict[str, Any]:
+        """The numbers of a checkpoint that are not tensors."""
+        best = self.best_eval_loss
+        return {"step": self.step, "best_eval_loss": best if math.isfinite(best) else None}
+
+    def load(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], where: str
+    ) -> None:
+        """Take over the state of a checkpoint; `CheckpointError` when it does not fit."""
+        load_weights(self.model, tensors["model"], where)
+        named = dict(self.model.named_parameters())
+        _copy(tensors["optimizer"], optimizer_tensors(self.optimizer, named), where, "optimizer")
+        state = tensors["state"]
+        for prefix, guard in self._guards().items():
+            own = {
+                n.removeprefix(f"{prefix}."): t for n, t in state.items() if n.startswith(prefix)
+            }
+            if own:  # a guard that was switched on since starts afresh
+                guard.load_state_dict({name: value.to(self.device) for name, value in own.items()})
+        if "random.torch" in state:
+            torch.set_rng_state(state["random.torch"])
+        if "random.cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random.cuda"], self.device)
+        self.step = int(values["step"])
+        best = values.get("best_eval_loss")
+        self.best_eval_loss = math.inf if best is None else float(best)
+
+    def _guards(self) -> dict[str, SkipStep | LossScaler]:
+        guards = {"skip_step": self.skip_step, "loss_scaler": self.loss_scaler}
+        return {name: guard for name, guard in guards.items() if guard is not None}
+
+
+def load_weights(model: LmModel, weights: Mapping[str, Tensor], where: str) -> None:
+    """Copy `weights` into `model` by name; `CheckpointError` lists what does not fit."""
+    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    _copy(weights, named, where, "model")
+
+
+def _copy(
+    source: Mapping[str, Tensor], target: Mapping[str, Tensor], where: str, what: str
+) -> None:
+    wrong = [f"{name} is missing" for name in target if name not in source]
+    wrong += [f"{name} is unknown here" for name in source if name not in target]
+    wrong += [
+        f"{name} has shape {tuple(source[name].shape)}, here it is {tuple(own.shape)}"
+        for name, own in target.items()
+        if name in source and source[name].shape != own.shape
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise CheckpointError(
+            f"{where} does not fit this run's {what}: {shown} - use the settings it was saved with"
+            " (they are in its config.yaml), or start a run with another trainer.id"
+        )
+    for name, own in target.items():
+        own.copy_(source[name])
