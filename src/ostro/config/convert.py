@@ -376,7 +376,7 @@ def load_plugins(notices: list[str]) -> None:
 
 def _own_problems(value: Any) -> list[Problem]:
     own: Any = getattr(value, "problems", None) if is_dataclass(value) else None
-    return list(own()) if callable(own) else []
+    return [] if own is None else list(own())
 
 
 def _kind(tp: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ostro.config.nodes import join
 
@@ -141,7 +141,7 @@ def type_text(tp: Any) -> str:
     names = {int: "int", float: "float", bool: "bool", str: "text", type(None): "null"}
     parts = []
     for member in members(tp):
-        if get_origin(member) is not None and repr(get_origin(member)) == "typing.Literal":
+        if get_origin(member) is Literal:
             parts += [literal_text(value) for value in get_args(member)]
         elif is_list(member):
             parts.append(f"list of {type_text(element(member))}")
@@ -150,6 +150,10 @@ def type_text(tp: Any) -> str:
             parts.append(f"mapping to {type_text(args[1])}" if args else "mapping")
         elif is_registry(member):
             parts.append("type " + "|".join(member.get_known_choices()))
+        elif is_record(member):
+            parts.append("{" + ", ".join(item.name for item in settable(member)) + "}")
+        elif is_text_class(member):
+            parts.append("text")
         elif member in names:
             parts.append(names[member])
         else:
