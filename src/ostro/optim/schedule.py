@@ -214,12 +214,12 @@ def make_schedule(
             )
 
         decay_start = stop - num_decay
-        kind: PhaseKind
-        for kind, first_step, last_step, first in (
+        layout: list[tuple[PhaseKind, int, int, float]] = [
             (ramp, start, start + num_warmup, end),
             ("stable", start + num_warmup, decay_start, peak),
             ("decay", decay_start, stop, peak),
-        ):
+        ]
+        for kind, first_step, last_step, first in layout:
             if last_step > first_step:
                 phases.append(Phase(kind, cycle, first_step, last_step, first, num_warmup))
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -173,17 +174,11 @@ def _has_login(settings: Any) -> bool:
         return True
     if settings.api_key:
         return True
-    default = next((path for path in ("~/.netrc", "~/_netrc") if _exists(path)), "~/.netrc")
-    path = os.path.expanduser(os.environ.get("NETRC", default))
-    try:
-        hosts = netrc.netrc(path).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return urlsplit(settings.base_url).netloc in hosts or "api.wandb.ai" in hosts
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(os.path.expanduser(path))
+    hosts: set[str] = set()
+    for path in (os.environ["NETRC"],) if "NETRC" in os.environ else ("~/.netrc", "~/_netrc"):
+        with suppress(OSError, netrc.NetrcParseError):
+            hosts |= netrc.netrc(os.path.expanduser(path)).hosts.keys()
+    return bool(hosts & {urlsplit(settings.base_url).netloc, "api.wandb.ai"})
 
 
 def _dump_folder() -> str:
