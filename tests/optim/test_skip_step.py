@@ -14,7 +14,7 @@ def skip_step(length: int = 10, sigma: float = 6.0) -> SkipStep:
 
 
 def observe(guard: SkipStep, loss: float, norm: float = 1.0) -> tuple[bool, dict[str, float]]:
-    skip, metrics = guard.observe(torch.tensor(loss), torch.tensor(norm))
+    skip, metrics = guard.update(torch.tensor(loss), torch.tensor(norm))
     return bool(skip), {name: value.item() for name, value in metrics.items()}
 
 

@@ -43,7 +43,7 @@ class SkipStep:
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         """Number of steps that entered the window since the start."""
 
-    def observe(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compare a step with those before it, then take it into the window.
 
         Args:
