@@ -1,0 +1,261 @@
+"""Where documents come from: files, a Hugging Face data set, the standard library, token files.
+
+A source lists its shards (files, mostly) for a split and reads one shard's documents in order.
+That is all the token cache needs to build in parallel and to go on after a kill.
+"""
+
+import hashlib
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ostro.config import Choice
+from ostro.data.files import (
+    BadRecord,
+    Shard,
+    Unreachable,
+    find_files,
+    guess_format,
+    is_unicode,
+    make_shard,
+    read_file,
+)
+from ostro.errors import DataError, Problem
+
+SPLITS = ("train", "validation")
+
+
+class SourceConfig(Choice):
+    """A registry of sources of documents; `type` picks one, files by URL when there is none."""
+
+    default_type = "urls"
+
+    tags: list[str]
+
+    def list_shards(self, split: str) -> list[Shard]:
+        """The shards of `train` or `validation` in their order; empty when there is no such split.
+
+        Raises `Unreachable`, naming all that is missing.
+        """
+        raise NotImplementedError
+
+    def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
+        """The shard's documents in order."""
+        raise NotImplementedError
+
+    def settings(self, split: str) -> dict[str, Any]:
+        """What the documents depend on beside the files' content; recorded in the cache."""
+        raise NotImplementedError
+
+
+@SourceConfig.register_subclass("urls")
+@dataclass(frozen=True)
+class UrlsSource(SourceConfig):
+    """Files by path or URL: text, JSON lines, JSON or parquet, plain or compressed."""
+
+    train_urls: list[str] = field(default_factory=list)
+    """Files to train on: local paths or fsspec URLs; `{1..128}` and `*` are expanded."""
+    validation_urls: list[str] = field(default_factory=list)
+    """Files to evaluate on; empty for none."""
+    text_key: str = "text"
+    """Key (JSON) or column (parquet) that holds the text."""
+    format: Literal["auto", "text", "jsonl", "json", "parquet"] = "auto"
+    """Format of the files; `auto` goes by the names. A text file is one document."""
+    tags: list[str] = field(default_factory=list)
+    """Labels under which evaluation losses are averaged."""
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.train_urls and not self.validation_urls:
+            yield Problem("train_urls", "names no file", "list at least one path or URL")
+
+    def _urls(self, split: str) -> list[str]:
+        return self.train_urls if split == "train" else self.validation_urls
+
+    def list_shards(self, split: str) -> list[Shard]:
+        paths = find_files(self._urls(split), f"{split}_urls")
+        return [make_shard(path, guess_format(path, self.format)) for path in paths]
+
+    def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
+        return read_file(shard.name, shard.format, self.text_key)
+
+    def settings(self, split: str) -> dict[str, Any]:
+        return {"urls": self._urls(split), "text_key": self.text_key, "format": self.format}
+
+
+@SourceConfig.register_subclass("stdlib")
+@dataclass(frozen=True)
+class StdlibSource(SourceConfig):
+    """The running Python's own standard library: about 12 MB of source that is always there.
+
+    Test folders are left out. About one file in fifty, chosen by a hash of its name, is held out
+    for validation.
+    """
+
+    tags: list[str] = field(default_factory=list)
+    """Labels under which evaluation losses are averaged."""
+
+    def list_shards(self, split: str) -> list[Shard]:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+        shards = []
+        for name in sorted(files):
+            if left_out & set(name.split("/")[:-1]):
+                continue
+            held_out = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 50 == 0
+            if held_out == (split == "validation"):
+                shards.append(replace(make_shard(str(files[name]), "text"), name=name))
+        if not shards:
+            raise Unreachable(f"stdlib - {root} holds no .py files - use another source")
+        return shards
+
+    def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
+        path = Path(sysconfig.get_paths()["stdlib"]) / shard.name
+        try:
+            with open(path, "rb") as file:
+                encoding, _ = tokenize.detect_encoding(file.readline)
+                file.seek(0)
+                yield file.read().decode(encoding)
+        except (SyntaxError, UnicodeDecodeError) as error:
+            yield BadRecord(shard.name, "line 1", f"cannot be decoded ({error})")
+        except OSError as error:
+            raise DataError(f"{path} - cannot be read: {error.strerror}") from error
+
+    def settings(self, split: str) -> dict[str, Any]:
+        return {"corpus": "stdlib"}
+
+
+@SourceConfig.register_subclass("hf")
+@dataclass(frozen=True)
+class HfSource(SourceConfig):
+    """A data set of the Hugging Face hub, or a local folder laid out like one."""
+
+    id: str = ""
+    """Name on the hub (`wikitext`) or path of a local repository folder."""
+    name: str | None = None
+    """Configuration within the data set; null for its default."""
+    splits: list[str] = field(default_factory=lambda: ["train", "validation"])
+    """The data set's names for the training and the validation split; the second may be absent."""
+    text_key: str = "text"
+    """Column that holds the text."""
+    stream: bool = True
+    """Read over the network as needed instead of downloading the whole data set first."""
+    tags: list[str] = field(default_factory=list)
+    """Labels under which evaluation losses are averaged."""
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.id:
+            yield Problem("id", "is missing", "name a data set of the hub or a local folder")
+        if not 1 <= len(self.splits) <= 2:
+            yield Problem("splits", "must name the training and, if any, the validation split")
+
+    def _builder(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError(
+                f'id = {self.id} - needs the datasets library - pip install "ostro[hf]"'
+            ) from error
+        path = os.path.expanduser(self.id)
+        datasets.disable_progress_bars()
+        try:
+            known = path if os.path.isdir(path) else self.id
+            return datasets.load_dataset_builder(known, self.name)
+        except Exception as error:  # the library raises a dozen unrelated classes here
+            raise Unreachable(
+                f"id = {self.id} - the data set cannot be opened: {error} - check the name and the "
+                "network, or give a local folder with its files"
+            ) from error
+
+    def _split(self, split: str) -> str | None:
+        index = SPLITS.index(split)
+        return self.splits[index] if index < len(self.splits) else None
+
+    def list_shards(self, split: str) -> list[Shard]:
+        builder, name = self._builder(), self._split(split)
+        files = builder.config.data_files or {}
+        known = list(files) or list(builder.info.splits or {})
+        if name is None or (known and name not in known):
+            if split == "train":
+                raise DataError(
+                    f"splits - {self.id} has no split {name!r}, only {', '.join(known)} - set "
+                    "splits: [training split, validation split]"
+                )
+            return []
+        local = [str(path) for path in files.get(name, []) if os.path.isfile(str(path))]
+        if local and len(local) == len(files[name]):
+            parts = [make_shard(path, "hf") for path in local]
+            print_ = hashlib.sha256("".join(p.fingerprint for p in parts).encode()).hexdigest()[:32]
+            size = sum(part.size for part in parts)
+        else:
+            print_, size = str(builder.hash or builder.config_id), 0
+        return [Shard(f"{self.id}:{name}", size, print_, name)]
+
+    def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
+        builder, row = self._builder(), 0
+        try:
+            if self.stream:
+                rows = builder.as_streaming_dataset(split=shard.format)
+            else:
+                builder.download_and_prepare()
+                rows = builder.as_dataset(split=shard.format)
+            for row, record in enumerate(rows, 1):
+                text = record.get(self.text_key)
+                if isinstance(text, str) and is_unicode(text):
+                    yield text
+                    continue
+                reason = f"has no text under {self.text_key!r} (it has {', '.join(record)})"
+                yield BadRecord(shard.name, f"row {row}", reason, repr(record)[:200])
+        except (OSError, ValueError, EOFError, RuntimeError) as error:
+            raise DataError(f"id = {self.id} - reading stopped after row {row}: {error}") from error
+
+    def settings(self, split: str) -> dict[str, Any]:
+        return {"id": self.id, "name": self.name, "split": self._split(split),
+                "text_key": self.text_key}  # fmt: skip
+
+
+@SourceConfig.register_subclass("tokens")
+@dataclass(frozen=True)
+class TokensSource(SourceConfig):
+    """Raw token files, little-endian and without a header, as nanoGPT's `train.bin`.
+
+    They are mapped as they are: nothing is tokenised and no end of document is added.
+    """
+
+    train_bin: list[str] = field(default_factory=list)
+    """Local token files to train on, in order."""
+    val_bin: list[str] = field(default_factory=list)
+    """Local token files to evaluate on; empty for none."""
+    dir: str | None = None
+    """Folder with `train.bin` and, if any, `val.bin`, in place of the two lists."""
+    dtype: Literal["uint16", "uint32"] = "uint16"
+    """Type of the stored ids."""
+    tags: list[str] = field(default_factory=list)
+    """Labels under which evaluation losses are averaged."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.dir is not None and (self.train_bin or self.val_bin):
+            yield Problem("dir", "cannot stand beside train_bin or val_bin", "give one of them")
+        elif self.dir is None and not self.train_bin and not self.val_bin:
+            yield Problem("train_bin", "names no file", "list token files, or set dir")
+
+    def list_shards(self, split: str) -> list[Shard]:
+        setting, patterns = "train_bin", self.train_bin
+        if split == "validation":
+            setting, patterns = "val_bin", self.val_bin
+        if self.dir is not None:
+            path = os.path.join(os.path.expanduser(self.dir), setting.replace("_", "."))
+            if split == "validation" and not os.path.exists(path):
+                return []
+            patterns = [path]
+        return [make_shard(path, "tokens") for path in find_files(patterns, setting)]
+
+    def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
+        raise AssertionError("token files hold no documents to read")
+
+    def settings(self, split: str) -> dict[str, Any]:
+        return {"dtype": self.dtype}

@@ -1,0 +1,188 @@
+"""The token cache on disk: where it lies, what its ledger says, how its tokens are read."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from ostro.data.files import is_local
+from ostro.errors import DataError
+
+logger = logging.getLogger("ostro.data")
+
+LEDGER = "ledger.json"
+
+
+class TokenStore:
+    """A sequence of tokens in one or several memory-mapped files."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self._arrays = list(arrays)
+        self._starts = np.cumsum([0] + [len(array) for array in arrays]).tolist()
+        self.num_tokens: int = self._starts[-1]
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path], dtype: str) -> "TokenStore":
+        """Map files of little-endian ids."""
+        kind = np.dtype(dtype).newbyteorder("<")
+        sized = [path for path in paths if os.path.getsize(path)]
+        return cls([np.memmap(path, dtype=kind, mode="r") for path in sized])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 as int64."""
+        assert 0 <= start <= stop <= self.num_tokens, "outside of the tokens"
+        result = np.empty(stop - start, dtype=np.int64)
+        at, index = start, bisect_right(self._starts, start) - 1
+        while at < stop:
+            first = self._starts[index]
+            end = min(stop, self._starts[index + 1])
+            result[at - start : end - start] = self._arrays[index][at - first : end - first]
+            at, index = end, index + 1
+        return result
+
+    def largest(self) -> tuple[int, int]:
+        """The largest id and where it first stands; reads everything, in parts."""
+        best, position = -1, 0
+        for start, array in zip(self._starts[:-1], self._arrays, strict=True):
+            for first in range(0, len(array), 1 << 24):
+                part = array[first : first + (1 << 24)]
+                index = int(part.argmax())
+                if int(part[index]) > best:
+                    best, position = int(part[index]), start + first + index
+        return best, position
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and move into place, durable when it returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} - cannot be read ({error}) - delete the folder") from error
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Key by key, what a cache was built with against what the configuration asks for."""
+    lines = []
+    for key in sorted({*old, *new}):
+        was, now = old.get(key), new.get(key)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            lines += differences(was, now, f"{prefix}{key}.")
+        elif key == "files" and isinstance(was, list) and isinstance(now, list):
+            lines.append(f"files: {_file_differences(was, now)}")
+        else:
+            lines.append(f"{prefix}{key}: the cache has {was}, the configuration {now}")
+    return lines
+
+
+def _file_differences(was: list, now: list) -> str:
+    """Files are [name, size, fingerprint]; their content counts, not their names."""
+    old, new = {file[2]: file[0] for file in was}, {file[2]: file[0] for file in now}
+    gone = [name for print_, name in old.items() if print_ not in new]
+    come = [name for print_, name in new.items() if print_ not in old]
+    parts = []
+    for what, names in (("changed", [n for n in come if n in gone]),
+                        ("removed", [n for n in gone if n not in come]),
+                        ("added", [n for n in come if n not in gone])):  # fmt: skip
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{what} {', '.join(names[:3])}{more}")
+    return "; ".join(parts) or "the same files in another order"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes; the kernel frees it when its holder dies."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s is being built by another process; waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s); build it from one process", folder, error)
+        yield
+
+
+class CacheDir:
+    """A cache directory: a local folder, or a URL with a local copy.
+
+    A finished folder is recognised by its ledger, which names its files; the ledger travels
+    last in both directions.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        if is_local(url):
+            self.remote = None
+            self.local = Path(url.removeprefix("file://")).expanduser()
+        else:
+            home = os.environ.get("OSTRO_CACHE_HOME", "~/.cache/ostro")
+            name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+            self.local = Path(home).expanduser() / name
+            try:
+                self.remote, self._root = fsspec.core.url_to_fs(self.url)
+            except (ImportError, ValueError, OSError) as error:
+                raise DataError(f"cache_dir = {url} - cannot be used: {error}") from error
+
+    def fetch(self, name: str) -> Path:
+        """The local folder of that name; a finished remote one is copied there first."""
+        folder = self.local / name
+        if self.remote is None:
+            return folder
+        path = f"{self._root}/{name}"
+        try:
+            if not self.remote.exists(f"{path}/{LEDGER}"):
+                return folder
+            text = self.remote.cat_file(f"{path}/{LEDGER}")
+            if (folder / LEDGER).exists() and (folder / LEDGER).read_bytes() == text:
+                return folder
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                logger.info("copying %s/%s to %s", self.url, name, folder)
+                (folder / LEDGER).unlink(missing_ok=True)
+                for file in json.loads(text)["stored"]:
+                    self.remote.get_file(f"{path}/{file}", str(folder / file))
+                write_json(folder / LEDGER, json.loads(text))
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{self.url}/{name} - cannot be copied: {error}") from error
+        return folder
+
+    def publish(self, name: str) -> None:
+        """Copy a finished local folder to where the URL points."""
+        if self.remote is None:
+            return
+        folder, path = self.local / name, f"{self._root}/{name}"
+        try:
+            self.remote.makedirs(path, exist_ok=True)
+            for file in [*json.loads((folder / LEDGER).read_text())["stored"], LEDGER]:
+                self.remote.put_file(str(folder / file), f"{path}/{file}")
+        except OSError as error:
+            raise DataError(f"{self.url}/{name} - cannot be written: {error}") from error

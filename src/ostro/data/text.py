@@ -1,0 +1,385 @@
+"""`LMDatasetConfig`: the `data` section of a configuration, from sources to training examples."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ostro.data.cache import CacheRequest, Progress, open_cache
+from ostro.data.files import BadRecord, Shard, Unreachable
+from ostro.data.mixture import block_counts
+from ostro.data.sequences import EvalData, TrainData, Windows, cut
+from ostro.data.source import HfSource, SourceConfig, TokensSource, UrlsSource
+from ostro.data.store import (
+    LEDGER,
+    CacheDir,
+    TokenStore,
+    differences,
+    locked,
+    read_json,
+    write_json,
+)
+from ostro.data.tokenizer import Gpt2Tokenizer, Tokenizer, TokenizerConfig
+from ostro.errors import DataError, Problem
+from ostro.units import format_count
+
+logger = logging.getLogger("ostro.data")
+
+_SINGLE = "data"
+
+
+@dataclass(frozen=True)
+class WeightStage:
+    """Mixture weights from a training step on."""
+
+    start: int
+    """First training step of the stage; 0 for the first stage."""
+    weights: dict[str, float]
+    """Weight of each data set by name; those left out have weight 0."""
+
+
+@dataclass(frozen=True)
+class LMDatasetConfig:
+    """Text for a language model: where it comes from, how it is tokenised, cached and ordered.
+
+    Exactly one of `train_urls`, `id`, `source` and `configs` says where the text comes from.
+    """
+
+    train_urls: list[str] = field(default_factory=list)
+    """Files to train on: local paths or fsspec URLs; `{1..128}` and `*` are expanded."""
+    validation_urls: list[str] = field(default_factory=list)
+    """Files to evaluate on; empty for none."""
+    id: str | None = None
+    """Hugging Face data set: a name on the hub, or a local repository folder."""
+    name: str | None = None
+    """Configuration within the Hugging Face data set; null for its default."""
+    stream: bool = True
+    """Read the Hugging Face data set as needed instead of downloading all of it first."""
+    text_key: str = "text"
+    """Key (JSON) or column (parquet) that holds the text."""
+    source: SourceConfig | None = None
+    """Any other single source, for example `stdlib` or `{type: tokens, dir: data/x}`."""
+    configs: dict[str, SourceConfig] = field(default_factory=dict)
+    """Several sources by name, mixed by `train_weights`."""
+    train_weights: dict[str, float] | list[WeightStage] | None = None
+    """Weights of `configs`, or a list of stages with their first step; they need not sum to 1. A
+    weight of 0 means evaluation only."""
+    mixture_block_size: int = 2048
+    """Examples in which every source comes with exactly its share."""
+    tokenizer: TokenizerConfig = field(default_factory=Gpt2Tokenizer)
+    """`gpt2`, `bpe`, `bytes`, `chars`, a Hugging Face name, or the path of a `tokenizer.json`."""
+    cache_dir: str = "cache/"
+    """Folder or fsspec URL of the token cache."""
+    enforce_eos: bool = True
+    """End every document with the tokenizer's end-of-document id."""
+    shuffle: bool | int = True
+    """true: another permutation every pass; an integer: shuffle within runs of so many windows;
+    false: the text's own order."""
+    sampling: Literal["permutation", "windows"] = "permutation"
+    """`permutation`: every window once a pass. `windows`: windows at random places, with
+    replacement, as nanoGPT draws them; still a function of (seed, index)."""
+    document_mask: bool = False
+    """Keep attention within documents."""
+    num_validation_sequences: int | None = None
+    """Hold the last windows of the training text out where a source has no validation files; null
+    for none."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """What to do with a record that holds no text: stop, or leave it out, count it and list it in
+    `quarantine.jsonl` in the cache."""
+    rebuild_cache: bool = False
+    """Build a cache that does not fit the configuration again instead of stopping."""
+    num_workers: int | None = None
+    """Processes that tokenise; null uses all cores."""
+    tags: list[str] = field(default_factory=list)
+    """Labels under which evaluation losses are averaged."""
+
+    def problems(self) -> Iterator[Problem]:
+        given = [key for key in ("train_urls", "id", "source", "configs") if getattr(self, key)]
+        if len(given) != 1:
+            found = f"{' and '.join(given)} are set" if given else "no data is given"
+            yield Problem(
+                given[-1] if given else "train_urls",
+                f"{found}; exactly one of train_urls, id, source and configs says what to train on",
+                "for a first try set source: stdlib" if not given else "keep one",
+            )
+        if self.validation_urls and given and given != ["train_urls"]:
+            yield Problem("validation_urls", "goes with train_urls only", "set it in the source")
+        if not isinstance(self.shuffle, bool) and self.shuffle < 0:
+            yield Problem("shuffle", "must be true, false or a number of windows")
+        for key in ("num_workers", "num_validation_sequences", "mixture_block_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                yield Problem(key, "must be at least 1")
+        yield from self._weight_problems()
+
+    def _weight_problems(self) -> Iterator[Problem]:
+        if not self.configs:
+            if self.train_weights is not None:
+                yield Problem("train_weights", "goes with configs", "remove it, or name configs")
+            return
+        if self.train_weights is None and len(self.configs) > 1:
+            yield Problem("train_weights", "is missing", "give each of configs a weight")
+            return
+        stages = self.stages()
+        starts = [start for start, _ in stages]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            yield Problem("train_weights", "stages must begin at step 0 and increase")
+        for index, (_, weights) in enumerate(stages):
+            setting = "train_weights" if len(stages) == 1 else f"train_weights[{index}].weights"
+            for name in sorted(set(weights) - set(self.configs)):
+                known = ", ".join(self.configs)
+                yield Problem(f"{setting}.{name}", "is not in configs", f"known are {known}")
+            if any(weight < 0 for weight in weights.values()):
+                yield Problem(setting, "must not be negative")
+            elif not sum(weights.values()) > 0:
+                yield Problem(setting, "must not all be 0")
+            elif self.mixture_block_size >= 1:
+                for name, count in block_counts(weights, self.mixture_block_size).items():
+                    if weights[name] > 0 and count == 0:
+                        yield Problem(
+                            f"{setting}.{name}",
+                            f"is less than one of mixture_block_size = {self.mixture_block_size}",
+                            "raise mixture_block_size, or set the weight to 0",
+                        )
+
+    def sources(self) -> dict[str, SourceConfig]:
+        """All sources by name; a single one is called `data`."""
+        if self.configs:
+            return dict(self.configs)
+        if self.source is not None:
+            return {_SINGLE: self.source}
+        if self.id is not None:
+            return {_SINGLE: HfSource(self.id, self.name, text_key=self.text_key, stream=self.stream,
+                                      tags=self.tags)}  # fmt: skip
+        urls = UrlsSource(self.train_urls, self.validation_urls, self.text_key, tags=self.tags)
+        return {_SINGLE: urls}
+
+    def stages(self) -> list[tuple[int, dict[str, float]]]:
+        """(first step, weights by name) of the mixture; one source has one stage."""
+        if self.train_weights is None:
+            return [(0, dict.fromkeys(self.sources(), 1.0))]
+        if isinstance(self.train_weights, dict):
+            return [(0, self.train_weights)]
+        return [(stage.start, stage.weights) for stage in self.train_weights]
+
+    def _trained(self) -> list[str]:
+        """Names of the sources that are trained on at some step."""
+        weights = [weights for _, weights in self.stages()]
+        return [name for name in self.sources() if any(w.get(name, 0) > 0 for w in weights)]
+
+    def build_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer, or learn it from the training text and keep it in the cache."""
+        if not self.tokenizer.learned:
+            return self.tokenizer.build()
+        where, name = CacheDir(self.cache_dir), "tokenizer"
+        folder = where.fetch(name)
+        sources = {
+            key: source
+            for key, source in self.sources().items()
+            if key in self._trained() and not isinstance(source, TokensSource)
+        }
+        if not sources:
+            raise DataError("tokenizer - cannot be learned from token files - name the one that "
+                            "made them, or use bytes")  # fmt: skip
+        settings: dict[str, Any] = {"tokenizer": self.tokenizer.settings()}
+        settings["source"] = {key: source.settings("train") for key, source in sources.items()}
+        shards: list[tuple[SourceConfig, Shard]] | None = None
+        try:
+            shards = [(s, shard) for s in sources.values() for shard in s.list_shards("train")]
+            settings["files"] = [[s.name, s.size, s.fingerprint] for _, s in shards]
+        except Unreachable as error:
+            if not (folder / LEDGER).exists():
+                raise
+            logger.warning("using the learned tokenizer without its files: %s", error)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if self._must_learn(folder, settings):
+                assert shards is not None, "a tokenizer is learned from files"
+                logger.info("learning the tokenizer from %d files", len(shards))
+                texts = [partial(self._texts, source, shard) for source, shard in shards]
+                self.tokenizer.learn(texts).save(folder / "tokenizer.json")
+                write_json(folder / LEDGER, {"key": settings, "stored": ["tokenizer.json"]})
+                where.publish(name)
+        return self.tokenizer.load(folder / "tokenizer.json")
+
+    def _must_learn(self, folder: Path, settings: dict[str, Any]) -> bool:
+        ledger = read_json(folder / LEDGER)
+        if ledger is None:
+            return True
+        was = ledger["key"]
+        if "files" in settings:  # their content counts, not their names and places
+            was, now = ([key["tokenizer"], [file[1:] for file in key["files"]],
+                         [s.get("text_key") for s in key["source"].values()]]
+                        for key in (was, settings))  # fmt: skip
+            same = was == now
+        else:
+            same = {k: v for k, v in was.items() if k != "files"} == settings
+        if same or self.rebuild_cache:
+            return not same
+        listing = "\n".join(f"  {line}" for line in differences(ledger["key"], settings))
+        raise DataError(
+            f"{folder} - holds a learned tokenizer that does not fit the configuration - set "
+            f"another cache_dir, delete {self.cache_dir}, or set rebuild_cache: true\n{listing}"
+        )
+
+    def _texts(self, source: SourceConfig, shard: Shard) -> Iterator[str]:
+        for record in source.read_shard(shard):
+            if not isinstance(record, BadRecord):
+                yield record
+            elif self.on_bad_record == "error":
+                raise DataError(f"{record} - mend the record, or set on_bad_record: skip")
+
+    def build(
+        self, tokenizer: Tokenizer, seq_len: int, seed: int, *, progress: Progress | None = None
+    ) -> "LMData":
+        """Open the token caches, building what is missing, and lay out the examples.
+
+        `seq_len`: tokens in an example. `progress`: called with (name, done, total) while a cache
+        is built. Raises `DataError` for bad files, records or caches, and for too little text.
+        """
+        return _Builder(self, tokenizer, seq_len, seed, progress).build()
+
+
+@dataclass(frozen=True)
+class LMData:
+    """Training and evaluation data of a run."""
+
+    train: TrainData
+    validation: dict[str, EvalData]
+    """Evaluation sets by name: `validation` for a single source, else the source's name."""
+    fingerprint: str
+    """Equal for equal data in an equal order; recorded in checkpoints."""
+    tokenizer: Tokenizer
+    info: tuple[str, ...]
+    """A line on every set, for logs."""
+
+
+class _Builder:
+    """Collects the sets of a configuration."""
+
+    def __init__(self, config: LMDatasetConfig, tokenizer: Tokenizer, seq_len: int, seed: int,
+                 progress: Progress | None):  # fmt: skip
+        self._config, self._tokenizer, self._seq_len, self._seed = config, tokenizer, seq_len, seed
+        self._progress = progress
+        self._where = CacheDir(config.cache_dir)
+        self._prints: list[str] = [tokenizer.fingerprint]
+        self._info: list[str] = []
+
+    def build(self) -> LMData:
+        config, trained = self._config, self._config._trained()
+        if config.document_mask and self._tokenizer.eos_id is None:
+            raise DataError("document_mask = true - the tokenizer has no end-of-document id - set "
+                            "document_mask: false or use another tokenizer")  # fmt: skip
+        train: dict[str, Windows] = {}
+        validation: dict[str, EvalData] = {}
+        for name, source in config.sources().items():
+            has_validation = self._has_split(source, "validation")
+            held_out = None if has_validation else config.num_validation_sequences
+            if name in trained or held_out:
+                windows = self._windows(name, source, "train")
+                if held_out:
+                    windows, rest = self._hold_out(name, windows, held_out)
+                    self._add_eval(validation, name, source, rest)
+                if name in trained:
+                    train[name] = windows
+            if has_validation:
+                windows = self._windows(name, source, "validation")
+                self._add_eval(validation, name, source, windows)
+        order = [self._seed, config.shuffle, config.sampling, config.stages(), self._seq_len,
+                 config.mixture_block_size, config.num_validation_sequences]  # fmt: skip
+        text = json.dumps([self._prints, order], sort_keys=True)
+        return LMData(
+            TrainData(train, self._seed, config.shuffle, config.sampling, tuple(config.stages()),
+                      config.mixture_block_size),
+            validation,
+            hashlib.sha256(text.encode()).hexdigest()[:32],
+            self._tokenizer,
+            tuple(self._info),
+        )  # fmt: skip
+
+    def _has_split(self, source: SourceConfig, split: str) -> bool:
+        if isinstance(source, UrlsSource):
+            return bool(source.validation_urls if split == "validation" else source.train_urls)
+        try:
+            return bool(source.list_shards(split))
+        except Unreachable:  # decided by what the cache holds, when it is opened
+            return any((self._where.fetch(self._folder(name, split)) / LEDGER).exists()
+                       for name, known in self._config.sources().items() if known is source)  # fmt: skip
+
+    def _folder(self, name: str, split: str) -> str:
+        return f"{name}/{split}" if self._config.configs else split
+
+    def _add_eval(
+        self, validation: dict, name: str, source: SourceConfig, windows: Windows
+    ) -> None:
+        shown = name if self._config.configs else "validation"
+        tags = tuple(dict.fromkeys([*source.tags, *self._config.tags]))
+        validation[shown] = EvalData(shown, tags, windows)
+
+    def _hold_out(self, name: str, windows: Windows, count: int) -> tuple[Windows, Windows]:
+        if count >= windows.num_windows:
+            raise DataError(
+                f"num_validation_sequences = {count} - {name} has only {windows.num_windows} "
+                "windows, and some must be left to train on - lower it"
+            )
+        return windows.split(count)
+
+    def _windows(self, name: str, source: SourceConfig, split: str) -> Windows:
+        config = self._config
+        folder = self._folder(name, split)
+        request = CacheRequest(
+            folder, source, split, self._tokenizer, config.enforce_eos, config.on_bad_record,
+            config.rebuild_cache, config.num_workers,
+        )  # fmt: skip
+        if split == "train" and not self._has_split(source, "train"):
+            raise DataError(f"{folder} - there are no training files - name some, or give the "
+                            "data set the weight 0")  # fmt: skip
+        if isinstance(source, TokensSource):
+            store, note = self._token_files(request, source)
+        else:
+            cache = open_cache(request, self._where, self._progress)
+            self._prints.append(cache.fingerprint)
+            store = cache.store
+            note = f" in {format_count(cache.num_documents)} documents, {cache.folder}"
+            if cache.num_bad_records:
+                note += f", {cache.num_bad_records} bad records left out"
+        windows = cut(store, self._seq_len, folder,
+                      self._tokenizer.eos_id if config.document_mask else None)  # fmt: skip
+        line = f"{folder}: {format_count(store.num_tokens)} tokens{note}"
+        self._info.append(line)
+        logger.info(line)
+        return windows
+
+    def _token_files(self, request: CacheRequest, source: TokensSource) -> tuple[TokenStore, str]:
+        """Map token files; their largest id is looked for once and remembered in the cache."""
+        size = np.dtype(source.dtype).itemsize
+        shards = source.list_shards(request.split)
+        for shard in shards:
+            if shard.size == 0 or shard.size % size:
+                rule = "is empty" if not shard.size else f"is no multiple of {size} bytes"
+                raise DataError(f"{shard.name} - has {shard.size} bytes, which {rule} - it is not a "
+                                f"file of {source.dtype} ids; make it again or set dtype")  # fmt: skip
+        names = [str(Path(shard.name).expanduser()) for shard in shards]
+        store = TokenStore.open(names, source.dtype)
+        record = self._where.local / request.name / "tokens.json"
+        key = {"files": [[s.size, s.fingerprint] for s in shards], "dtype": source.dtype}
+        known = read_json(record)
+        if known is None or known["key"] != key:
+            known = {"key": key, "largest": store.largest()}
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record, known)
+        largest, position = known["largest"]
+        if largest >= self._tokenizer.vocab_size:
+            raise DataError(
+                f"{request.name} - id {largest} at token {position} of {', '.join(names)} is outside "
+                f"the vocabulary of {self._tokenizer.vocab_size} - set the tokenizer that made the "
+                "file, or dtype"
+            )
+        self._prints.append(json.dumps(key, sort_keys=True))
+        return store, f" in {len(names)} token files"
