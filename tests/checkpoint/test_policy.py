@@ -99,11 +99,11 @@ def test_defaults_and_the_documented_keep_have_no_problems():
 @pytest.mark.parametrize(
     ("keep", "setting", "rule"),
     [
-        ([(0, None)], "keep[0].every", "must be at least 1 step"),
-        ([(1, None), (5, 20)], "keep[0].until", "only the last interval may be open"),
-        ([(1, 20), (5, 20)], "keep[1].until", "must be greater than 20"),
-        ([(1, 20), (5, 10), (7, 30)], "keep[1].until", "must be greater than 20"),
-        ([(1, 0)], "keep[0].until", "must be at least 1"),
+        ([(0, None)], "keep.0.every", "must be at least 1 step"),
+        ([(1, None), (5, 20)], "keep.0.until", "only the last interval may be open"),
+        ([(1, 20), (5, 20)], "keep.1.until", "must be greater than 20"),
+        ([(1, 20), (5, 10), (7, 30)], "keep.1.until", "must be greater than 20"),
+        ([(1, 0)], "keep.0.until", "must be at least 1"),
     ],
 )
 def test_keep_problems(keep, setting, rule):

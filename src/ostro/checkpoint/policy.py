@@ -71,7 +71,7 @@ def keep_problems(keep: Sequence[CheckpointInterval]) -> Iterator[Problem]:
     """What is wrong with a list of keep intervals; settings relative to its owner."""
     covered = 0
     for index, interval in enumerate(keep):
-        name = f"keep[{index}]"
+        name = f"keep.{index}"
         if interval.every < 1:
             yield Problem(f"{name}.every", "must be at least 1 step")
         if interval.until is None:
