@@ -77,7 +77,7 @@ def test_files_are_ordinary_safetensors(tmp_path):
 
 def test_size_is_known_before_writing(tmp_path):
     state = small_state(3)
-    predicted = checkpoint_bytes(state.tensors, state.values, state.texts)
+    predicted = checkpoint_bytes(state)
     path = save(str(tmp_path), 3)
     actual = sum(os.path.getsize(f"{path}/{name}") for name in os.listdir(path))
     assert abs(predicted - actual) <= 60  # the run's name and the digits of the time
@@ -86,7 +86,7 @@ def test_size_is_known_before_writing(tmp_path):
 def test_size_needs_no_weights():
     def state(device):
         tensors = {f"layer{i}.weight": torch.empty(300, 200, device=device) for i in range(4)}
-        return {"model": tensors, "optimizer": {"moment": torch.empty(7, device=device)}}
+        return State({"model": tensors, "optimizer": {"moment": torch.empty(7, device=device)}})
 
     assert checkpoint_bytes(state("meta")) == checkpoint_bytes(state("cpu"))
     assert checkpoint_bytes(state("meta")) > 4 * 300 * 200 * 4
@@ -244,7 +244,7 @@ def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     state = small_state(7)
-    need = checkpoint_bytes(state.tensors, state.values, state.texts)
+    need = checkpoint_bytes(state)
     with pytest.raises(CheckpointError, match=rf"needs .* \({need} bytes\).* 1\.0 KB free"):
         save(str(tmp_path / "run"))
     assert not os.path.exists(tmp_path / "run")

@@ -56,18 +56,14 @@ def _small_files(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[st
     return files | {name: text.encode() for name, text in texts.items()}
 
 
-def checkpoint_bytes(
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    values: Mapping[str, Any] | None = None,
-    texts: Mapping[str, str] | None = None,
-) -> int:
-    """Size in bytes of the checkpoint of a state with these parts, without writing it.
+def checkpoint_bytes(state: State) -> int:
+    """Size in bytes of the checkpoint of `state`, without writing it.
 
     Tensors count by shape and type alone and may be on the meta device. Exact up to the few
     bytes by which the run's name and the time change the length of `metadata.json`.
     """
-    sizes = {name: len(data) for name, data in _small_files(values or {}, texts or {}).items()}
-    sizes |= {group + _SUFFIX: file_size(named) for group, named in tensors.items()}
+    sizes = {name: len(data) for name, data in _small_files(state.values, state.texts).items()}
+    sizes |= {group + _SUFFIX: file_size(named) for group, named in state.tensors.items()}
     records = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
     marker = Metadata(10**6, 1e9, False, False, "run-id00", "run-id00", records).to_json()
     return sum(sizes.values()) + len(marker)
@@ -90,7 +86,7 @@ def write(
     where the disk is too small (before writing), fills up, or refuses; what was being written
     is removed then, and every older checkpoint is still there.
     """
-    storage.require_space(folder, checkpoint_bytes(state.tensors, state.values, state.texts))
+    storage.require_space(folder, checkpoint_bytes(state))
     local = storage.is_local(folder)
     target = step_folder(folder, step)
     aside = f"{folder.rstrip('/')}/{storage.ASIDE}step-{step}-{os.getpid()}"
