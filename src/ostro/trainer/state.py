@@ -1,8 +1,8 @@
 """Everything that one update hands to the next, and what a checkpoint keeps of it."""
 
 import hashlib
-import math
 from collections.abc import Mapping
+from math import inf, isfinite, nan
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class TrainState:
         self.crash_on_nan = crash_on_nan
         self.step = 0
         """Updates made so far, and the index of the next one."""
-        self.best_eval_loss = math.inf
+        self.best_eval_loss = inf
         """The lowest `eval/loss` so far."""
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
@@ -80,7 +80,8 @@ class TrainState:
             figures["optim/loss_scale"] = self.loss_scaler.scale
             self.loss_scaler.update(hold)
         if self.skip_step is not None:
-            skip, skip_figures = self.skip_step.update(loss, norm)
+            # What comes after a divergence is not part of the run: NaN stays out of the window.
+            skip, skip_figures = self.skip_step.update(loss.masked_fill(self._halted, nan), norm)
             figures |= skip_figures
             hold = hold | skip
         if self.crash_on_nan:
@@ -105,7 +106,7 @@ class TrainState:
     def values(self) -> dict[str, Any]:
         """The numbers of a checkpoint that are not tensors."""
         best = self.best_eval_loss
-        return {"step": self.step, "best_eval_loss": best if math.isfinite(best) else None}
+        return {"step": self.step, "best_eval_loss": best if isfinite(best) else None}
 
     def load(
         self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], where: str
@@ -127,7 +128,7 @@ class TrainState:
             torch.cuda.set_rng_state(state["random.cuda"], self.device)
         self.step = int(values["step"])
         best = values.get("best_eval_loss")
-        self.best_eval_loss = math.inf if best is None else float(best)
+        self.best_eval_loss = inf if best is None else float(best)
 
     def _guards(self) -> dict[str, SkipStep | LossScaler]:
         guards = {"skip_step": self.skip_step, "loss_scaler": self.loss_scaler}

@@ -1,0 +1,1 @@
+"""Command lines: argv, environment and files become a configuration, and nothing else."""

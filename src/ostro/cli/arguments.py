@@ -1,0 +1,109 @@
+"""From argv to a resolved configuration: the words all commands share."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NoReturn, TypeVar
+
+from ostro.cli.aliases import NATIVE
+from ostro.config import Loaded, encode, help_text, load, script_folders
+from ostro.errors import ConfigError, Problem, did_you_mean
+from ostro.train_lm import TrainLmConfig, choose_run_id
+
+Result = TypeVar("Result")
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of one command; every other `--a.b value` is a setting.
+
+    Mistakes are `ConfigError`s, like all others. No abbreviations.
+    """
+
+    def __init__(self, command: str, description: str, settings: type | None = TrainLmConfig):
+        super().__init__(f"ostro {command}", allow_abbrev=False, add_help=False)
+        self.description = description
+        self.settings = settings
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog} - {message} - `{self.prog} --help` lists the options")
+
+    def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The command's own options, and the flags that are settings."""
+        self.add_argument("-h", "--help", action="store_true", help="show this and stop")
+        options, flags = self.parse_known_args(argv)
+        if options.help:
+            self.print_help()
+            if self.settings is not None:
+                print("\nsettings, as flags or in a file:\n")
+                print(help_text(self.settings))
+            sys.exit(0)
+        return options, flags
+
+    def add_config_path(self, required: bool = True) -> None:
+        """`--config_path FILE`, also spelled `--config`."""
+        self.add_argument(
+            "--config_path",
+            "--config",
+            metavar="FILE",
+            required=required,
+            help="YAML file of settings; .yaml may be left out",
+        )
+
+    def add_checkpoint(self) -> None:
+        """`--checkpoint PATH`."""
+        self.add_argument(
+            "--checkpoint",
+            metavar="PATH",
+            required=True,
+            help="a checkpoint, or a folder above some: the newest is taken",
+        )
+
+
+def load_run(
+    path: str | None, flags: Sequence[str], *, trusted: bool = True
+) -> Loaded[TrainLmConfig]:
+    """The configuration of a run from one file and flags; prints a line per alias used."""
+    files = [] if path is None else [path]
+    loaded = load(
+        TrainLmConfig, files, flags, aliases=NATIVE, search=script_folders(), trusted=trusted
+    )
+    for notice in loaded.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    return loaded
+
+
+def with_run_id(loaded: Loaded[TrainLmConfig]) -> Loaded[TrainLmConfig]:
+    """The configuration with its run id chosen."""
+    run_id = choose_run_id(loaded.config)
+    if loaded.config.trainer.id == run_id:
+        return loaded
+    return loaded.derive({"trainer.id": run_id})
+
+
+def explained(loaded: Loaded[TrainLmConfig], action: Callable[[], Result]) -> Result:
+    """`action()`; a `ConfigError` gains the values and origins of the settings it names."""
+    try:
+        return action()
+    except ConfigError as error:
+        if not error.problems:
+            raise
+        raise ConfigError([_completed(loaded, problem) for problem in error.problems]) from error
+
+
+def _completed(loaded: Loaded[TrainLmConfig], problem: Problem) -> Problem:
+    value = encode(loaded.config)
+    for key in problem.setting.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    text = problem.value or (None if value is None else str(value))
+    origin = problem.origin or loaded.origins.get(problem.setting)
+    return replace(problem, value=text, origin=origin)
+
+
+def unexpected(flags: Sequence[str], known: Sequence[str], command: str) -> None:
+    """Refuse words a command has no use for."""
+    if flags:
+        advice = (
+            did_you_mean(flags[0].lstrip("-"), known) or f"`{command} --help` lists the options"
+        )
+        raise ConfigError(f"{command} - unknown option {flags[0]} - {advice}")

@@ -1,0 +1,88 @@
+"""`ostro <command>`: dispatch, and the way errors and signals leave the process."""
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+
+from ostro.cli.native import cache, config, evaluate, sample, schedule, train
+from ostro.errors import ConfigError, OstroError, did_you_mean
+from ostro.signals import Interrupted, Signals
+
+_USAGE = """usage: ostro <command> [--config_path FILE] [--setting.name value ...]
+
+commands:
+  train       train a model
+  eval        evaluate a checkpoint on validation sets
+  sample      let a checkpoint write
+  cache       tokenise the data of a configuration, and stop
+  config      show: the resolved settings and where each came from; schema: for editors
+  schedule    the learning rate, evaluations and permanent checkpoints by step
+
+`ostro <command> --help` lists what it takes. `--debug` shows tracebacks.
+"""
+
+
+COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "sample": sample,
+    "cache": cache,
+    "config": config,
+    "schedule": schedule,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command in `argv` (default: the process's arguments) and exit with its code."""
+    sys.exit(run_command(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run_command(argv: list[str]) -> int:
+    """Run a command; 0, or 2 for a mistake of the user's, 130 and 143 for signals."""
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_USAGE)
+        return 0 if argv else 2
+    return guarded(lambda signals: _dispatch(argv[0], argv[1:], signals), debug=debug)
+
+
+def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
+    """Run `command` under signal handlers; turn what it raises into a message and an exit code."""
+    try:
+        with Signals() as signals:
+            command(signals)
+    except OstroError as error:
+        if debug:
+            raise
+        print(f"ostro: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"ostro: stopped by {stop}; what was built is kept", file=sys.stderr)
+        return stop.exit_code
+    except BrokenPipeError:  # `ostro config show | head`
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        advice = (
+            "free space or change the permission, or write elsewhere with"
+            " trainer.checkpointer.base_path, trainer.log_dir and data.cache_dir"
+        )
+        print(f"ostro: error: {error.strerror}{where} - {advice}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _dispatch(name: str, argv: list[str], signals: Signals) -> None:
+    command = COMMANDS.get(name)
+    if command is None:
+        advice = did_you_mean(name, COMMANDS) or "`ostro --help` lists them"
+        raise ConfigError(f"ostro {name} - no such command - {advice}")
+    command(argv, signals)
+
+
+if __name__ == "__main__":
+    main()

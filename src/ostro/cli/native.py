@@ -1,0 +1,190 @@
+"""The commands of `ostro`: each turns its words into a configuration and calls one function."""
+
+import json
+import sys
+from pathlib import Path
+
+from ostro.callbacks import StepInfo, is_due
+from ostro.checkpoint import Saved, find_latest
+from ostro.cli.arguments import Parser, explained, load_run, unexpected, with_run_id
+from ostro.config import format_tree, json_schema, load
+from ostro.distributed import pick_device
+from ostro.dry_run import describe, draw
+from ostro.errors import CheckpointError, ConfigError, DataError, Problem
+from ostro.evaluate import evaluate as evaluate_sets
+from ostro.inference import load_model, load_tokenizer
+from ostro.sample import SamplingConfig, complete_all
+from ostro.signals import Signals
+from ostro.train_lm import TrainLmConfig, data_seed, run
+
+
+def train(argv: list[str], signals: Signals) -> None:
+    """`ostro train`: train a model."""
+    parser = Parser("train", "Train a language model.")
+    parser.add_config_path()
+    parser.add_argument("--dry_run", action="store_true", help="say what would happen, and stop")
+    options, flags = parser.parse(argv)
+    loaded = load_run(options.config_path, flags)
+    if options.dry_run:
+        lines = explained(loaded, lambda: list(describe(loaded.config)))
+        print(format_tree(loaded))
+        print("\n".join(lines))
+        return
+    loaded = with_run_id(loaded)
+    explained(loaded, lambda: run(loaded.config, signals))
+
+
+def cache(argv: list[str], signals: Signals) -> None:
+    """`ostro cache`: tokenise the data of a configuration, and stop."""
+    parser = Parser("cache", "Tokenise the data of a configuration into its cache, and stop.")
+    parser.add_config_path()
+    options, flags = parser.parse(argv)
+    config = load_run(options.config_path, flags).config
+    tokenizer = config.data.build_tokenizer()
+    data = config.data.build(tokenizer, config.model.seq_len, data_seed(config))
+    print("\n".join(data.info))
+
+
+def config(argv: list[str], signals: Signals) -> None:
+    """`ostro config show | schema`."""
+    parser = Parser("config", "show: the resolved settings with origins; schema: a JSON schema.")
+    parser.add_argument("what", choices=["show", "schema"])
+    parser.add_config_path(required=False)
+    options, flags = parser.parse(argv)
+    if options.what == "schema":
+        unexpected(flags, [], "ostro config schema")
+        print(json.dumps(json_schema(TrainLmConfig), indent=2))
+        return
+    print(format_tree(load_run(options.config_path, flags)))
+
+
+def schedule(argv: list[str], signals: Signals) -> None:
+    """`ostro schedule`: learning rates, evaluations and permanent checkpoints by step."""
+    parser = Parser("schedule", "Print the learning rate, evaluations and kept checkpoints.")
+    parser.add_config_path()
+    parser.add_argument("--at", metavar="0,10,999", help="steps to print; default: 11 even ones")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", metavar="FILE", help="draw the learning rate into an image")
+    options, flags = parser.parse(argv)
+    config = load_run(options.config_path, flags).config
+    num_steps = config.trainer.num_train_steps
+    rate = config.optimizer.schedule(num_steps)
+    if options.plot:
+        plot([rate(step) for step in range(num_steps)], options.plot)
+    steps = _steps(options.at, num_steps)
+    every = config.trainer.steps_per_eval
+    evaluate_at = [
+        step
+        for step in range(num_steps)
+        if every is not None and is_due(every, StepInfo(step, step == num_steps - 1))
+    ]
+    keep = config.trainer.checkpointer.policy.kept_steps(num_steps)
+    if options.json:
+        rates = {str(step): rate(step) for step in steps}
+        print(json.dumps({"learning_rate": rates, "evaluate": evaluate_at, "keep": keep}))
+        return
+    for warning in rate.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for step in steps:
+        print(f"step {step:>9}  {rate(step):.6g}")
+    print("\n".join(draw(rate, num_steps)))
+    print(f"evaluate after steps: {_short(evaluate_at)}")
+    print(f"permanent checkpoints after steps: {_short(keep)}")
+
+
+def _steps(text: str | None, num_steps: int) -> list[int]:
+    if text is None:
+        return sorted({round(i * (num_steps - 1) / 10) for i in range(11)})
+    try:
+        steps = [int(part.replace("_", "")) for part in text.split(",")]
+    except ValueError:
+        rule = "must be step numbers separated by commas"
+        raise ConfigError(Problem("--at", rule, "for example --at 0,10,999", text)) from None
+    if any(step < 0 for step in steps):
+        raise ConfigError(Problem("--at", "steps must not be negative", value=text))
+    return steps
+
+
+def _short(steps: list[int]) -> str:
+    if len(steps) <= 12:
+        return ", ".join(map(str, steps)) or "none"
+    first, last = (", ".join(map(str, part)) for part in (steps[:6], steps[-3:]))
+    return f"{first}, ..., {last} ({len(steps)} in all)"
+
+
+def plot(rates: list[float], path: str) -> None:
+    """Draw the learning rate by step into an image file."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib - pip install 'ostro[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if Path(path).suffix.lstrip(".") not in ("png", "svg", "pdf", "jpg"):
+        raise ConfigError(Problem("--plot", "must end in .png, .svg, .pdf or .jpg", value=path))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    axes.plot(rates)
+    axes.set(xlabel="step", ylabel="learning rate")
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def sample(argv: list[str], signals: Signals) -> None:
+    """`ostro sample`: let a checkpoint write."""
+    parser = Parser("sample", "Let a checkpoint go on with one or more texts.", SamplingConfig)
+    parser.add_checkpoint()
+    parser.add_argument("--prompt", action="append", help="text to go on with; may be repeated")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    options, flags = parser.parse(argv)
+    sampling = load(SamplingConfig, [], flags).config
+    device = pick_device(options.device)
+    saved = open_checkpoint(options.checkpoint)
+    tokenizer = load_tokenizer(saved)
+    model = load_model(saved, saved_config(saved, []), tokenizer, device)
+    for text in complete_all(model, tokenizer, options.prompt or [""], sampling):
+        print(text)
+
+
+def evaluate(argv: list[str], signals: Signals) -> None:
+    """`ostro eval`: metrics of a checkpoint on validation sets."""
+    parser = Parser("eval", "Evaluate a checkpoint on the validation sets of a configuration.")
+    parser.add_checkpoint()
+    parser.add_config_path(required=False)
+    options, flags = parser.parse(argv)
+    saved = open_checkpoint(options.checkpoint)
+    if options.config_path is None:
+        config = saved_config(saved, flags)
+    else:
+        config = load_run(options.config_path, flags).config
+    device = pick_device(config.trainer.device)
+    tokenizer = load_tokenizer(saved)
+    model = load_model(saved, config, tokenizer, device)
+    data = config.data.build(tokenizer, config.model.seq_len, data_seed(config))
+    if not data.validation:
+        raise DataError("data has no validation set - set data.validation_urls, for example")
+    metrics = evaluate_sets(
+        model,
+        data.validation,
+        batch_size=config.trainer.batch_plan(1).eval_batch_size,
+        token_bytes=tokenizer.token_bytes(),
+        device=device,
+        max_batches=config.trainer.max_eval_batches,
+    )
+    print(json.dumps(metrics, indent=2))
+
+
+def open_checkpoint(path: str) -> Saved:
+    """The newest intact checkpoint at or below `path`."""
+    saved = find_latest(path)
+    if saved is None:
+        raise CheckpointError(
+            f"--checkpoint {path} - no complete checkpoint there or below -"
+            " give a checkpoint's folder (step-<k>) or one that contains some"
+        )
+    return saved
+
+
+def saved_config(saved: Saved, flags: list[str]) -> TrainLmConfig:
+    """The configuration that was saved with a checkpoint; its `imports` are not honoured."""
+    return load_run(f"{saved.path}/config.yaml", flags, trusted=False).config

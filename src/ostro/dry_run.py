@@ -1,0 +1,92 @@
+"""What a run would do, from its configuration alone: no data, no network, no weights."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ostro.checkpoint import State, checkpoint_bytes, disk_bytes
+from ostro.config import dump_yaml
+from ostro.errors import ConfigError, Problem
+from ostro.nn import axes_of
+from ostro.optim import Schedule, optimizer_tensors
+from ostro.train_lm import TrainLmConfig
+from ostro.units import format_bytes, format_count
+
+
+def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
+    """Lines that say how the batches are cut, how large everything is, and how the LR runs."""
+    plan = config.trainer.batch_plan(num_devices)
+    num_steps, seq_len = config.trainer.num_train_steps, config.model.seq_len
+    for start, size in plan.schedule.stages:
+        micro, num_micro = plan.micro_batch_size(start), plan.num_micro_batches(start)
+        at = f" from step {start}" if len(plan.schedule.stages) > 1 else ""
+        yield (
+            f"batch{at}: {size} examples of {seq_len} tokens = {num_micro} micro-batches"
+            f" x {micro} examples x {plan.data_axis_size} devices"
+        )
+    yield f"evaluation batch: {plan.eval_batch_size} examples"
+    num_examples = plan.schedule.offset(num_steps)
+    tokens = num_examples * seq_len
+    yield f"steps: {num_steps}"
+    yield f"tokens to be seen: {tokens} ({format_count(tokens)})"
+    num_tokens, tokenizer_bytes = _preview(config)
+    with torch.device("meta"):
+        model = config.model.build(num_tokens)
+        model.to(getattr(torch, config.trainer.mp.params))
+    parameters = dict(model.named_parameters())
+    count = sum(p.numel() for p in parameters.values())
+    yield f"vocabulary: {num_tokens}"
+    yield f"parameters: {count} ({format_count(count)})"
+    flops = 3 * config.model.flops_per_token(num_tokens) * tokens
+    yield f"operations: {flops:.3g}"
+    axes = axes_of(model)
+    optimizer = config.optimizer.build({name: (p, axes[name]) for name, p in parameters.items()})
+    tensors = {
+        "model": parameters,
+        "optimizer": optimizer_tensors(optimizer, parameters),
+        "state": {"random.torch": torch.get_rng_state()},
+    }
+    texts = {"config.yaml": dump_yaml(config), "tokenizer.json": " " * tokenizer_bytes}
+    size = checkpoint_bytes(State(tensors, texts=texts))
+    yield f"checkpoint size: {size} bytes ({format_bytes(size)})"
+    kept, needed = disk_bytes(config.trainer.checkpointer, num_steps, size)
+    yield (
+        f"disk for checkpoints: {needed} bytes ({format_bytes(needed)}):"
+        f" {kept} permanent and the one being written"
+    )
+    schedule = config.optimizer.schedule(num_steps)
+    for warning in schedule.warnings:
+        yield f"warning: {warning}"
+    yield "learning rate:"
+    yield from draw(schedule, num_steps)
+
+
+def _preview(config: TrainLmConfig) -> tuple[int, int]:
+    """Rows of the embedding and bytes of the saved tokenizer, without reading data."""
+    preview = config.data.preview_tokenizer()
+    if preview is None and config.vocab_size is None:
+        rule = "this tokenizer's size is known only once it is built"
+        advice = "set vocab_size, or build it first with `ostro cache`"
+        raise ConfigError(Problem("vocab_size", rule, advice, value="null"))
+    num_tokens, num_bytes = preview or (0, 0)
+    return config.vocab_size or num_tokens, num_bytes
+
+
+def draw(schedule: Schedule, num_steps: int, width: int = 64, height: int = 8) -> list[str]:
+    """The learning rate over the run, as lines of text."""
+    width = min(width, num_steps)
+    steps = [round(i * (num_steps - 1) / max(width - 1, 1)) for i in range(width)]
+    rates = [schedule(step) for step in steps]
+    peak = max(rates) or 1.0
+    blocks = " ▁▂▃▄▅▆▇█"
+    lines = []
+    for row in range(height - 1, -1, -1):
+        fills = [min(max(rate / peak * height - row, 0.0), 1.0) for rate in rates]
+        bars = "".join(blocks[math.ceil(fill * 8)] for fill in fills)
+        label = f"{peak * (row + 1) / height:9.2e}" if row in (height - 1, 0) else " " * 9
+        lines.append(f"{label} |{bars}")
+    last = str(num_steps - 1)
+    lines.append(" " * 9 + " +" + "-" * width)
+    lines.append(" " * 11 + "0" + last.rjust(width - 1))
+    return lines

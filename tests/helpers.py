@@ -1,0 +1,88 @@
+"""Small runs for tests that need a whole one."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "mix", "potions", "of", "light", "under", "an", "old", "bridge", "and", "nobody", "knows", "why"]
+
+TINY = {
+    "data": {"tokenizer": "bytes", "shuffle": True},
+    "model": {
+        "type": "gpt2",
+        "seq_len": 16,
+        "hidden_dim": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "gradient_checkpointing": False,
+    },
+    "optimizer": {"learning_rate": 1e-2, "warmup": 2},
+    "trainer": {
+        "num_train_steps": 6,
+        "train_batch_size": 4,
+        "steps_per_eval": 3,
+        "max_eval_batches": 2,
+        "log_interval": 2,
+        "device": "cpu",
+        "tracker": {"type": "json_logger"},
+    },
+}
+
+
+def write_text(path: Path, num_words: int = 2000, seed: int = 0) -> Path:
+    """A text file of random words."""
+    drawn = random.Random(seed).choices(WORDS, k=num_words)
+    path.write_text(" ".join(drawn) + "\n")
+    return path
+
+
+def merge(base: dict, change: dict) -> dict:
+    """`change` over `base`, mappings merged."""
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def write_config(folder: Path, **changes: dict) -> Path:
+    """A configuration of a tiny run whose data, cache, logs and checkpoints lie in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train, validation = folder / "train.txt", folder / "validation.txt"
+    if not train.exists():
+        write_text(train)
+        write_text(validation, 200, seed=1)
+    own = {
+        "data": {
+            "train_urls": [str(train)],
+            "validation_urls": [str(validation)],
+            "cache_dir": str(folder / "cache"),
+        },
+        "trainer": {
+            "id": "tiny",
+            "log_dir": str(folder / "logs"),
+            "checkpointer": {"base_path": str(folder / "checkpoints"), "save_interval": None},
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(merge(merge(TINY, own), changes)))
+    return path
+
+
+def read_metrics(folder: Path, name: str = "train/loss", run_id: str = "tiny") -> dict[int, float]:
+    """One metric of a run by step, as its json_logger wrote it."""
+    lines = (folder / "logs" / run_id / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    return {event["step"]: event[name] for event in events if name in event}
+
+
+def ostro(*words: str | Path, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
+    """Run `ostro` as a user does."""
+    command = [sys.executable, "-m", "ostro.cli.main", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs
+    )
