@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_run import ostro, read_metrics, write_config
 
 from ostro.checkpoint import find_latest, load
 from ostro.cli.main import run_command
-from tests.helpers import ostro, read_metrics, write_config
 
 
 def train(path: Path, *flags: str) -> None:

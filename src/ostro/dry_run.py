@@ -30,7 +30,7 @@ def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
     tokens = num_examples * seq_len
     yield f"steps: {num_steps}"
     yield f"tokens to be seen: {tokens} ({format_count(tokens)})"
-    num_tokens, tokenizer_bytes = _preview(config)
+    num_tokens = _num_tokens(config)
     with torch.device("meta"):
         model = config.model.build(num_tokens)
         model.to(getattr(torch, config.trainer.mp.params))
@@ -47,7 +47,8 @@ def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
         "optimizer": optimizer_tensors(optimizer, parameters),
         "state": {"random.torch": torch.get_rng_state()},
     }
-    texts = {"config.yaml": dump_yaml(config), "tokenizer.json": " " * tokenizer_bytes}
+    tokenizer = " " * config.data.tokenizer.saved_bytes(config.data.cache_dir)
+    texts = {"config.yaml": dump_yaml(config), "tokenizer.json": tokenizer}
     size = checkpoint_bytes(State(tensors, texts=texts))
     yield f"checkpoint size: {size} bytes ({format_bytes(size)})"
     kept, needed = disk_bytes(config.trainer.checkpointer, num_steps, size)
@@ -62,15 +63,15 @@ def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
     yield from draw(schedule, num_steps)
 
 
-def _preview(config: TrainLmConfig) -> tuple[int, int]:
-    """Rows of the embedding and bytes of the saved tokenizer, without reading data."""
-    preview = config.data.preview_tokenizer()
-    if preview is None and config.vocab_size is None:
+def _num_tokens(config: TrainLmConfig) -> int:
+    """Rows of the embedding, without reading data."""
+    num_tokens = config.vocab_size
+    num_tokens = num_tokens or config.data.tokenizer.known_vocab_size(config.data.cache_dir)
+    if num_tokens is None:
         rule = "this tokenizer's size is known only once it is built"
         advice = "set vocab_size, or build it first with `ostro cache`"
         raise ConfigError(Problem("vocab_size", rule, advice, value="null"))
-    num_tokens, num_bytes = preview or (0, 0)
-    return config.vocab_size or num_tokens, num_bytes
+    return num_tokens
 
 
 def draw(schedule: Schedule, num_steps: int, width: int = 64, height: int = 8) -> list[str]:

@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
     Mistakes are `ConfigError`s, like all others. No abbreviations.
     """
 
-    def __init__(self, command: str, description: str, settings: type | None = TrainLmConfig):
+    def __init__(self, command: str, description: str, settings: type = TrainLmConfig):
         super().__init__(f"ostro {command}", allow_abbrev=False, add_help=False)
         self.description = description
         self.settings = settings
@@ -31,14 +31,12 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """The command's own options, and the flags that are settings."""
         self.add_argument("-h", "--help", action="store_true", help="show this and stop")
-        options, flags = self.parse_known_args(argv)
-        if options.help:
+        if "-h" in argv or "--help" in argv:
             self.print_help()
-            if self.settings is not None:
-                print("\nsettings, as flags or in a file:\n")
-                print(help_text(self.settings))
+            print("\nsettings, as flags or in a file:\n")
+            print(help_text(self.settings))
             sys.exit(0)
-        return options, flags
+        return self.parse_known_args(argv)
 
     def add_config_path(self, required: bool = True) -> None:
         """`--config_path FILE`, also spelled `--config`."""

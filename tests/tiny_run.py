@@ -8,7 +8,32 @@ from pathlib import Path
 
 import yaml
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "mix", "potions", "of", "light", "under", "an", "old", "bridge", "and", "nobody", "knows", "why"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "mix",
+    "potions",
+    "of",
+    "light",
+    "under",
+    "an",
+    "old",
+    "bridge",
+    "and",
+    "nobody",
+    "knows",
+    "why",
+]
 
 TINY = {
     "data": {"tokenizer": "bytes", "shuffle": True},
