@@ -8,34 +8,21 @@ the position noted; after a kill the build goes on from the last note.
 import errno
 import json
 import logging
-import multiprocessing
 import os
-import re
 import shutil
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ostro.data.encode import Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.source import SourceConfig
-from ostro.data.store import (
-    LEDGER,
-    CacheDir,
-    TokenStore,
-    differences,
-    locked,
-    read_json,
-    write_json,
-)
-from ostro.data.tokenizer import Tokenizer, without_library_threads
+from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, locked, read_json, write_json
+from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
 
 logger = logging.getLogger("ostro.data")
@@ -43,10 +30,7 @@ logger = logging.getLogger("ostro.data")
 FORMAT = 1
 SHARD_TOKENS = 1 << 28
 """A token file is closed at the first end of a document past this many tokens."""
-PIECE_CHARS = 1 << 14
-"""Long documents are encoded in pieces of about this many characters where that is exact."""
 _PROGRESS, _DOCUMENTS, _QUARANTINE = "progress.json", "documents.bin", "quarantine.jsonl"
-_CUT = re.compile(r"(?<=\S\n)(?=[A-Za-z0-9])")
 
 Progress = Callable[[str, int, int], None]
 """Called with (name, done, total), in stored bytes; total 0 where unknown."""
@@ -77,14 +61,23 @@ class CacheRequest:
 
     def key(self, shards: list[Shard] | None) -> dict[str, Any]:
         """What the cache's content depends on; without the files if they cannot be reached."""
-        settings = self.source.settings(self.split)
         tokenizer = {"vocab_size": self.tokenizer.vocab_size, "eos_id": self.tokenizer.eos_id,
                      "fingerprint": self.tokenizer.fingerprint}  # fmt: skip
-        key = {"format": FORMAT, "source": settings, "tokenizer": tokenizer,
+        key = {"format": FORMAT, "source": self.source.settings(self.split),
+               "places": self.source.places(self.split), "tokenizer": tokenizer,
                "enforce_eos": self.enforce_eos}  # fmt: skip
-        if shards is not None:
-            key["files"] = [[shard.name, shard.size, shard.fingerprint] for shard in shards]
-        return key
+        return key if shards is None else {**key, "files": file_list(shards)}
+
+    def fits(self, folder: Path, ledger: dict, shards: list[Shard] | None) -> bool:
+        """Whether a finished cache is the requested one; False only if it may be rebuilt."""
+        bad = ledger["bad_records"] if self.on_bad_record == "error" else 0
+        more = [f"on_bad_record: {bad} bad records were left out"] if bad else []
+        return fits(folder, ledger["key"], self.key(shards), self.rebuild, more)
+
+
+def file_list(shards: list[Shard]) -> list[list]:
+    """Shards as a ledger records them."""
+    return [[shard.name, shard.size, shard.fingerprint] for shard in shards]
 
 
 @dataclass(frozen=True)
@@ -92,21 +85,11 @@ class Cache:
     """A finished cache of one split."""
 
     folder: Path
-    ledger: dict[str, Any]
     store: TokenStore
-
-    @property
-    def num_documents(self) -> int:
-        return self.ledger["documents"]
-
-    @property
-    def num_bad_records(self) -> int:
-        return self.ledger["bad_records"]
-
-    @property
-    def fingerprint(self) -> str:
-        """Depends on what went in, so on every token."""
-        return json.dumps(_comparable(self.ledger["key"]), sort_keys=True)
+    num_documents: int
+    num_bad_records: int
+    fingerprint: str
+    """Depends on what went in, so on every token."""
 
 
 def open_cache(request: CacheRequest, where: CacheDir, progress: Progress | None = None) -> Cache:
@@ -117,28 +100,27 @@ def open_cache(request: CacheRequest, where: CacheDir, progress: Progress | None
     """
     folder = where.fetch(request.name)
     ledger = read_json(folder / LEDGER)
+    shards: list[Shard] | None = None
     try:
         shards = request.source.list_shards(request.split)
     except Unreachable as error:
         if ledger is None:
             raise
-        shards = None
         logger.warning("%s: using the finished cache without its files: %s", request.name, error)
-    if ledger is not None and _fits(request, ledger, shards, folder):
-        return _opened(folder, ledger)
-    assert shards is not None, "a cache that does not fit is an error unless it can be rebuilt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            ledger = read_json(folder / LEDGER)  # another process may have finished it meanwhile
-            if ledger is None or not _fits(request, ledger, shards, folder):
-                (folder / LEDGER).unlink(missing_ok=True)
-                _Build(request, folder, shards, progress).run()
-                where.publish(request.name)
-    except OSError as error:
-        raise _disk_error(folder, error) from error
-    ledger = read_json(folder / LEDGER)
-    assert ledger is not None, "the build writes a ledger"
+    if ledger is None or not request.fits(folder, ledger, shards):
+        assert shards is not None, "without its files a cache fits or is an error"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                ledger = read_json(folder / LEDGER)  # another process may have finished it
+                if ledger is None or not request.fits(folder, ledger, shards):
+                    (folder / LEDGER).unlink(missing_ok=True)
+                    _Build(request, folder, shards, progress).run()
+                    where.publish(request.name)
+        except OSError as error:
+            raise _disk_error(folder, error) from error
+        ledger = read_json(folder / LEDGER)
+        assert ledger is not None, "the build writes a ledger"
     return _opened(folder, ledger)
 
 
@@ -151,37 +133,6 @@ def _disk_error(folder: Path, error: OSError) -> DataError:
     return DataError(f"{folder} - the cache cannot be written: {error.strerror or error}")
 
 
-def _comparable(key: dict[str, Any]) -> dict[str, Any]:
-    """A key as it is compared: a file's content counts, its name and place do not."""
-    source = {k: v for k, v in key["source"].items() if k not in ("urls", "id")}
-    result = {**key, "source": source}
-    if "files" in key:
-        result["files"] = [file[1:] for file in key["files"]]
-    return result
-
-
-def _fits(request: CacheRequest, ledger: dict, shards: list[Shard] | None, folder: Path) -> bool:
-    """True for a cache to use, False for one to build again; else a `DataError`."""
-    was, now = ledger["key"], request.key(shards)
-    if shards is None:  # nothing but the settings, places included, can be compared
-        was = {k: v for k, v in was.items() if k != "files"}
-        lines = differences(was, now)
-    else:
-        lines = [] if _comparable(was) == _comparable(now) else differences(was, now)
-    if ledger["bad_records"] and request.on_bad_record == "error":
-        lines.append(f"on_bad_record: the cache left out {ledger['bad_records']} bad records")
-    if not lines:
-        return True
-    if request.rebuild and shards is not None:
-        logger.warning("%s: the cache does not fit and is built again (rebuild_cache)", folder)
-        return False
-    listing = "\n".join(f"  {line}" for line in lines)
-    raise DataError(
-        f"{folder} - holds a token cache that does not fit the configuration - set another "
-        f"cache_dir, delete that folder, or set rebuild_cache: true\n{listing}"
-    )
-
-
 def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:
     size = np.dtype(ledger["dtype"]).itemsize
     paths = [folder / shard["file"] for shard in ledger["shards"]]
@@ -190,200 +141,93 @@ def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:
             raise DataError(
                 f"{path} - is missing or has the wrong size, the cache is damaged - delete {folder}"
             )
-    return Cache(folder, ledger, TokenStore.open(paths, ledger["dtype"]))
-
-
-Item = tuple[str, bool] | BadRecord
-"""A piece of a document and whether it is the last one, or a bad record."""
-
-
-def _items(request: CacheRequest, shard: Shard) -> Iterator[Item]:
-    """What a shard holds, in order, the same at every start."""
-    for record in request.source.read_shard(shard):
-        if isinstance(record, BadRecord):
-            if request.on_bad_record == "error":
-                raise DataError(
-                    f"{record} - mend the record, or set on_bad_record: skip to leave such "
-                    "records out"
-                )
-            yield record
-        elif record:
-            yield from _pieces(record, request.tokenizer.splittable)
-
-
-def _pieces(text: str, splittable: bool) -> Iterator[tuple[str, bool]]:
-    start = 0
-    while splittable and len(text) - start > 2 * PIECE_CHARS:
-        cut = _CUT.search(text, start + PIECE_CHARS)
-        if cut is None:
-            break
-        yield text[start : cut.start()], False
-        start = cut.start()
-    yield (text[start:] if start else text), True
+    key = {k: v for k, v in ledger["key"].items() if k != "places"}
+    key["files"] = [file[1:] for file in key["files"]]
+    return Cache(
+        folder, TokenStore.open(paths, ledger["dtype"]), ledger["documents"],
+        ledger["bad_records"], json.dumps(key, sort_keys=True),
+    )  # fmt: skip
 
 
 @dataclass
 class _Batch:
     """Items for one worker, and the position behind them."""
 
-    items: list[Item]
+    items: list[Piece | BadRecord]
     shard: int
     """Index of the shard to go on with."""
     skip: int
     """Items of that shard that are done."""
     done: int
     """Stored bytes read so far, about."""
+    chars: int
 
-    def texts(self) -> list[tuple[str, bool]]:
+    def texts(self) -> list[Piece]:
         return [item for item in self.items if not isinstance(item, BadRecord)]
-
-
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    """Set up a worker process: no handler for Ctrl-C, and no life without its parent."""
-    global _worker_tokenizer
-    _worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    without_library_threads()
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a child process"
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _encode_in_worker(texts: list, eos_id: int | None, dtype: str) -> tuple:
-    assert _worker_tokenizer is not None, "the worker was started"
-    return _encode(_worker_tokenizer, texts, eos_id, dtype)
-
-
-def _encode(
-    tokenizer: Tokenizer, texts: list[tuple[str, bool]], eos_id: int | None, dtype: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the pieces, and where in them documents end."""
-    parts: list[np.ndarray] = []
-    ends: list[int] = []
-    length = 0
-    eos = np.array([] if eos_id is None else [eos_id], dtype=dtype)
-    encoded = tokenizer.encode_batch([text for text, _ in texts])
-    for ids, (_, is_last) in zip(encoded, texts, strict=True):
-        parts.append(ids)
-        length += len(ids)
-        if is_last:
-            if not (len(ids) and ids[-1] == eos_id):  # a template may have added it
-                parts.append(eos)
-                length += len(eos)
-            ends.append(length)
-    tokens = np.concatenate(parts).astype(dtype, copy=False) if parts else np.array([], dtype)
-    return tokens, np.array(ends, dtype=np.int64)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _workers(request: CacheRequest) -> Iterator[tuple[Executor, Callable, int]]:
-    """An executor, the function to give it, and how many workers it has.
-
-    Threads are enough for a few cores, as the library lets go of Python's lock; on more, turning
-    ids into arrays would hold them up, so processes are taken.
-    """
-    count = request.num_workers or usable_cores()
-    processes = count > (12 if request.num_workers is None else 1)
-    restore = without_library_threads()
-    executor: Executor
-    if processes:
-        executor = ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn"), _start_worker, (request.tokenizer,)
-        )
-        function: Callable = _encode_in_worker
-    else:
-        executor = ThreadPoolExecutor(count, "encode")
-
-        def function(*arguments: Any) -> tuple:
-            return _encode(request.tokenizer, *arguments)
-
-    try:
-        yield executor, function, count
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-        restore()
 
 
 class _Build:
     """One run of the builder over one split."""
 
-    def __init__(self, request: CacheRequest, folder: Path, shards: list[Shard], progress):
-        self._request, self._shards, self._progress = request, shards, progress
+    def __init__(self, request: CacheRequest, folder: Path, shards: list[Shard],
+                 progress: Progress | None):  # fmt: skip
+        self._request, self._shards = request, shards
+        self._progress = progress or (lambda name, done, total: None)
         self._writer = _Writer(request, folder, request.key(shards))
         self._total = sum(shard.size for shard in shards)
+        # Small enough that a kill costs a few hundredths of the work, large enough to be fast.
         self._batch_chars = min(max(self._total // 200, 1 << 14), 1 << 17)
-        self._commit_chars = min(max(self._total // 100, 1 << 18), 1 << 28)
+        self._commit_chars = min(max(self._total // 100, 1 << 16), 1 << 28)
 
     def run(self) -> None:
         """Build to the end and write the ledger; on any interruption keep what is there."""
-        request = self._request
-        if self._writer.position != (0, 0):
+        request, writer, since = self._request, self._writer, 0
+        if writer.position != (0, 0):
             logger.info("%s: going on with an unfinished cache", request.name)
-        since = 0
+        settings = (request.tokenizer, request.eos_id, request.dtype, request.num_workers)
         try:
-            with _workers(request) as (executor, function, count):
-                calls = (
-                    (batch, executor.submit(function, batch.texts(), request.eos_id, request.dtype))
-                    for batch in self._batches()
-                )
-                for batch, future in _read_ahead(calls, 2 * count):
-                    self._writer.append(batch, *future.result())
-                    since += sum(len(text) for text, _ in batch.texts())
+            with encoder(*settings) as run:
+                for batch, tokens, ends in run(self._batches(), _Batch.texts):
+                    writer.append(batch, tokens, ends)
+                    since += batch.chars
                     if since >= self._commit_chars:
-                        self._writer.commit()
+                        writer.commit()
                         since = 0
-                    if self._progress:
-                        self._progress(request.name, min(batch.done, self._total), self._total)
+                    self._progress(request.name, min(batch.done, self._total), self._total)
         except BaseException:
-            self._writer.commit_quietly()
+            writer.commit_quietly()
             raise
-        self._writer.finish()
-        if self._progress:
-            self._progress(request.name, self._total, self._total)
+        writer.finish()
+        self._progress(request.name, self._total, self._total)
 
     def _batches(self) -> Iterator[_Batch]:
         first, skip = self._writer.position
         done = sum(shard.size for shard in self._shards[:first])
-        items: list[Item] = []
+        items: list[Piece | BadRecord] = []
         chars = 0
         for index in range(first, len(self._shards)):
-            within, read = 0, 0
-            for item in _items(self._request, self._shards[index]):
-                within += 1
-                size = len(item[0]) if isinstance(item, tuple) else len(item.raw)
+            shard, read = self._shards[index], 0
+            for within, item in enumerate(self._items(shard), 1):
+                size = len(item.raw) if isinstance(item, BadRecord) else len(item[0])
                 read += size
                 if index == first and within <= skip:
                     continue
                 items.append(item)
                 chars += size
                 if chars >= self._batch_chars:
-                    yield _Batch(items, index, within, done + min(read, self._shards[index].size))
+                    yield _Batch(items, index, within, done + min(read, shard.size), chars)
                     items, chars = [], 0
-            done += self._shards[index].size
-        yield _Batch(items, len(self._shards), 0, done)
+            done += shard.size
+        yield _Batch(items, len(self._shards), 0, done, chars)
 
-
-def _read_ahead(calls: Iterable[tuple], count: int) -> Iterator[tuple]:
-    """Keep `count` calls under way, in order."""
-    pending: deque[tuple] = deque()
-    for call in calls:
-        pending.append(call)
-        if len(pending) > count:
-            yield pending.popleft()
-    yield from pending
+    def _items(self, shard: Shard) -> Iterator[Piece | BadRecord]:
+        """What a shard holds, in order, the same at every start."""
+        records = self._request.source.read_shard(shard)
+        for item in pieces(records, self._request.tokenizer.splittable):
+            if isinstance(item, BadRecord) and self._request.on_bad_record == "error":
+                raise DataError(f"{item} - mend the record, or leave such records out with "
+                                "on_bad_record: skip")  # fmt: skip
+            yield item
 
 
 class _Writer:
@@ -503,8 +347,8 @@ class _Writer:
             (self._folder / _QUARANTINE).unlink()
         if not self._tokens:
             raise DataError(
-                f"{request.name} - the corpus is empty: none of its {len(state['key']['files'])} files "
-                "holds text - check the files and text_key"
+                f"{request.name} - the corpus is empty: {len(state['key']['files'])} files hold "
+                "no text - check the files and text_key"
             )
         names = [shard["file"] for shard in state["shards"]]
         names += [_DOCUMENTS, _QUARANTINE] if bad else [_DOCUMENTS]

@@ -65,8 +65,7 @@ class Shard:
     fingerprint: str
     """Depends on the content (or the remote's checksum), not on place or time."""
     format: str = "text"
-    part: int = 0
-    """Index of the part, for a source whose shards are not files."""
+    """How to read it; a data set's own name of the split."""
 
 
 def find_files(patterns: Sequence[str], setting: str) -> list[str]:

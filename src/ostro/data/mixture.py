@@ -91,7 +91,7 @@ class Mixture:
         if offset % self.block_size:
             raise ConfigError(
                 Problem(
-                    f"data.train_weights[{index}].start",
+                    f"data.train_weights.{index}.start",
                     f"step {step} is example {offset}, {offset / self.block_size:g} blocks of "
                     f"data.mixture_block_size = {self.block_size}; a stage must begin with a block",
                     "move the step, or change mixture_block_size or train_batch_size",

@@ -51,6 +51,14 @@ class SourceConfig(Choice):
         """What the documents depend on beside the files' content; recorded in the cache."""
         raise NotImplementedError
 
+    def places(self, split: str) -> list[str]:
+        """Where the files are said to be: what is compared while they cannot be reached."""
+        raise NotImplementedError
+
+    def has_validation(self) -> bool:
+        """Whether there are documents for validation."""
+        raise NotImplementedError
+
 
 @SourceConfig.register_subclass("urls")
 @dataclass(frozen=True)
@@ -83,7 +91,13 @@ class UrlsSource(SourceConfig):
         return read_file(shard.name, shard.format, self.text_key)
 
     def settings(self, split: str) -> dict[str, Any]:
-        return {"urls": self._urls(split), "text_key": self.text_key, "format": self.format}
+        return {"text_key": self.text_key, "format": self.format}
+
+    def places(self, split: str) -> list[str]:
+        return self._urls(split)
+
+    def has_validation(self) -> bool:
+        return bool(self.validation_urls)
 
 
 @SourceConfig.register_subclass("stdlib")
@@ -126,7 +140,13 @@ class StdlibSource(SourceConfig):
             raise DataError(f"{path} - cannot be read: {error.strerror}") from error
 
     def settings(self, split: str) -> dict[str, Any]:
-        return {"corpus": "stdlib"}
+        return {}
+
+    def places(self, split: str) -> list[str]:
+        return ["stdlib"]
+
+    def has_validation(self) -> bool:
+        return True
 
 
 @SourceConfig.register_subclass("hf")
@@ -172,27 +192,26 @@ class HfSource(SourceConfig):
             ) from error
 
     def _split(self, split: str) -> str | None:
-        index = SPLITS.index(split)
-        return self.splits[index] if index < len(self.splits) else None
+        return dict(zip(SPLITS, self.splits, strict=False)).get(split)
 
     def list_shards(self, split: str) -> list[Shard]:
         builder, name = self._builder(), self._split(split)
         files = builder.config.data_files or {}
         known = list(files) or list(builder.info.splits or {})
         if name is None or (known and name not in known):
-            if split == "train":
-                raise DataError(
-                    f"splits - {self.id} has no split {name!r}, only {', '.join(known)} - set "
-                    "splits: [training split, validation split]"
-                )
-            return []
+            if split == "validation":
+                return []
+            raise DataError(
+                f"splits - {self.id} has no split {name!r}, only {', '.join(known)} - set "
+                "splits: [training split, validation split]"
+            )
         local = [str(path) for path in files.get(name, []) if os.path.isfile(str(path))]
+        size, print_ = 0, str(builder.hash or builder.config_id)
         if local and len(local) == len(files[name]):
             parts = [make_shard(path, "hf") for path in local]
-            print_ = hashlib.sha256("".join(p.fingerprint for p in parts).encode()).hexdigest()[:32]
             size = sum(part.size for part in parts)
-        else:
-            print_, size = str(builder.hash or builder.config_id), 0
+            text = "".join(part.fingerprint for part in parts)
+            print_ = hashlib.sha256(text.encode()).hexdigest()[:32]
         return [Shard(f"{self.id}:{name}", size, print_, name)]
 
     def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
@@ -214,8 +233,13 @@ class HfSource(SourceConfig):
             raise DataError(f"id = {self.id} - reading stopped after row {row}: {error}") from error
 
     def settings(self, split: str) -> dict[str, Any]:
-        return {"id": self.id, "name": self.name, "split": self._split(split),
-                "text_key": self.text_key}  # fmt: skip
+        return {"name": self.name, "split": self._split(split), "text_key": self.text_key}
+
+    def places(self, split: str) -> list[str]:
+        return [self.id]
+
+    def has_validation(self) -> bool:
+        return bool(self.list_shards("validation"))
 
 
 @SourceConfig.register_subclass("tokens")
@@ -244,18 +268,21 @@ class TokensSource(SourceConfig):
             yield Problem("train_bin", "names no file", "list token files, or set dir")
 
     def list_shards(self, split: str) -> list[Shard]:
-        setting, patterns = "train_bin", self.train_bin
-        if split == "validation":
-            setting, patterns = "val_bin", self.val_bin
-        if self.dir is not None:
-            path = os.path.join(os.path.expanduser(self.dir), setting.replace("_", "."))
-            if split == "validation" and not os.path.exists(path):
-                return []
-            patterns = [path]
-        return [make_shard(path, "tokens") for path in find_files(patterns, setting)]
+        patterns = self.places(split)
+        return [make_shard(path, "tokens") for path in find_files(patterns, f"{split} tokens")]
 
     def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
         raise AssertionError("token files hold no documents to read")
 
     def settings(self, split: str) -> dict[str, Any]:
         return {"dtype": self.dtype}
+
+    def places(self, split: str) -> list[str]:
+        if self.dir is not None:
+            return [os.path.join(self.dir, "train.bin" if split == "train" else "val.bin")]
+        return self.train_bin if split == "train" else self.val_bin
+
+    def has_validation(self) -> bool:
+        if self.dir is not None:
+            return os.path.exists(os.path.expanduser(self.places("validation")[0]))
+        return bool(self.val_bin)

@@ -86,24 +86,48 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise DataError(f"{path} - cannot be read ({error}) - delete the folder") from error
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Key by key, what a cache was built with against what the configuration asks for."""
+def fits(folder: Path, was: dict, now: dict, rebuild: bool, more: Sequence[str] = ()) -> bool:
+    """Whether what a folder was built from (`was`) is what the configuration asks for (`now`).
+
+    The content of `files` counts, not their names; where `now` has none, as they cannot be
+    reached, the `places` are compared instead. `more`: differences found otherwise. False only
+    with `rebuild`; otherwise a `DataError` lists what differs.
+    """
+    if "files" in now:
+        old, new = ({k: v for k, v in key.items() if k != "places"} for key in (was, now))
+        same = [f[1:] for f in was["files"]] == [f[1:] for f in now["files"]]
+        old["files"], new["files"] = ("", "") if same else (was["files"], now["files"])
+    else:
+        old, new, rebuild = {k: v for k, v in was.items() if k != "files"}, now, False
+    lines = [*_differences(old, new), *more]
+    if lines and rebuild:
+        logger.warning("%s does not fit the configuration and is built again", folder)
+    elif lines:
+        listing = "".join(f"\n  {line}" for line in lines)
+        raise DataError(
+            f"{folder} - does not fit the configuration: it was built from something else - set "
+            f"another cache_dir, delete the folder, or set rebuild_cache: true{listing}"
+        )
+    return not lines
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     lines = []
     for key in sorted({*old, *new}):
         was, now = old.get(key), new.get(key)
         if was == now:
             continue
         if isinstance(was, dict) and isinstance(now, dict):
-            lines += differences(was, now, f"{prefix}{key}.")
-        elif key == "files" and isinstance(was, list) and isinstance(now, list):
+            lines += _differences(was, now, f"{prefix}{key}.")
+        elif key == "files":
             lines.append(f"files: {_file_differences(was, now)}")
         else:
-            lines.append(f"{prefix}{key}: the cache has {was}, the configuration {now}")
+            lines.append(f"{prefix}{key}: built with {was}, the configuration has {now}")
     return lines
 
 
 def _file_differences(was: list, now: list) -> str:
-    """Files are [name, size, fingerprint]; their content counts, not their names."""
+    """Files are [name, size, fingerprint]."""
     old, new = {file[2]: file[0] for file in was}, {file[2]: file[0] for file in now}
     gone = [name for print_, name in old.items() if print_ not in new]
     come = [name for print_, name in new.items() if print_ not in old]

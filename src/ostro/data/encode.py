@@ -1,0 +1,134 @@
+"""Encoding documents in parallel and in order, on threads or processes."""
+
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ostro.data.files import BadRecord
+from ostro.data.tokenizer import Tokenizer
+
+PIECE_CHARS = 1 << 14
+"""Long documents are encoded in pieces of about this many characters where that is exact."""
+_CUT = re.compile(r"(?<=\S\n)(?=[A-Za-z0-9])")
+_LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
+
+Piece = tuple[str, bool]
+"""A part of a document, and whether it is the last."""
+
+
+def pieces(records: Iterable[str | BadRecord], splittable: bool) -> Iterator[Piece | BadRecord]:
+    """Cut long documents where the ids stay the same; empty documents are dropped."""
+    for record in records:
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        start = 0
+        while splittable and len(record) - start > 2 * PIECE_CHARS:
+            cut = _CUT.search(record, start + PIECE_CHARS)
+            if cut is None:
+                break
+            yield record[start : cut.start()], False
+            start = cut.start()
+        if record:
+            yield record[start:], True
+
+
+def encode(
+    tokenizer: Tokenizer, eos_id: int | None, dtype: str, texts: Sequence[Piece]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the pieces, and the positions in them at which documents end."""
+    eos = np.array([] if eos_id is None else [eos_id], dtype=dtype)
+    parts, ends, length = [eos[:0]], [], 0
+    for ids, (_, is_last) in zip(
+        tokenizer.encode_batch([text for text, _ in texts]), texts, strict=True
+    ):
+        parts.append(ids)
+        length += len(ids)
+        if is_last:
+            if not (len(ids) and ids[-1] == eos_id):  # the tokenizer's template may have added it
+                parts.append(eos)
+                length += len(eos)
+            ends.append(length)
+    return np.concatenate(parts).astype(dtype, copy=False), np.array(ends, dtype=np.int64)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def encoder(
+    tokenizer: Tokenizer, eos_id: int | None, dtype: str, num_workers: int | None
+) -> Iterator[Callable[[Iterable[Any], Callable], Iterator[tuple]]]:
+    """Yields `run(batches, texts_of)`, an iterator of (batch, tokens, ends) in order.
+
+    Threads serve up to a dozen cores, as the library lets go of Python's lock while it encodes;
+    beyond that, turning ids into arrays would hold them up, so processes are taken. The library's
+    own threads are kept off: it starts every batch on them with an empty word cache, which makes
+    the small batches that a restartable build needs slow.
+    """
+    count = num_workers or usable_cores()
+    before = os.environ.get(_LIBRARY_THREADS)
+    os.environ[_LIBRARY_THREADS] = "false"
+    executor: Executor
+    if count > (12 if num_workers is None else 1):
+        context = multiprocessing.get_context("spawn")
+        setup = (tokenizer, eos_id, dtype)
+        executor = ProcessPoolExecutor(count, context, _start_worker, setup)
+        function: Callable = _encode_in_worker
+    else:
+        executor = ThreadPoolExecutor(count, "encode")
+        function = partial(encode, tokenizer, eos_id, dtype)
+
+    def run(batches: Iterable[Any], texts_of: Callable) -> Iterator[tuple]:
+        pending: deque[tuple] = deque()
+        for batch in batches:
+            pending.append((batch, executor.submit(function, texts_of(batch))))
+            if len(pending) > 2 * count:
+                done, future = pending.popleft()
+                yield done, *future.result()
+        for done, future in pending:
+            yield done, *future.result()
+
+    try:
+        yield run
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        if before is None:
+            os.environ.pop(_LIBRARY_THREADS, None)
+        else:
+            os.environ[_LIBRARY_THREADS] = before
+
+
+_setup: tuple | None = None
+
+
+def _start_worker(*setup: Any) -> None:
+    """Set up a worker process: deaf to Ctrl-C, and gone when its parent is."""
+    global _setup
+    _setup = setup
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a child process"
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _encode_in_worker(texts: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+    assert _setup is not None, "the worker was started"
+    return encode(*_setup, texts)
