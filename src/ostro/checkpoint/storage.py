@@ -77,17 +77,17 @@ def names(url: str) -> list[str]:
 def remove(url: str) -> None:
     """Delete a folder so that it stops being a checkpoint before any of its files goes."""
     fs, path = locate(url)
-    if isinstance(fs, LocalFileSystem):
-        parent, name = os.path.split(path)
-        if not name.startswith(PARTIAL):
-            doomed = os.path.join(parent, f"{PARTIAL}deleted-{name}-{os.getpid()}")
-            os.rename(path, doomed)
-            path = doomed
-        shutil.rmtree(path)
-    else:
+    if not isinstance(fs, LocalFileSystem):
         with contextlib.suppress(FileNotFoundError):
             fs.rm_file(f"{path}/{MARKER}")
         fs.rm(path, recursive=True)
+        return
+    parent, name = os.path.split(path)
+    if not name.startswith(PARTIAL):
+        doomed = os.path.join(parent, f"{PARTIAL}deleted-{name}-{os.getpid()}")
+        os.rename(path, doomed)
+        path = doomed
+    shutil.rmtree(path)
 
 
 def move(source: str, target: str) -> None:
@@ -101,12 +101,14 @@ def move(source: str, target: str) -> None:
 
 
 def flush_folder(url: str) -> None:
-    """Make the names in a local folder durable."""
-    descriptor = os.open(locate(url)[1], os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the names in a local folder durable; a store needs no such thing."""
+    fs, path = locate(url)
+    if isinstance(fs, LocalFileSystem):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def require_space(url: str, need: int) -> None:

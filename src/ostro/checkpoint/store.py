@@ -87,33 +87,34 @@ def write(
     is removed then, and every older checkpoint is still there.
     """
     storage.require_space(folder, checkpoint_bytes(state))
-    local = storage.is_local(folder)
-    target = step_folder(folder, step)
+    local, target = storage.is_local(folder), step_folder(folder, step)
     aside = f"{folder.rstrip('/')}/{storage.ASIDE}step-{step}-{os.getpid()}"
-    work = aside.replace(storage.ASIDE, storage.PARTIAL) if local else target
+    # A store has no rename, and needs none where nothing is replaced: the marker comes last.
+    direct = not local and not storage.is_folder(target)
+    work = target if direct else aside.replace(storage.ASIDE, storage.PARTIAL)
     marks = (step, time() if timestamp is None else float(timestamp), is_temporary, is_best)
-    replaced = writing = False
     try:
-        if not local:
-            replaced = _put_aside(target, aside)
-        writing = True
         metadata = Metadata(*marks, run_id, run_name, _write_files(work, state))
         _write_file(f"{work}/{storage.MARKER}", metadata.to_json().encode())
-        if local:
+        if not direct:
             storage.flush_folder(work)
-            replaced = _put_aside(target, aside)
+            if storage.is_folder(target):
+                storage.move(target, aside)
             storage.move(work, target)  # the commit
     except BaseException as error:
         with contextlib.suppress(OSError):  # the first error matters; the next save tidies up
-            if writing and storage.is_folder(work):
+            if storage.is_folder(work):
                 storage.remove(work)
-            if replaced and not storage.is_folder(target):
+            if storage.is_folder(aside) and not storage.is_folder(target):
                 storage.move(aside, target)
         if isinstance(error, OSError) or (isinstance(error, Exception) and not local):
-            raise CheckpointError(_failure(target, error)) from error
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "the disk is full" if full else f"cannot be written: {error}"
+            advice = "older checkpoints are untouched; free space or change base_path"
+            raise CheckpointError(f"{target} - {what} - {advice}") from error
         raise
-    if replaced:
-        with contextlib.suppress(OSError):  # committed all the same; the next attempt tidies up
+    with contextlib.suppress(OSError):  # committed all the same; the next attempt tidies up
+        if storage.is_folder(aside):
             storage.remove(aside)
     return metadata
 
@@ -145,19 +146,6 @@ def _write_file(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def _put_aside(target: str, aside: str) -> bool:
-    if not storage.is_folder(target):
-        return False
-    storage.move(target, aside)
-    return True
-
-
-def _failure(target: str, error: BaseException) -> str:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    what = "the disk is full" if full else f"cannot be written: {error}"
-    return f"{target} - {what} - older checkpoints are untouched; free space or change base_path"
-
-
 class Saved:
     """A complete checkpoint that was opened: metadata and small files; tensors on request."""
 
@@ -166,14 +154,12 @@ class Saved:
         self.metadata = metadata
         self._verified: dict[str, str] = {}  # file name -> local path
         self._downloads: str | None = None
-        self.values: dict[str, Any] = read_json(self._small_file(_VALUES), f"{path}/{_VALUES}")
-        self.texts: dict[str, str] = {}
-        for name in metadata.files:
-            if name != _VALUES and not name.endswith(_SUFFIX):
-                try:
-                    self.texts[name] = self._small_file(name).decode()
-                except UnicodeDecodeError as error:
-                    raise CheckpointError(f"{path}/{name} - is not text: {error}") from error
+        small = [name for name in metadata.files if not name.endswith(_SUFFIX)]
+        contents = {name: self._read(name) for name in small}
+        if _VALUES not in contents:
+            raise CheckpointError(f"{path}/{_VALUES} - is missing from the list of files")
+        self.values: dict[str, Any] = read_json(contents.pop(_VALUES), f"{path}/{_VALUES}")
+        self.texts = {name: data.decode(errors="replace") for name, data in contents.items()}
 
     def __str__(self) -> str:
         return self.path
@@ -196,7 +182,7 @@ class Saved:
         for name in self.metadata.files:
             self._verified_file(name)
 
-    def _small_file(self, name: str) -> bytes:
+    def _read(self, name: str) -> bytes:
         with open(self._verified_file(name), "rb") as file:
             return file.read()
 
@@ -204,30 +190,23 @@ class Saved:
         """The local path of a file whose content is as recorded; a remote one is fetched once."""
         if name in self._verified:
             return self._verified[name]
-        url, record = f"{self.path}/{name}", self.metadata.files.get(name)
-        if record is None:
-            raise CheckpointError(f"{url} - is missing from the checkpoint's list of files")
+        url = f"{self.path}/{name}"
+        fs, path = storage.locate(url)
         try:
-            path = self._fetch(url, name)
+            if not storage.is_local(url):
+                if self._downloads is None:
+                    self._downloads = tempfile.mkdtemp(prefix="ostro-checkpoint-")
+                    weakref.finalize(self, shutil.rmtree, self._downloads, ignore_errors=True)
+                remote, path = path, os.path.join(self._downloads, name)
+                fs.get_file(remote, path)
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(f"{url} - cannot be read: {error}") from error
-        if digest != record.sha256:
+        if digest != self.metadata.files[name].sha256:
             raise CheckpointError(f"{url} - is damaged: its content differs from its checksum")
         self._verified[name] = path
         return path
-
-    def _fetch(self, url: str, name: str) -> str:
-        fs, path = storage.locate(url)
-        if storage.is_local(url):
-            return path
-        if self._downloads is None:
-            self._downloads = tempfile.mkdtemp(prefix="ostro-checkpoint-")
-            weakref.finalize(self, shutil.rmtree, self._downloads, ignore_errors=True)
-        local = os.path.join(self._downloads, name)
-        fs.get_file(path, local)
-        return local
 
 
 def read_metadata(path: str) -> Metadata:
