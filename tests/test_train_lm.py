@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -96,10 +95,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     train(write_config(tmp_path / "straight", **RESUME))
     path = write_config(tmp_path / "killed", **RESUME)
     (tmp_path / "killer.py").write_text(KILLER)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    killed = ostro(
-        "train", "--config_path", path, "--imports", "[killer]", env=environment, cwd=tmp_path
-    )
+    killed = ostro("train", "--config_path", path, "--imports", "[killer]", cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert max(read_metrics(tmp_path / "killed")) == 7
     train(path)
