@@ -4,7 +4,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ostro.config.nodes import Bad, Entry, Mapping, Node, Scalar, from_plain, join, leaves
+from ostro.config.fields import join
+from ostro.config.nodes import (
+    BAD,
+    Mapping,
+    Node,
+    Scalar,
+    explode,
+    from_plain,
+    leaves,
+    mapping_at,
+    written,
+)
 from ostro.config.nodes import Sequence as SequenceNode
 from ostro.errors import Problem
 
@@ -16,7 +27,8 @@ class Alias:
     old: str
     """Dotted path of the other spelling."""
     new: str
-    """Dotted path of the setting. Elements of a list on the way are all searched."""
+    """Dotted path of the setting. With the same parent, elements of a list on the way are all
+    searched."""
     convert: Callable[[str], Any] | None = None
     """From the text of a scalar to the new value; a `ValueError` names the rule."""
     note: str | None = None
@@ -35,38 +47,71 @@ def alias_names(aliases: Sequence[Alias], known: Sequence[str]) -> list[str]:
     return names
 
 
-def resolve_aliases(
-    layer: Mapping, aliases: Sequence[Alias], notices: list[str], problems: list[Problem]
-) -> None:
-    """Rewrite one layer in place until no old name is left in it."""
-    for _ in aliases:
-        moved = [_apply(layer, alias, notices, problems) for alias in aliases]
-        if not any(moved):
-            break
+@dataclass
+class Resolver:
+    """Rewrites layers so that no old name is left, collecting problems and notices."""
 
+    aliases: Sequence[Alias]
+    problems: list[Problem]
+    notices: list[str]
 
-def _apply(layer: Mapping, alias: Alias, notices: list[str], problems: list[Problem]) -> bool:
-    old, new = alias.old.split("."), alias.new.split(".")
-    shared = 0
-    while shared < min(len(old), len(new)) - 1 and old[shared] == new[shared]:
-        shared += 1
-    moved = False
-    for container in list(_containers(layer, old[:shared])):
-        node = _pop(container, old[shared:])
-        if node is None:
-            continue
-        moved = True
-        notice = f"{alias.old} ({node.origin}) is read as {alias.new}"
-        notice += f": {alias.note}" if alias.note else ""
-        if notice not in notices:
-            notices.append(notice)
-        node = _converted(node, alias, problems)
-        if alias.entry_type is not None and isinstance(node, Scalar) and node.is_null:
-            continue
-        if alias.entry_type is not None and isinstance(node, Mapping):
-            node = Entry(alias.entry_type, node)
-        _put(container, new[shared:], node, alias, problems)
-    return moved
+    def resolve(self, layer: Mapping) -> list[Mapping]:
+        """The layer in canonical names, as layers without a `base`."""
+        layers = [layer]
+        for _ in self.aliases:  # one name may lead to another
+            moved = [self._apply(part, alias) for part in layers for alias in self.aliases]
+            layers = [part for layer in layers for part in explode(layer)]
+            if not any(moved):
+                break
+        return layers
+
+    def _apply(self, layer: Mapping, alias: Alias) -> bool:
+        old, new = alias.old.split("."), alias.new.split(".")
+        shared = len(old) - 1 if old[:-1] == new[:-1] else 0
+        moved = False
+        for container in list(_containers(layer, old[:shared])):
+            node = _pop(container, old[shared:])
+            if node is None:
+                continue
+            moved = True
+            notice = f"{alias.old} ({node.origin}) is read as {alias.new}"
+            notice += f": {alias.note}" if alias.note else ""
+            if notice not in self.notices:
+                self.notices.append(notice)
+            if alias.convert is not None:
+                node = self._converted(node, alias)
+            if alias.entry_type is not None and isinstance(node, Mapping):
+                kind = Scalar(alias.entry_type, node.origin, quoted=True)
+                node = Mapping({"type": kind, **node.items}, node.origin, joins=True)
+            elif alias.entry_type is not None and isinstance(node, Scalar) and node.is_null:
+                continue
+            self._put(node, mapping_at(container, new[shared:-1], node.origin), alias)
+        return moved
+
+    def _converted(self, node: Node, alias: Alias) -> Node:
+        if not isinstance(node, Scalar) or node.is_null:
+            return node
+        try:
+            value = alias.convert(node.text)
+        except ValueError as error:
+            self.problems.append(Problem(alias.old, str(error), "", node.text, node.origin))
+            return BAD
+        if isinstance(value, str):
+            return Scalar(value, node.origin, node.quoted)
+        return from_plain(value, node.origin)
+
+    def _put(self, node: Node, container: Mapping, alias: Alias) -> None:
+        key = alias.new.rpartition(".")[2]
+        there = container.items.get(key)
+        if there is not None and (clash := _clash(there, node)) is not None:
+            path, first, second = clash
+            rule = f"is also set as {join(alias.new, path)} ({first.origin})"
+            place, value = join(alias.old, path), written(second)
+            self.problems.append(Problem(place, rule, "keep one of the two", value, second.origin))
+            return
+        if there is not None and isinstance(node, Mapping):
+            node.base.append(there)
+        container.items[key] = node
 
 
 def _containers(node: Node, parts: list[str]) -> Iterator[Mapping]:
@@ -74,9 +119,6 @@ def _containers(node: Node, parts: list[str]) -> Iterator[Mapping]:
     if isinstance(node, SequenceNode):
         for item in node.items:
             yield from _containers(item, parts)
-    elif isinstance(node, Entry):
-        for inner in (node.body, *node.base):
-            yield from _containers(inner, parts)
     elif isinstance(node, Mapping):
         if not parts:
             yield node
@@ -85,8 +127,9 @@ def _containers(node: Node, parts: list[str]) -> Iterator[Mapping]:
 
 
 def _pop(container: Mapping, parts: list[str]) -> Node | None:
+    """Take out the node at a dotted path, and the mappings that it leaves empty."""
     child = container.items.get(parts[0])
-    if len(parts) == 1 or child is None:
+    if len(parts) == 1:
         return container.items.pop(parts[0], None)
     if not isinstance(child, Mapping):
         return None
@@ -96,71 +139,24 @@ def _pop(container: Mapping, parts: list[str]) -> Node | None:
     return found
 
 
-def _converted(node: Node, alias: Alias, problems: list[Problem]) -> Node:
-    if alias.convert is None or not isinstance(node, Scalar) or node.is_null:
-        return node
-    try:
-        value = alias.convert(node.text)
-    except ValueError as error:
-        problems.append(Problem(alias.old, str(error), "", node.text, node.origin))
-        return Bad(node.origin)
-    if isinstance(value, str):
-        return Scalar(value, node.origin, node.quoted)
-    return from_plain(value, node.origin)
-
-
-def _put(
-    container: Mapping, parts: list[str], node: Node, alias: Alias, problems: list[Problem]
-) -> None:
-    for part in parts[:-1]:
-        inner = container.items.setdefault(part, Mapping({}, node.origin))
-        if not isinstance(inner, Mapping):  # cannot go below it; its own type says so later
-            return
-        container = inner
-    there = container.items.get(parts[-1])
-    if there is None:
-        container.items[parts[-1]] = node
-        return
-    if clash := _clash(there, node, alias):
-        path, first, second = clash
-        rule = f"is also set as {join(alias.new, path)} ({first.origin})"
-        value = second.text if isinstance(second, Scalar) else None
-        problem = Problem(join(alias.old, path), rule, "keep one of the two", value, second.origin)
-        problems.append(problem)
-    elif isinstance(node, Entry):
-        node.base.append(there)
-        container.items[parts[-1]] = node
-    elif isinstance(there, Mapping) and isinstance(node, Mapping):
-        _absorb(there, node)
-
-
-def _absorb(there: Mapping, node: Mapping) -> None:
-    for key, child in node.items.items():
-        inner = there.items.setdefault(key, child)
-        if inner is not child and isinstance(inner, Mapping) and isinstance(child, Mapping):
-            _absorb(inner, child)
-
-
-def _clash(there: Node, node: Node, alias: Alias) -> tuple[str, Node, Node] | None:
+def _clash(there: Node, node: Node) -> tuple[str, Node, Node] | None:
     """The first setting that both spellings give, with the two places."""
-    if isinstance(node, Entry):
-        items = there.items if isinstance(there, SequenceNode) else [there]
-        same = [item for item in items if _type_of(item) in (None, alias.entry_type)]
-        pairs = [(item, node.body) for item in same if isinstance(item, (Mapping, Entry))]
-    elif isinstance(there, Mapping) and isinstance(node, Mapping):
-        pairs = [(there, node)]
-    else:
+    if not isinstance(node, Mapping):
         return "", there, node
-    for first, second in pairs:
-        given = dict(leaves(first))
-        for path, leaf in leaves(second):
+    same = [there]
+    if node.joins:
+        items = there.items if isinstance(there, SequenceNode) else [there]
+        same = [item for item in items if _may_be(item, node.items["type"])]
+    elif not isinstance(there, Mapping):
+        return "", there, node
+    for item in same:
+        given = dict(leaves(item))
+        for path, leaf in leaves(node):
             if path in given and path != "type":
                 return path, given[path], leaf
     return None
 
 
-def _type_of(node: Node) -> str | None:
-    if isinstance(node, Entry):
-        return node.type
-    kind = node.items.get("type") if isinstance(node, Mapping) else node
-    return kind.text if isinstance(kind, Scalar) else None
+def _may_be(item: Node, kind: Node) -> bool:
+    """Whether this element of a registry is of that type, or does not say."""
+    return isinstance(item, Mapping) and written(item.items.get("type", kind)) == written(kind)

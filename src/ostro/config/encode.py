@@ -17,7 +17,7 @@ _WORDS = {"true", "false", "yes", "no", "on", "off", "null", "none", "inf", "nan
 
 def encode(config: Any) -> Any:
     """The configuration as plain dicts, lists and scalars, each choice with its `type`."""
-    if config is None or (isinstance(config, (bool, int, float, str)) and not _is_enum(config)):
+    if type(config) in (type(None), bool, int, float, str):
         return config
     if isinstance(config, timedelta):
         return format_duration(config)
@@ -55,7 +55,3 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 _Dumper.add_representer(str, _represent_text)
-
-
-def _is_enum(value: Any) -> bool:
-    return hasattr(type(value), "__members__")

@@ -10,7 +10,12 @@ from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ostro.config.nodes import join
+from ostro.config.choice import Choice
+
+
+def join(path: str, key: str | int) -> str:
+    """`a.b` and `c` as `a.b.c`."""
+    return f"{path}.{key}" if path and key != "" else f"{path}{key}"
 
 
 @cache
@@ -30,8 +35,8 @@ def members(tp: Any) -> tuple[Any, ...]:
 
 def is_registry(tp: Any) -> bool:
     """True for a class whose `type` picks another class, False for what is registered."""
-    known = getattr(tp, "get_known_choices", None)
-    return isinstance(tp, type) and known is not None and tp not in known().values()
+    is_choice = isinstance(tp, type) and issubclass(tp, Choice)
+    return is_choice and tp not in tp.get_known_choices().values()
 
 
 def is_text_class(tp: Any) -> bool:
@@ -66,9 +71,7 @@ def element(tp: Any, index: int = 0) -> Any:
 
 def choice_name(cls: type) -> str | None:
     """The `type` of a registered class; None for a class that is in no registry."""
-    if not hasattr(cls, "get_known_choices") or is_registry(cls):
-        return None
-    return cls.get_choice_name(cls)  # type: ignore[attr-defined]
+    return cls.get_choice_name(cls) if issubclass(cls, Choice) and not is_registry(cls) else None
 
 
 def default_of(field: Field) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from yaml.resolver import Resolver
 
-from ostro.config.nodes import Bad, Mapping, Node, Scalar, Sequence
+from ostro.config.nodes import BAD, Mapping, Node, Scalar, Sequence
 from ostro.errors import Problem, did_you_mean
 
 MAX_DEPTH = 64
@@ -50,11 +50,11 @@ class Reader:
         self._num_nodes = 0
 
     def file(self, name: str, search: Seq[Path] = ()) -> Node:
-        """The mapping in a file, which is looked up here and then in `search`; or `Bad`."""
+        """The mapping in a file, which is looked up here and then in `search`; or `BAD`."""
         found = _find(name, ["", *map(str, search)])
         if found is None:
             self.problems.append(_missing(name, ["", *map(str, search)], "command line"))
-            return Bad(name)
+            return BAD
         return self._load(found, [found])
 
     def text(self, text: str, origin: str) -> Node:
@@ -112,9 +112,9 @@ class Reader:
                 raise
             return self._bad(name or origin, "", origin or name, str(stop))
 
-    def _bad(self, setting: str, value: str, origin: str, rule: str, advice: str = "") -> Bad:
+    def _bad(self, setting: str, value: str, origin: str, rule: str, advice: str = "") -> Node:
         self.problems.append(Problem(setting, rule, advice, value or None, origin))
-        return Bad(origin)
+        return BAD
 
     def _node(self, graph, name: str, origin: str, chain: list[str], depth: int) -> Node:
         """Copy the graph into our nodes; a shared anchor is copied at each use, and counted."""
@@ -156,7 +156,8 @@ class Reader:
                 rule = f"is written twice: first at {first}"
                 self._bad(key.value, "", place, rule, "remove one of the two")
                 continue
-            child.origin = place  # type: ignore[misc]  # an Entry never comes out of a file
+            if child is not BAD:
+                child.origin = place
             mapping.items[key.value] = child
         mapping.items = {**inherited, **mapping.items}
         return mapping
@@ -166,7 +167,7 @@ class Reader:
         several = isinstance(child, Sequence)
         children = child.items if isinstance(child, Sequence) else [child]
         for part, source in zip(children, graph.value if several else [graph], strict=False):
-            if isinstance(part, Bad):
+            if part is BAD:
                 continue
             if not isinstance(part, Mapping):
                 self._bad("<<", "", place, "must name a mapping")
@@ -187,7 +188,7 @@ class Reader:
             found = _find(graph.value, [folder])
             if found is None:
                 self.problems.append(_missing(graph.value, [folder], place))
-                return Bad(place)
+                return BAD
         if any(_same(found, seen) for seen in chain):
             loop = " -> ".join([*chain, found])
             return self._bad("!include", graph.value, place, f"includes itself: {loop}")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from ostro.config.files import Reader
-from ostro.config.nodes import Mapping, Node, Scalar
+from ostro.config.nodes import Mapping, Scalar, mapping_at
 from ostro.errors import Problem, did_you_mean
 
 _NAME = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
@@ -39,7 +39,13 @@ def parse_flags(flags: Sequence[str], reader: Reader, known: Collection[str]) ->
             )
             reader.problems.append(problem)
             continue
-        _insert(layer, name.split("."), reader.text(value, f"--{name}"), f"--{name}")
+        *path, key = name.split(".")
+        place, node = mapping_at(layer, path, f"--{name}"), reader.text(value, f"--{name}")
+        child = place.items.get(key)
+        if isinstance(child, Mapping) and isinstance(node, (Mapping, Scalar)):
+            child.base.append(node)  # `--model.num_layers 2 --model gpt2`: both count
+        else:
+            place.items[key] = node
     return layer
 
 
@@ -56,17 +62,3 @@ def suggest(name: str, known: Collection[str]) -> str:
 
 def _is_flag(word: str) -> bool:
     return word.startswith("--") and len(word) > 2
-
-
-def _insert(layer: Mapping, parts: list[str], value: Node, origin: str) -> None:
-    for part in parts[:-1]:
-        child = layer.items.get(part)
-        if not isinstance(child, Mapping):  # `--model gpt2 --model.num_layers 2`: both count
-            child = Mapping({}, origin, [] if child is None else [child])
-            layer.items[part] = child
-        layer = child
-    child = layer.items.get(parts[-1])
-    if isinstance(child, Mapping) and isinstance(value, (Mapping, Scalar)):
-        child.base.append(value)
-    else:
-        layer.items[parts[-1]] = value

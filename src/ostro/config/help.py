@@ -11,13 +11,14 @@ from ostro.config.fields import (
     field_docs,
     hints,
     is_registry,
+    join,
     members,
     records,
     settable,
     type_text,
 )
 from ostro.config.loading import Loaded
-from ostro.config.nodes import from_plain, join, written
+from ostro.config.nodes import value_text
 
 _WIDTH = 100
 
@@ -64,9 +65,7 @@ def _section(cls: type, path: str, default: Any, seen: tuple[type, ...]) -> list
 
 
 def _entry(name: str, tp: Any, value: Any, doc: str) -> list[str]:
-    default = (
-        "required" if value is MISSING else f"default {written(from_plain(encode(value), ''))}"
-    )
+    default = "required" if value is MISSING else f"default {value_text(value)}"
     lines = [f"  --{name}  {type_text(tp)}  ({default})"]
     for paragraph in doc.split("\n\n"):
         lines += textwrap.wrap(paragraph, _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)

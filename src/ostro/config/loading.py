@@ -3,14 +3,15 @@
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ostro.config import nodes
-from ostro.config.aliases import Alias, alias_names, resolve_aliases
-from ostro.config.convert import BAD, Converter, children, find_problems, value_text
-from ostro.config.fields import choice_name, dotted_names, hints
+from ostro.config.aliases import Alias, Resolver, alias_names
+from ostro.config.convert import Converter, find_problems, text_at
+from ostro.config.encode import encode
+from ostro.config.fields import dotted_names, hints, join
 from ostro.config.files import Reader
 from ostro.config.flags import parse_flags
 from ostro.errors import ConfigError, Problem
@@ -30,14 +31,14 @@ class Loaded(Generic[Config]):
     """Lines for the user: other spellings that were read, settings that no longer count."""
 
     def derive(self, values: Mapping[str, Any]) -> "Loaded[Config]":
-        """A copy with these leaves set; their origin is `derived`."""
-        config, origins = self.config, dict(self.origins)
+        """A copy with these fields set; the origin of all below them is `derived`."""
+        config = self.config
         for path, value in values.items():
             config = _replace(config, path.split("."), value)
-            kept = {p: o for p, o in origins.items() if p != path and not p.startswith(path + ".")}
-            below = {nodes.join(path, leaf): "derived" for leaf in leaf_paths(value)}
-            origins = {**kept, **below}
-        origins = {path: origins.get(path, "default") for path in leaf_paths(config)}
+        origins = {}
+        for leaf in leaf_paths(encode(config)):
+            is_derived = any(f"{leaf}.".startswith(f"{path}.") for path in values)
+            origins[leaf] = "derived" if is_derived else self.origins.get(leaf, "default")
         return Loaded(config, origins, self.notices)
 
 
@@ -59,31 +60,31 @@ def load(
     notices: list[str] = []
     names = list(dotted_names(cls))
     known = names + alias_names(aliases, names)
-    reader = Reader(problems)
-    read = [(reader.file(name, search), trusted) for name in files]
-    read.append((parse_flags(flags, reader, known), True))
-    trees = [(layer, is_trusted) for tree, is_trusted in read for layer in nodes.explode(tree)]
+    reader, resolver = Reader(problems), Resolver(aliases, problems, notices)
+    sources = [(reader.file(name, search), trusted) for name in files]
+    sources.append((parse_flags(flags, reader, known), True))
     layers: list[nodes.Node] = []
-    for layer, is_trusted in trees:
-        if not isinstance(layer, nodes.Mapping):  # a file that could not be read
-            continue
-        resolve_aliases(layer, aliases, notices, problems)
-        if "imports" in hints(cls):
-            _import_modules(layer, is_trusted, notices, problems)
-        layers.append(layer)
-    converter = Converter(problems, notices, known, is_partial=len(layers) < len(trees))
+    for tree, is_trusted in sources:
+        for layer in nodes.explode(tree):
+            if not isinstance(layer, nodes.Mapping):  # a file that could not be read
+                continue
+            layers += resolver.resolve(layer)
+            if "imports" in hints(cls):
+                _import_modules(layer, is_trusted, notices, problems)
+    is_partial = any(tree is nodes.BAD for tree, _ in sources)
+    converter = Converter(problems, notices, known, is_partial)
     config = converter.convert(cls, layers, "")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    assert config is not BAD, "a value that cannot be converted leaves a problem"
-    origins = {path: converter.origin_of(path) for path in leaf_paths(config)}
+    assert config is not nodes.BAD, "a value that cannot be converted leaves a problem"
+    origins = {path: converter.origin_of(path) for path in leaf_paths(encode(config))}
     return Loaded(config, origins, notices)
 
 
 def check(config: Any) -> None:
     """Run every `problems()` of a configuration built in code; raises one `ConfigError`."""
     found = [
-        replace(problem, value=problem.value or value_text(config, problem.setting))
+        replace(problem, value=problem.value or text_at(config, problem.setting))
         for problem in find_problems(config)
     ]
     if found:
@@ -91,30 +92,21 @@ def check(config: Any) -> None:
 
 
 def leaf_paths(value: Any, path: str = "") -> Iterator[str]:
-    """Dotted paths of all leaves; a list or mapping of scalars, or an empty one, is one leaf."""
-    parts = children(value)
-    if isinstance(value, (list, tuple)) and not any(children(part) for _, part in parts):
-        parts = [] if not any(is_dataclass(part) for _, part in parts) else parts
-    is_choice = is_dataclass(value) and choice_name(type(value)) is not None
-    if is_choice:
-        yield nodes.join(path, "type")
-    if not parts and not is_choice:
+    """Dotted paths of the leaves of an encoded value; a list of scalars is one leaf."""
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
         yield path
-    for key, part in parts:
-        yield from leaf_paths(part, nodes.join(path, key))
+        return
+    for key, child in value.items():
+        yield from leaf_paths(child, join(path, key))
 
 
-def _replace(value: Any, parts: list[str], new: Any) -> Any:
-    if not parts:
-        return new
-    key, rest = parts[0], parts[1:]
-    if isinstance(value, dict):
-        return {**value, key: _replace(value.get(key), rest, new)}
-    if isinstance(value, (list, tuple)):
-        items = list(value)
-        items[int(key)] = _replace(items[int(key)], rest, new)
-        return type(value)(items)
-    return replace(value, **{key: _replace(getattr(value, key), rest, new)})
+def _replace(config: Any, names: list[str], value: Any) -> Any:
+    name, *rest = names
+    if rest:
+        value = _replace(getattr(config, name), rest, value)
+    return replace(config, **{name: value})
 
 
 def _import_modules(

@@ -4,24 +4,15 @@ The last list wins; a mapping of positions (`--trainer.keep.1.until 9`) goes to 
 layer that changes a registry's `type` drops what lower layers and the default say of the choice.
 """
 
-from collections.abc import Sequence as Seq
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from ostro.config.fields import choice_name
-from ostro.config.nodes import Bad, Entry, Mapping, Node, Scalar, Sequence, explode, from_plain
+from ostro.config.fields import element, is_record, is_registry, join, members
+from ostro.config.nodes import Default, Mapping, Node, Scalar, Sequence, explode, from_plain
+from ostro.config.scalars import BadValue
 
-
-@dataclass
-class Stack:
-    """What the layers say about one value, lowest first, above its default."""
-
-    layers: Seq[Node]
-    default: Any = field(default_factory=lambda: MISSING)
-
-    def above(self, layer: Node) -> "Stack":
-        """This stack with one more layer."""
-        return Stack([*self.layers, layer], self.default)
+Stack = list[Node]
+"""What the layers say about one value, lowest first."""
 
 
 @dataclass
@@ -30,92 +21,80 @@ class Settled:
 
     name: str | None
     """The type in force; None where none is stated and there is no default."""
-    layers: list[Mapping]
+    layers: list[Mapping] = field(default_factory=list)
     """The layers that speak of that type."""
-    default: Any
-    """The default instance to start from, or MISSING."""
-    dropped: list[Mapping]
+    dropped: list[Mapping] = field(default_factory=list)
     """The layers that speak of another type."""
-    error: tuple[str, str] | None = None
-    """Text and rule of a bare word that the registry refused."""
-
-
-def items_of(node: Node) -> dict[str, Node]:
-    """The keys of a mapping; none for anything else."""
-    mapping = node.mapping if isinstance(node, Entry) else node
-    return mapping.items if isinstance(mapping, Mapping) else {}
 
 
 def settle(registry: Any, stack: Stack) -> Settled:
     """Which `type` holds after all layers, and what still counts for it."""
-    choice = Settled(registry.default_choice_name(), [], stack.default, [])
-    if type(stack.default) in registry.get_known_choices().values():
-        choice.name = choice_name(type(stack.default))
-    for layer in (part for node in stack.layers for part in explode(node)):
+    choice = Settled(registry.default_choice_name())
+    for layer in stack:
         if isinstance(layer, Scalar):
-            try:
-                read = getattr(registry, "from_scalar", lambda text: {"type": text})
-                layer = from_plain(read(layer.text), layer.origin)
-            except ValueError as error:
-                choice.error = (layer.text, str(error))
-        layer = layer.mapping if isinstance(layer, Entry) else layer
+            layer = from_plain(registry.from_scalar(layer.text), layer.origin)
         if not isinstance(layer, Mapping):
             continue
         given = layer.items.get("type")
         if isinstance(given, Scalar):
             if choice.name is not None and given.text != choice.name:
                 choice.dropped += choice.layers
-                choice.layers, choice.default = [], MISSING
+                choice.layers = []
             choice.name = given.text
         choice.layers.append(layer)
     return choice
 
 
-def fold(stack: Stack, registry: Any) -> list[Stack] | Stack:
-    """The elements of a list, or one value where the type allows that too."""
-    state: list[Stack] | Stack = stack
-    if isinstance(stack.default, (list, tuple)):
-        state = [Stack([], value) for value in stack.default]
-    else:
-        state = Stack([], stack.default)
-    for layer in stack.layers:
+def fold(tp: Any, stack: Stack, path: str) -> tuple[list[Stack] | None, Stack]:
+    """The elements of list type `tp`; or None, and the layers of what is no list."""
+    registry = next((member for member in members(element(tp)) if is_registry(member)), None)
+    items: list[Stack] | None = None
+    rest: Stack = []
+    for layer in stack:
         if isinstance(layer, Sequence):
-            state = [Stack([item]) for item in layer.items]
-        elif isinstance(layer, Entry) and registry is not None:
-            state = _fold_entry(layer, registry, state)
-        elif isinstance(state, Stack):
-            state = state.above(layer)
-        elif (indices := _indices(layer, len(state))) is not None:
-            for index, node in zip(indices, items_of(layer).values(), strict=True):
-                below = state[index] if index < len(state) else Stack([])
-                state[index : index + 1] = [below.above(node)]
+            items = [[item] for item in layer.items]
+        elif registry is not None and isinstance(layer, Mapping) and layer.joins:
+            items, rest = _join(layer, registry, items, rest)
+        elif items is None:
+            rest = [*rest, layer]
+        elif (positions := _positions(layer, len(items))) is not None:
+            for index, node in positions:
+                below = items[index] if index < len(items) else []
+                items[index : index + 1] = [[*below, node]]
         else:
-            state = Stack([layer])
-    return state
+            if any(is_record(member) for member in members(element(tp))):
+                _refuse_lost_keys(layer, items, path)
+            items, rest = None, [layer]
+    return items, rest
 
 
-def _fold_entry(entry: Entry, registry: Any, state: list[Stack] | Stack) -> list[Stack] | Stack:
+def _join(
+    layer: Mapping, registry: Any, items: list[Stack] | None, rest: Stack
+) -> tuple[list[Stack] | None, Stack]:
     """Add the settings to the element of their type; a new one joins the others."""
-    stacks = state if isinstance(state, list) else [state]
+    name = settle(registry, [layer]).name
+    stacks = [rest] if items is None else items
     for index, stack in enumerate(stacks):
-        if settle(registry, stack).name == entry.type:
-            changed = [*stacks[:index], stack.above(entry), *stacks[index + 1 :]]
-            return changed if isinstance(state, list) else changed[0]
-    if isinstance(state, Stack) and not state.layers and state.default in (MISSING, None):
-        return Stack([entry])
-    return [*stacks, Stack([entry])]
+        if settle(registry, [part for node in stack for part in explode(node)]).name == name:
+            stacks = [*stacks[:index], [*stack, layer], *stacks[index + 1 :]]
+            return (None, stacks[0]) if items is None else (stacks, [])
+    return (None, [layer]) if items is None and not rest else ([*stacks, [layer]], [])
 
 
-def _indices(node: Node, length: int) -> list[int] | None:
-    """The positions that a mapping such as `{0: ...}` names in a list, if all do."""
-    keys = items_of(node)
-    if not keys or not all(key.isdecimal() and len(key) < 6 for key in keys):
+def _positions(layer: Node, length: int) -> list[tuple[int, Node]] | None:
+    """The elements that a mapping such as `{0: ...}` gives, if all its keys are positions."""
+    given = layer.items if isinstance(layer, Mapping) else {}
+    if not given or not all(key.isdecimal() and len(key) < 6 for key in given):
         return None
-    indices = [int(key) for key in keys]
+    positions = [(int(key), node) for key, node in given.items()]
     # one more than there are is a new element, each new one behind the last
-    return indices if all(index <= length + i for i, index in enumerate(indices)) else None
+    fits = all(index <= length + i for i, (index, _) in enumerate(positions))
+    return positions if fits else None
 
 
-def is_bad(layers: Seq[Node]) -> bool:
-    """True when a mistake in one of the layers was reported already."""
-    return any(isinstance(layer, Bad) for layer in layers)
+def _refuse_lost_keys(layer: Node, items: list[Stack], path: str) -> None:
+    """`--trainer.tracker.project x` above a list in a file: whose project?"""
+    keys = list(layer.items) if isinstance(layer, Mapping) else []
+    if keys and "type" not in keys and items and not isinstance(items[0][0], Default):
+        place = join(join(path, 0), keys[0])
+        raise BadValue(f"is a list of {len(items)}", f"name one: {place}")

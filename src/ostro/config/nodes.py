@@ -4,10 +4,23 @@ A layer is a `Mapping`. Nothing here knows a type: `true` is text until a field 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
+from ostro.config.encode import encode
+from ostro.config.fields import choice_name, is_text_class, join, settable
+
 NULLS = ("", "~", "null", "Null", "NULL")
+
+
+class Bad:
+    """Stands for what could not be read or converted; the problem is recorded already."""
+
+    origin = ""
+
+
+BAD: Any = Bad()
 
 
 @dataclass
@@ -43,43 +56,25 @@ class Mapping:
     """What lies under this mapping, lowest first: `<<: !include base.yaml` puts a file there."""
     raw: str | None = None
     """As for `Sequence`."""
+    joins: bool = False
+    """Over a list or another type, this goes to the element of its `type`, new or not."""
 
 
 @dataclass
-class Entry:
-    """Settings for the one element of a certain `type`, alone or in a list, new or not."""
+class Default:
+    """A field's default, under all layers: an object, not text."""
 
-    type: str
-    body: Mapping
-    base: list["Node"] = field(default_factory=list)
-
-    @property
-    def origin(self) -> str:
-        return self.body.origin
-
-    @property
-    def mapping(self) -> Mapping:
-        """The settings as a mapping that states its type."""
-        kind = Scalar(self.type, self.origin, quoted=True)
-        return Mapping({"type": kind, **self.body.items}, self.origin)
+    value: Any
+    origin: str = "default"
 
 
-@dataclass
-class Bad:
-    """Stands where a mistake was already reported, so that it is not reported twice."""
-
-    origin: str
-
-
-Node = Scalar | Sequence | Mapping | Entry | Bad
+Node = Scalar | Sequence | Mapping | Default | Bad
 
 
 def explode(node: Node) -> list[Node]:
-    """The node as layers without a `base`, lowest first."""
-    if isinstance(node, Entry):
-        return [layer for base in node.base for layer in explode(base)] + [
-            Entry(node.type, node.body)
-        ]
+    """The node as layers without a `base`, lowest first. A default opens by one level."""
+    if isinstance(node, Default):
+        return _opened(node.value)
     if not isinstance(node, Mapping):
         return [node]
     layers = [layer for base in node.base for layer in explode(base)]
@@ -87,24 +82,47 @@ def explode(node: Node) -> list[Node]:
     depth = max([1, *map(len, children.values())])
     for level in range(-depth, 0):
         items = {key: stack[level] for key, stack in children.items() if level >= -len(stack)}
-        layers.append(Mapping(items, node.origin, raw=node.raw))
+        layers.append(Mapping(items, node.origin, raw=node.raw, joins=node.joins))
     return layers
+
+
+def _opened(value: Any) -> list[Node]:
+    if isinstance(value, (list, tuple)):
+        return [Sequence([Default(item) for item in value], "default")]
+    parts: dict[str, Node] = {str(key): Default(part) for key, part in children(value)}
+    if is_dataclass(value) and (name := choice_name(type(value))):
+        parts["type"] = Scalar(name, "default", quoted=True)
+    # a scalar gives way to anything above it
+    return [Mapping(parts, "default")] if parts else []
+
+
+def children(value: Any) -> list[tuple[Any, Any]]:
+    """The parts of a configuration: fields, keys or positions."""
+    if is_dataclass(value) and not is_text_class(type(value)):
+        return [(item.name, getattr(value, item.name)) for item in settable(type(value))]
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, (list, tuple)) else []
+
+
+def mapping_at(layer: Mapping, parts: Seq[str], origin: str) -> Mapping:
+    """The mapping at a path, made where there is none: `model: gpt2` lies under it then."""
+    for part in parts:
+        child = layer.items.get(part)
+        if not isinstance(child, Mapping):
+            child = Mapping({}, origin, [] if child is None else [child])
+            layer.items[part] = child
+        layer = child
+    return layer
 
 
 def leaves(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
     """Dotted paths of everything that is not a mapping (a list is one leaf)."""
-    if isinstance(node, Mapping):
-        for key, child in node.items.items():
-            yield from leaves(child, join(path, key))
-    elif isinstance(node, Entry):
-        yield from leaves(node.body, path)
-    else:
+    if not isinstance(node, Mapping):
         yield path, node
-
-
-def join(path: str, key: str | int) -> str:
-    """`a.b` and `c` as `a.b.c`."""
-    return f"{path}.{key}" if path and key != "" else f"{path}{key}"
+        return
+    for key, child in node.items.items():
+        yield from leaves(child, join(path, key))
 
 
 def from_plain(value: Any, origin: str) -> Node:
@@ -123,6 +141,7 @@ def from_plain(value: Any, origin: str) -> Node:
 
 def written(node: Node, limit: int = 60) -> str:
     """The node as text for a message, in one short line."""
+    text = ""
     if isinstance(node, Scalar):
         text = node.text if node.text or not node.quoted else '""'
     elif isinstance(node, Sequence):
@@ -130,7 +149,10 @@ def written(node: Node, limit: int = 60) -> str:
     elif isinstance(node, Mapping):
         pairs = list(node.items.items())[:20]
         text = "{" + ", ".join(f"{key}: {written(child)}" for key, child in pairs) + "}"
-    else:
-        text = written(node.body) if isinstance(node, Entry) else ""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def value_text(value: Any) -> str:
+    """A value of a configuration as text for a message."""
+    return written(from_plain(encode(value), "default"))

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import draccus
 
 from ostro.config.fields import is_text_class, literal_text
-from ostro.config.nodes import Node, Scalar, Sequence
+from ostro.config.nodes import Mapping, Node, Scalar, Sequence
 from ostro.errors import did_you_mean
 from ostro.units import parse_duration
 
@@ -36,7 +36,7 @@ def read_scalar(types: list[Any], node: Scalar) -> Any:
             return _read(tp, node)
         except BadValue as error:
             errors.append(error)
-    if len(errors) > 1 and float in types and int in types:  # one of them is enough to name
+    if float in types and int in types:  # one of them is enough to name
         errors = [error for error in errors if str(error) != "must be a whole number"]
     if len(errors) == 1:
         raise errors[0]
@@ -45,19 +45,13 @@ def read_scalar(types: list[Any], node: Scalar) -> Any:
     raise BadValue("must be " + " or ".join(rules), advice)
 
 
-def natural(node: Scalar) -> Any:
-    """The value of a scalar whose field has no particular type (`Any`, a plain `dict`)."""
-    return None if node.is_null else read_scalar([bool, int, float, str], node)
-
-
 def plain(node: Node) -> Any:
-    """A node as plain Python values, for fields of no particular type."""
+    """A node as plain Python values, for fields of no particular type (`Any`, a bare `dict`)."""
     if isinstance(node, Scalar):
-        return natural(node)
+        return None if node.is_null else read_scalar([bool, int, float, str], node)
     if isinstance(node, Sequence):
         return [plain(item) for item in node.items]
-    mapping = getattr(node, "mapping", node)
-    return {key: plain(child) for key, child in getattr(mapping, "items", {}).items()}
+    return {k: plain(child) for k, child in node.items.items()} if isinstance(node, Mapping) else {}
 
 
 def _rank(tp: Any) -> int:
@@ -74,26 +68,28 @@ def _read(tp: Any, node: Scalar) -> Any:
         if text.lower() in _BOOLS:
             return _BOOLS[text.lower()]
         raise BadValue("must be true or false")
-    if tp is int:
-        return _read_int(text)
-    if tp is float:
-        return _read_float(text)
     if get_origin(tp) is Literal:
         values = {literal_text(value): value for value in get_args(tp)}
         if node.text in values:
             return values[node.text]
         raise BadValue(f"must be one of {', '.join(values)}", did_you_mean(text, values))
     try:
+        if tp is int:
+            return _read_int(text)
+        if tp is float:
+            return _read_float(text)
         if tp is timedelta:
             return parse_duration(text)
         if is_text_class(tp):
             return tp.from_text(node.text)
     except OverflowError:
         raise BadValue("is too large") from None
+    except BadValue:
+        raise
     except ValueError as error:
         raise BadValue(str(error)) from None
     try:  # paths, enumerations, and whatever a user taught draccus
-        return draccus.decode(tp, natural(node))
+        return draccus.decode(tp, plain(node))
     except Exception as error:
         name = getattr(tp, "__name__", str(tp))
         raise BadValue(f"must be a {name}: {' '.join(str(error).split())}") from None
@@ -104,14 +100,12 @@ def _read_int(text: str) -> int:
         if len(text) > 4000:
             raise BadValue("has too many digits")
         return int(text.replace("_", ""))
-    advice = ""
     try:
         value = _read_float(text)
     except BadValue:
-        raise BadValue("must be a whole number") from None
-    if value.is_integer() and abs(value) < 1e18:
-        advice = f"write {int(value)}"
-    raise BadValue("must be a whole number", advice)
+        value = math.nan
+    whole = value.is_integer() and abs(value) < 1e18
+    raise BadValue("must be a whole number", f"write {int(value)}" if whole else "")
 
 
 def _read_float(text: str) -> float:
