@@ -111,7 +111,7 @@ def test_bpe_looks_at_a_sample_of_every_file():
     def shard(index):
         for _ in range(20):
             seen.append(index)
-            yield "word%d " % index * 20_000
+            yield f"word{index} " * 20_000
 
     tokenizer = BpeTokenizer(vocab_size=300, sample_mb=1).learn(
         [lambda i=i: shard(i) for i in range(4)]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ostro.data.encode import Piece, encoder, pieces
+from ostro.data.encode import Piece, encoder, pieces, usable_cores
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.source import SourceConfig
 from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, locked, read_json, write_json
@@ -175,8 +175,10 @@ class _Build:
         self._progress = progress or (lambda name, done, total: None)
         self._writer = _Writer(request, folder, request.key(shards))
         self._total = sum(shard.size for shard in shards)
-        # Small enough that a kill costs a few hundredths of the work, large enough to be fast.
-        self._batch_chars = min(max(self._total // 200, 1 << 14), 1 << 17)
+        # A kill costs what was read ahead (two batches a worker) and what was not yet committed:
+        # together under a twentieth of all but tiny corpora. Large batches are little faster.
+        workers = request.num_workers or usable_cores()
+        self._batch_chars = min(max(self._total // (80 * workers), 1 << 12), 1 << 17)
         self._commit_chars = min(max(self._total // 100, 1 << 16), 1 << 28)
 
     def run(self) -> None:
@@ -194,10 +196,10 @@ class _Build:
                         writer.commit()
                         since = 0
                     self._progress(request.name, min(batch.done, self._total), self._total)
+            writer.finish()
         except BaseException:
             writer.commit_quietly()
             raise
-        writer.finish()
         self._progress(request.name, self._total, self._total)
 
     def _batches(self) -> Iterator[_Batch]:
@@ -334,6 +336,7 @@ class _Writer:
         """Turn the files into a finished cache: the ledger is written last."""
         request, state = self._request, self._state
         self.commit()
+        self._torn = True  # from here on there is nothing to commit
         for file in (self._file, self._documents, self._quarantine):
             if file is not None:
                 file.close()

@@ -79,10 +79,11 @@ def encoder(
     the small batches that a restartable build needs slow.
     """
     count = num_workers or usable_cores()
+    processes = count > (12 if num_workers is None else 1)
     before = os.environ.get(_LIBRARY_THREADS)
     os.environ[_LIBRARY_THREADS] = "false"
     executor: Executor
-    if count > (12 if num_workers is None else 1):
+    if processes:
         context = multiprocessing.get_context("spawn")
         setup = (tokenizer, eos_id, dtype)
         executor = ProcessPoolExecutor(count, context, _start_worker, setup)
