@@ -264,3 +264,16 @@ def test_a_store_killed_while_it_moved_a_checkpoint_aside(folder):
     Run(folder).step(6, force=True)
     assert storage.names(run.folder) == ["step-2", "step-6"]
     assert load(f"{run.folder}/step-2").values["step"] == 2
+
+
+def test_a_temporary_one_of_the_same_step_as_before_the_restart_stays(folder):
+    Run(folder).step(7, now=10)
+    again = Run(folder)
+    assert again.step(7, now=10) == (7, "temporary")
+    assert again.kinds() == {7: "temporary"}
+
+
+def test_found_checkpoints_are_named_as_the_folder_was(folder):
+    run = Run(folder)
+    run.step(7, now=10)
+    assert [path for path, _ in scan(folder)] == [f"{run.folder}/step-7"]

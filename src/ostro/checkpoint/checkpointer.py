@@ -125,14 +125,10 @@ class Checkpointer:
         after_eval = best or (improved is not None and self._config.save_after_eval == "always")
         if kind is None and (interrupted or (after_eval and step > 0)):
             kind = "temporary"
-        if (
-            self.last is not None
-            and self.last.step == step
-            and self.last.kind in (kind, "permanent")
-        ):
-            return None  # it is there already; only a temporary one has to become permanent
         if kind is None:
             return None
+        if self.last and self.last.step == step and self.last.kind in (kind, "permanent"):
+            return None  # it is there already; only a temporary one has to become permanent
         try:
             return self._save(step, kind, best, make_state())
         finally:  # also after a failure: a full disk is not asked again at every step

@@ -51,7 +51,7 @@ def below(url: str) -> Iterator[str]:
             for name in fs.find(path):
                 folder, _, file = name.rpartition("/")
                 if file == MARKER and not folder.rpartition("/")[2].startswith(PARTIAL):
-                    yield fs.unstrip_protocol(folder)
+                    yield url.rstrip("/") + folder[len(path.rstrip("/")) :]
         return
     seen: set[str] = set()
     for folder, folders, files in os.walk(path, followlinks=True):
