@@ -54,4 +54,11 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if plain else '"')
 
 
+def _represent_list(dumper: yaml.SafeDumper, items: list) -> yaml.Node:
+    """In one line, unless there is more below."""
+    flow = not any(isinstance(item, (dict, list)) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=flow)
+
+
+_Dumper.add_representer(list, _represent_list)
 _Dumper.add_representer(str, _represent_text)

@@ -6,11 +6,14 @@ import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
+from datetime import timedelta
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ostro.config.choice import Choice
+
+_NAMES = {str: "text", timedelta: "duration", type(None): "null"}
 
 
 def join(path: str, key: str | int) -> str:
@@ -127,42 +130,35 @@ def field_docs(cls: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError):
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for statement, following in pairwise(body):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-                and isinstance(following.value.value, str)
-            ):
-                docs[statement.target.id] = inspect.cleandoc(following.value.value)
+        for pair in pairwise(body):
+            match pair:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    docs[name] = inspect.cleandoc(text)
     return docs
 
 
 def type_text(tp: Any) -> str:
     """A field's type as a user reads it: `int | null`, `list of text`, `cosine | linear`."""
-    names = {int: "int", float: "float", bool: "bool", str: "text", type(None): "null"}
-    parts = []
-    for member in members(tp):
-        if get_origin(member) is Literal:
-            parts += [literal_text(value) for value in get_args(member)]
-        elif is_list(member):
-            parts.append(f"list of {type_text(element(member))}")
-        elif is_dict(member):
-            args = get_args(member)
-            parts.append(f"mapping to {type_text(args[1])}" if args else "mapping")
-        elif is_registry(member):
-            parts.append("type " + "|".join(member.get_known_choices()))
-        elif is_record(member):
-            parts.append("{" + ", ".join(item.name for item in settable(member)) + "}")
-        elif is_text_class(member):
-            parts.append("text")
-        elif member in names:
-            parts.append(names[member])
-        else:
-            kind = getattr(member, "__name__", str(member))
-            parts.append("duration" if kind == "timedelta" else kind)
-    return " | ".join(dict.fromkeys(parts))
+    return " | ".join(dict.fromkeys(_member_text(member) for member in members(tp)))
+
+
+def _member_text(tp: Any) -> str:
+    if get_origin(tp) is Literal:
+        return " | ".join(map(literal_text, get_args(tp)))
+    if is_list(tp):
+        return f"list of {type_text(element(tp))}"
+    if is_dict(tp):
+        return f"mapping to {type_text(get_args(tp)[1])}" if get_args(tp) else "mapping"
+    if is_registry(tp):
+        return "type " + "|".join(tp.get_known_choices())
+    if is_record(tp):
+        return "{" + ", ".join(item.name for item in settable(tp)) + "}"
+    if is_text_class(tp):
+        return "text"
+    return _NAMES.get(tp) or getattr(tp, "__name__", str(tp))
 
 
 def literal_text(value: Any) -> str:

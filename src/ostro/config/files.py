@@ -25,10 +25,6 @@ _TAGS = {
 _RESOLVER = Resolver()
 
 
-class _Stop(Exception):
-    """The tree is too deep or too large to go on."""
-
-
 def is_url(name: str) -> bool:
     """True for `s3://...`, `https://...`: anything fsspec has to open."""
     return "://" in name
@@ -47,152 +43,162 @@ class Reader:
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems
+        self._chain: list[str] = []  # the files being read, each included by the one before
+        self._flag = ""  # the flag being read
         self._num_nodes = 0
+        self._is_stopped = False
 
     def file(self, name: str, search: Seq[Path] = ()) -> Node:
         """The mapping in a file, which is looked up here and then in `search`; or `BAD`."""
-        found = _find(name, ["", *map(str, search)])
-        if found is None:
-            self.problems.append(_missing(name, ["", *map(str, search)], "command line"))
-            return BAD
-        return self._load(found, [found])
+        found = self._find(name, ["", *map(str, search)], "command line")
+        return BAD if found is None else self._load(found, found, 1)
 
-    def text(self, text: str, origin: str) -> Node:
+    def text(self, text: str, flag: str) -> Node:
         """The value of a flag. Text that is no YAML value is taken as it is."""
         if not text.strip():
-            return Scalar(text, origin, quoted=True)
+            return Scalar(text, flag, quoted=True)
         try:
             graph = yaml.compose(text, yaml.SafeLoader)
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
             graph = None
-        bare = isinstance(graph, yaml.ScalarNode) and graph.style is None
-        if graph is None or (bare and graph.tag != "!include"):
-            return Scalar(text, origin)
-        node = self._guarded(graph, "", origin, [])
-        if isinstance(node, (Mapping, Sequence)) and graph.tag != "!include":
+        is_include = graph is not None and graph.tag == "!include"
+        is_bare = isinstance(graph, yaml.ScalarNode) and graph.style is None
+        if graph is None or (is_bare and not is_include):
+            return Scalar(text, flag)
+        self._flag = flag
+        node = self._node(graph, 1)
+        if isinstance(node, (Mapping, Sequence)) and not is_include:
             node.raw = text
         return node
 
-    def _load(self, name: str, chain: list[str], origin: str = "", top: bool = True) -> Node:
+    def _load(self, name: str, origin: str, depth: int) -> Node:
         try:
             with _open(name) as stream:
                 text = stream.read().decode("utf-8-sig")
             graph = yaml.compose(text, yaml.SafeLoader)
-        except UnicodeDecodeError as error:
-            return self._bad(name, "", origin or name, f"is not UTF-8 text: {error.reason}")
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            place = f"{name}:{mark.line + 1}" if mark else name
+            place = f"{name}:{mark.line + 1}" if mark else origin
             rule = ", ".join(part for part in (error.context, error.problem) if part)
-            return self._bad(name, "", place, f"is not valid YAML: {rule}")
+            return self._bad(name, place, f"is not valid YAML: {rule}")
         except RecursionError:
-            return self._bad(name, "", name, f"nests deeper than {MAX_DEPTH} levels")
-        except (yaml.YAMLError, ValueError, OverflowError) as error:
-            rule = " ".join(str(error).split())
-            return self._bad(name, "", name, f"is not valid YAML: {rule}")
+            return self._bad(name, origin, f"nests deeper than {MAX_DEPTH} levels")
         except Exception as error:  # fsspec passes on whatever its backends raise
-            rule = f"cannot be read: {type(error).__name__}: {error}"
-            return self._bad(name, "", origin or name, rule)
+            rule = f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+            return self._bad(name, origin, rule)
         if graph is None:
-            return Mapping({}, origin or name)
-        if top and graph.tag == "!include":
+            return Mapping({}, origin)
+        if depth == 1 and not isinstance(graph, yaml.MappingNode):
             place = f"{name}:{graph.start_mark.line + 1}"
+            if graph.tag != "!include":
+                return self._bad(name, place, "must be a mapping of settings, `key: value`")
             advice = f"write `key: !include {graph.value}` or `<<: !include {graph.value}`"
-            return self._bad(name, "", place, "a bare !include needs a key", advice)
-        if top and not isinstance(graph, yaml.MappingNode):
-            place = f"{name}:{graph.start_mark.line + 1}"
-            return self._bad(name, "", place, "must be a mapping of settings, `key: value`")
-        return self._guarded(graph, name, origin, chain)
+            return self._bad(name, place, "a bare !include needs a key", advice)
+        self._chain.append(name)
+        node = self._node(graph, depth)
+        self._chain.pop()
+        return node
 
-    def _guarded(self, graph: yaml.Node, name: str, origin: str, chain: list[str]) -> Node:
-        try:
-            return self._node(graph, name, origin, chain, 1 + len(chain))
-        except _Stop as stop:
-            if len(chain) > 1:
-                raise
-            return self._bad(name or origin, "", origin or name, str(stop))
-
-    def _bad(self, setting: str, value: str, origin: str, rule: str, advice: str = "") -> Node:
-        self.problems.append(Problem(setting, rule, advice, value or None, origin))
+    def _bad(
+        self, setting: str, origin: str, rule: str, advice: str = "", value: str | None = None
+    ) -> Any:
+        self.problems.append(Problem(setting, rule, advice, value, origin))
         return BAD
 
-    def _node(self, graph, name: str, origin: str, chain: list[str], depth: int) -> Node:
+    def _place(self, graph: yaml.Node) -> str:
+        return f"{self._chain[-1]}:{graph.start_mark.line + 1}" if self._chain else self._flag
+
+    def _node(self, graph: yaml.Node, depth: int) -> Node:
         """Copy the graph into our nodes; a shared anchor is copied at each use, and counted."""
+        if self._is_stopped:
+            return BAD
+        place = self._place(graph)
         self._num_nodes += 1
-        if depth > MAX_DEPTH:
-            raise _Stop(f"nests deeper than {MAX_DEPTH} levels")
-        if self._num_nodes > MAX_NODES:
-            raise _Stop(f"holds more than {MAX_NODES:,} values once its aliases are expanded")
-        place = _place(graph, name, origin)
+        if depth > MAX_DEPTH or self._num_nodes > MAX_NODES:
+            self._is_stopped = True
+            rule = f"holds more than {MAX_NODES:,} values once its aliases are expanded"
+            if depth > MAX_DEPTH:
+                rule = f"nests deeper than {MAX_DEPTH} levels"
+            return self._bad(self._chain[0] if self._chain else self._flag, place, rule)
         if graph.tag == "!include":
-            return self._include(graph, place, name, chain)
+            return self._include(graph, place, depth)
         if graph.tag not in _TAGS:
             advice = "only !include is a tag here; quote the value if it is text"
-            return self._bad(graph.tag, "", place, "is an unknown tag", advice)
+            return self._bad(graph.tag, place, "is an unknown tag", advice)
         if isinstance(graph, yaml.MappingNode):
-            return self._mapping(graph, name, origin, chain, depth)
+            return self._mapping(graph, depth)
         if isinstance(graph, yaml.SequenceNode):
-            items = [self._node(item, name, origin, chain, depth + 1) for item in graph.value]
-            return Sequence(items, place)
+            return Sequence([self._node(item, depth + 1) for item in graph.value], place)
         quoted = graph.style is not None
         if not quoted and graph.tag == f"{_YAML}str":  # `!!str 12` is as good as quotes
             quoted = _RESOLVER.resolve(yaml.ScalarNode, graph.value, (True, False)) != graph.tag
         return Scalar(graph.value, place, quoted)
 
-    def _mapping(self, graph, name: str, origin: str, chain: list[str], depth: int) -> Mapping:
-        mapping = Mapping({}, _place(graph, name, origin))
+    def _mapping(self, graph: yaml.Node, depth: int) -> Mapping:
+        mapping = Mapping({}, self._place(graph))
         inherited: dict[str, Node] = {}
         for key, value in graph.value:
-            place = _place(key, name, origin)
+            place = self._place(key)
             if not isinstance(key, yaml.ScalarNode) or key.tag not in _TAGS:
-                self._bad("key", "", place, "must be a plain name")
-                continue
-            child = self._node(value, name, origin, chain, depth + 1)
-            if key.tag == f"{_YAML}merge":
-                self._merge(value, child, mapping, inherited, place)
-                continue
-            if key.value in mapping.items:
-                first = mapping.items[key.value].origin
-                rule = f"is written twice: first at {first}"
-                self._bad(key.value, "", place, rule, "remove one of the two")
-                continue
-            if child is not BAD:
-                child.origin = place
-            mapping.items[key.value] = child
+                self._bad("key", place, "must be a plain name")
+            elif key.tag == f"{_YAML}merge":
+                for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    self._merge(part, mapping, inherited, place, depth)
+            elif key.value in mapping.items:
+                rule = f"is written twice: first at {mapping.items[key.value].origin}"
+                self._bad(key.value, place, rule, "remove one of the two")
+            else:
+                child = self._node(value, depth + 1)
+                if child is not BAD:
+                    child.origin = place
+                mapping.items[key.value] = child
         mapping.items = {**inherited, **mapping.items}
         return mapping
 
-    def _merge(self, graph, child: Node, mapping: Mapping, inherited: dict, place: str) -> None:
+    def _merge(
+        self, graph: yaml.Node, mapping: Mapping, inherited: dict, place: str, depth: int
+    ) -> None:
         """`<<: !include file` lies under the mapping; `<<: *anchor` fills in missing keys."""
-        several = isinstance(child, Sequence)
-        children = child.items if isinstance(child, Sequence) else [child]
-        for part, source in zip(children, graph.value if several else [graph], strict=False):
-            if part is BAD:
-                continue
-            if not isinstance(part, Mapping):
-                self._bad("<<", "", place, "must name a mapping")
-            elif source.tag == "!include":
-                mapping.base.insert(0, part)
-            else:
-                mapping.base = part.base + mapping.base
-                for key, value in part.items.items():
-                    inherited.setdefault(key, value)
+        part = self._node(graph, depth + 1)
+        if isinstance(part, Mapping) and graph.tag == "!include":
+            mapping.base.insert(0, part)
+        elif isinstance(part, Mapping):
+            mapping.base = part.base + mapping.base
+            for key, value in part.items.items():
+                inherited.setdefault(key, value)
+        elif part is not BAD:
+            self._bad("<<", place, "must name a mapping")
 
-    def _include(self, graph, place: str, name: str, chain: list[str]) -> Node:
-        if not isinstance(graph, yaml.ScalarNode) or not graph.value:
-            return self._bad("!include", "", place, "must name a file: `key: !include file.yaml`")
-        if is_url(graph.value):
-            found = graph.value
-        else:
-            folder = name.rpartition("/")[0] if is_url(name) else os.path.dirname(name)
-            found = _find(graph.value, [folder])
-            if found is None:
-                self.problems.append(_missing(graph.value, [folder], place))
-                return BAD
-        if any(_same(found, seen) for seen in chain):
-            loop = " -> ".join([*chain, found])
-            return self._bad("!include", graph.value, place, f"includes itself: {loop}")
-        return self._load(found, [*chain, found], place, top=False)
+    def _include(self, graph: yaml.Node, place: str, depth: int) -> Node:
+        name = graph.value
+        if not isinstance(name, str) or not name:
+            return self._bad("!include", place, "must name a file: `key: !include file.yaml`")
+        folder = os.path.dirname(self._chain[-1]) if self._chain else ""
+        found = self._find(name, [folder], place)
+        if found is None:
+            return BAD
+        if found in self._chain:
+            rule = f"includes itself: {' -> '.join([*self._chain, found])}"
+            return self._bad("!include", place, rule, value=name)
+        return self._load(found, place, depth + 1)
+
+    def _find(self, name: str, folders: list[str], origin: str) -> str | None:
+        """The path of a file in the first folder that has it; `.yaml` may be left out."""
+        name = os.path.expanduser(name)
+        looked = []
+        for folder in folders:
+            if is_url(name) or is_url(folder):
+                return name if is_url(name) else f"{folder}/{name}"
+            looked.append(os.path.normpath(os.path.join(folder, name)))
+            for suffix in ("", ".yaml", ".yml"):
+                path = os.path.normpath(os.path.join(folder, name + suffix))
+                if _is_file(path):
+                    relative = os.path.relpath(path)
+                    return path if relative.startswith("..") else relative
+        near = (did_you_mean(os.path.basename(path), _names_beside(path)) for path in looked)
+        rule = f"no such file; looked for {', '.join(looked)}"
+        self._bad(name, origin, rule, next(filter(None, near), ""))
+        return None
 
 
 def _open(name: str) -> Any:
@@ -203,29 +209,6 @@ def _open(name: str) -> Any:
     return fsspec.open(name, "rb")
 
 
-def _place(graph, name: str, origin: str) -> str:
-    return f"{name}:{graph.start_mark.line + 1}" if name else origin
-
-
-def _same(left: str, right: str) -> bool:
-    return left == right or os.path.realpath(left) == os.path.realpath(right)
-
-
-def _find(name: str, folders: list[str]) -> str | None:
-    """The path of a file in the first folder that has it; `.yaml` and `.yml` may be left out."""
-    name = os.path.expanduser(name)
-    for folder in folders:
-        if is_url(name):
-            return name
-        if is_url(folder):
-            return f"{folder}/{name}"
-        for suffix in ("", ".yaml", ".yml"):
-            path = os.path.normpath(os.path.join(folder, name + suffix))
-            if _is_file(path):
-                return _short(path)
-    return None
-
-
 def _is_file(path: str) -> bool:
     try:  # a device such as /dev/stdin or a pipe is as good as a file
         return os.path.exists(path) and not os.path.isdir(path)
@@ -233,19 +216,8 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def _short(path: str) -> str:
-    """Relative to the working directory when it lies below it."""
-    relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative
-
-
-def _missing(name: str, folders: list[str], origin: str) -> Problem:
-    looked = [os.path.normpath(os.path.join(folder, name)) for folder in folders]
-    advice = ""
-    for path in looked:
-        try:
-            names = os.listdir(os.path.dirname(path) or ".")
-        except (OSError, ValueError):
-            continue
-        advice = advice or did_you_mean(os.path.basename(path), names)
-    return Problem(name, f"no such file; looked for {', '.join(looked)}", advice, None, origin)
+def _names_beside(path: str) -> list[str]:
+    try:
+        return os.listdir(os.path.dirname(path) or ".")
+    except (OSError, ValueError):
+        return []

@@ -1,5 +1,6 @@
 """The JSON schema of a config class, for editors."""
 
+from dataclasses import MISSING
 from datetime import timedelta
 from typing import Any, Literal, get_args, get_origin
 
@@ -41,28 +42,27 @@ def json_schema(cls: type) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top, "$defs": definitions}
 
 
-def _reference(cls: type, definitions: dict[str, Any], type_name: str | None = None) -> dict:
-    name = cls.__qualname__ if type_name is None else f"{cls.__qualname__}:{type_name}"
-    name = name.replace("<locals>.", "")
+def _reference(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    name = cls.__qualname__.replace("<locals>.", "")
     if name not in definitions:
         definitions[name] = {}  # taken, so that a class may refer to itself
-        definitions[name].update(_object(cls, definitions, type_name))
+        definitions[name].update(_object(cls, definitions))
     return {"$ref": f"#/$defs/{name}"}
 
 
-def _object(cls: type, definitions: dict[str, Any], type_name: str | None) -> dict[str, Any]:
+def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     docs, properties, required = field_docs(cls), {}, []
-    if name := type_name or choice_name(cls):
+    if name := choice_name(cls):
         properties["type"] = {"const": name}
     for item in settable(cls):
         schema = dict(_schema(hints(cls)[item.name], definitions))
         if item.name in docs:
             schema["description"] = docs[item.name]
         default = default_of(item)
-        try:
-            schema["default"] = encode(default)
-        except Exception:
+        if default is MISSING:
             required.append(item.name)
+        else:
+            schema["default"] = encode(default)
         properties[item.name] = schema
     result = {"type": "object", "properties": properties, "additionalProperties": False}
     return {**result, "required": required} if required else result
@@ -101,7 +101,7 @@ def _registry(tp: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     rules = [
         {
             "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
-            "then": _reference(cls, definitions, name),
+            "then": _reference(cls, definitions),
         }
         for name, cls in known.items()
     ]
@@ -114,5 +114,5 @@ def _registry(tp: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         schema["required"] = ["type"]
     elif default in known:
         untyped = {"if": {"not": {"required": ["type"]}}}
-        rules.append({**untyped, "then": _reference(known[default], definitions, default)})
+        rules.append({**untyped, "then": _reference(known[default], definitions)})
     return {"anyOf": [schema, {"type": "string"}]}
