@@ -31,7 +31,16 @@ from ostro.optim import AdamConfig, LossScaler, OptimizerConfig
 from ostro.sample import SamplingConfig, complete_all
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput, device_peak
-from ostro.tracker import RunInfo, Tracker, build_trackers, run_folder
+from ostro.tracker import (
+    ConsoleConfig,
+    RunInfo,
+    TensorboardConfig,
+    Tracker,
+    TrackerConfig,
+    WandbConfig,
+    build_trackers,
+    run_folder,
+)
 from ostro.trainer import BatchPlan, Trainer, TrainerConfig, TrainingDivergedError, TrainState
 from ostro.units import format_count
 
@@ -96,16 +105,11 @@ def choose_run_id(config: TrainLmConfig, environ: Mapping[str, str] = os.environ
 
     The random ones are drawn from the system, so two runs of one seed do not collide.
     """
-    trackers = config.trainer.tracker
-    for tracker in trackers if isinstance(trackers, list) else [trackers]:
-        wandb_id = getattr(tracker, "id", None)
-        if wandb_id:
-            break
-    else:
-        wandb_id = None
+    wandb_ids = [tracker.id for tracker in trackers(config) if isinstance(tracker, WandbConfig)]
     letters = string.ascii_lowercase + string.digits
     drawn = "".join(random.SystemRandom().choices(letters, k=8))
-    return config.trainer.id or environ.get("RUN_ID") or wandb_id or drawn
+    given = [config.trainer.id, environ.get("RUN_ID"), *wandb_ids]
+    return next((name for name in given if name), drawn)
 
 
 def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
@@ -148,7 +152,7 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
             num_steps=config.trainer.num_train_steps,
             start_step=state.step,
         )
-        tracker = build_trackers(config.trainer.tracker, info)
+        tracker = build_trackers(trackers(config), info)
         start, first_step = time.perf_counter(), state.step
         parts = (config, plan, data, tokenizer, state, tracker, checkpointer, throughput, signals)
         try:
@@ -326,10 +330,18 @@ class Session:
         return State(self.state.tensors(), values, self._texts)
 
 
+def trackers(config: TrainLmConfig) -> list[TrackerConfig]:
+    """The trackers of the run, the console among them where progress is to be shown."""
+    given = config.trainer.tracker
+    listed = given if isinstance(given, list) else [given]
+    if config.trainer.progress and not any(isinstance(t, ConsoleConfig) for t in listed):
+        return [*listed, ConsoleConfig()]
+    return listed
+
+
 def run_name(config: TrainLmConfig) -> str:
     """The name people gave the run: the wandb tracker's, else its id."""
-    trackers = config.trainer.tracker
-    for tracker in trackers if isinstance(trackers, list) else [trackers]:
+    for tracker in trackers(config):
         if name := getattr(tracker, "name", None):
             return name
     assert config.trainer.id is not None, "the run id is chosen before the name is asked for"
@@ -398,7 +410,10 @@ def _report(
     log.info("  train on:    %s", resume)
     sample = f"ostro sample --checkpoint {checkpoints} --prompt {shlex.quote(prompt)}"
     log.info("  sample:      %s", sample)
-    log.info("  TensorBoard: tensorboard --logdir %s", paths.log_dir.parent)
+    for tracker in trackers(config):
+        if isinstance(tracker, TensorboardConfig):
+            folder = tracker.logdir.partition("${run_id}")[0] or "."
+            log.info("  TensorBoard: tensorboard --logdir %s", folder)
 
 
 @contextlib.contextmanager

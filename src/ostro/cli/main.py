@@ -58,7 +58,10 @@ def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
         print(f"ostro: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"ostro: stopped by {stop}; what was built is kept", file=sys.stderr)
+        print(
+            f"ostro: stopped by {stop}; what was built is kept; the same command goes on",
+            file=sys.stderr,
+        )
         return stop.exit_code
     except BrokenPipeError:  # `ostro config show | head`
         sys.stderr.close()

@@ -57,6 +57,8 @@ class TrainerConfig:
     """Steps between two reports. The host waits for the device only then."""
     tracker: TrackerConfig | list[TrackerConfig] = field(default_factory=WandbConfig)
     """Where metrics go: one tracker or a list of several."""
+    progress: bool = True
+    """Show progress on the terminal, also when the console is not among the trackers."""
     crash_on_nan: bool = True
     """Stop when the loss or the gradient is not finite, with the weights before that update.
     False leaves such updates out and goes on."""
