@@ -17,16 +17,14 @@ from typing import Any, get_args, get_origin
 
 from ostro.config.fields import (
     choice_name,
-    default_of,
     element,
-    hints,
     is_dict,
     is_list,
     is_record,
     is_registry,
     join,
     members,
-    settable,
+    settings,
     type_text,
 )
 from ostro.config.merge import Stack, fold, settle
@@ -199,19 +197,18 @@ class Converter:
 
     def _dataclass(self, cls: type, layers: list[Mapping], path: str, registry: Any = None) -> Any:
         values: dict[str, Any] = {}
-        fields, type_name = settable(cls), choice_name(cls)
-        names = [item.name for item in fields]
-        for item in fields:
-            place, default = join(path, item.name), default_of(item)
+        names, type_name = [item.name for item in settings(cls)], choice_name(cls)
+        for item in settings(cls):
+            place, default = join(path, item.name), item.default
             stack = [layer.items[item.name] for layer in layers if item.name in layer.items]
             if default is not MISSING and not any(isinstance(node, Default) for node in stack):
                 stack.insert(0, Default(default))
             if stack:
-                values[item.name] = self.convert(hints(cls)[item.name], stack, place)
+                values[item.name] = self.convert(item.type, stack, place)
                 continue
             values[item.name] = BAD
             if not self.is_partial:
-                rule = f"is required ({type_text(hints(cls)[item.name])})"
+                rule = f"is required ({type_text(item.type)})"
                 self._fail(place, rule, f"set it in the file or with --{place}")
         good = BAD not in values.values()
         for layer in layers:
@@ -251,7 +248,7 @@ class Converter:
     ) -> None:
         place, prefix = join(path, key), f"{path}." if path else ""
         others = registry.get_known_choices() if registry is not None else {}
-        owners = [name for name, cls in others.items() if any(f.name == key for f in settable(cls))]
+        owners = [name for name, cls in others.items() if any(f.name == key for f in settings(cls))]
         elsewhere = [n for n in self.known if n.rpartition(".")[2] == key and n != place]
         aliases = [n.removeprefix(prefix) for n in self.known if n.startswith(prefix)]
         rule = "is not a setting" + (f" of type {type_name}" if type_name else "")

@@ -8,7 +8,7 @@ from typing import Any
 import draccus
 import yaml
 
-from ostro.config.fields import choice_name, settable
+from ostro.config.fields import choice_name, settings
 from ostro.units import format_duration
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*|(\d+[dhms])+")
@@ -30,8 +30,8 @@ def encode(config: Any) -> Any:
     if is_dataclass(config):
         name = choice_name(type(config))
         head = {} if name is None else {"type": name}
-        fields = settable(type(config))
-        return {**head, **{item.name: encode(getattr(config, item.name)) for item in fields}}
+        names = [item.name for item in settings(type(config))]
+        return {**head, **{name: encode(getattr(config, name)) for name in names}}
     return draccus.encode(config)  # paths, enumerations, and whatever a user taught draccus
 
 

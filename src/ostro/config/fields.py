@@ -5,7 +5,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
@@ -21,10 +21,30 @@ def join(path: str, key: str | int) -> str:
     return f"{path}.{key}" if path and key != "" else f"{path}{key}"
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A field that a configuration can give."""
+
+    name: str
+    type: Any
+    field: Field
+
+    @property
+    def default(self) -> Any:
+        """The default, or MISSING (also when its factory needs arguments)."""
+        if self.field.default_factory is MISSING:
+            return self.field.default
+        try:
+            return self.field.default_factory()
+        except TypeError:  # the class of a nested section has required fields of its own
+            return MISSING
+
+
 @cache
-def hints(cls: type) -> dict[str, Any]:
-    """Field types of a dataclass, with textual annotations resolved."""
-    return get_type_hints(cls)
+def settings(cls: Any) -> tuple[Setting, ...]:
+    """The settings of a dataclass, with textual annotations resolved."""
+    hints = get_type_hints(cls)
+    return tuple(Setting(item.name, hints[item.name], item) for item in fields(cls) if item.init)
 
 
 def members(tp: Any) -> tuple[Any, ...]:
@@ -77,21 +97,9 @@ def choice_name(cls: type) -> str | None:
     return cls.get_choice_name(cls) if issubclass(cls, Choice) and not is_registry(cls) else None
 
 
-def default_of(field: Field) -> Any:
-    """The default of a field, or MISSING (also when its factory needs arguments)."""
-    if field.default is not MISSING:
-        return field.default
-    if field.default_factory is MISSING:
-        return MISSING
-    try:
-        return field.default_factory()
-    except TypeError:  # the class of a nested section has required fields of its own
-        return MISSING
-
-
-def settable(cls: Any) -> list[Field]:
-    """The fields that a configuration can give."""
-    return [field for field in fields(cls) if field.init]
+def registry_in(tp: Any) -> Any:
+    """The registry among the alternatives of a type, or None."""
+    return next(filter(is_registry, members(tp)), None)
 
 
 def records(tp: Any) -> Iterator[type]:
@@ -107,13 +115,12 @@ def records(tp: Any) -> Iterator[type]:
 
 def dotted_names(cls: type, path: str = "", seen: tuple[type, ...] = ()) -> Iterator[str]:
     """Every setting's dotted name, below every choice of every registry."""
-    for field in settable(cls):
-        name = join(path, field.name)
+    for item in settings(cls):
+        name = join(path, item.name)
         yield name
-        tp = hints(cls)[field.name]
-        if any(is_registry(member) for member in members(tp)):
+        if registry_in(item.type) is not None:
             yield f"{name}.type"
-        for record in records(tp):
+        for record in records(item.type):
             if record not in (*seen, cls):
                 yield from dotted_names(record, name, (*seen, cls))
 
@@ -155,7 +162,7 @@ def _member_text(tp: Any) -> str:
     if is_registry(tp):
         return "type " + "|".join(tp.get_known_choices())
     if is_record(tp):
-        return "{" + ", ".join(item.name for item in settable(tp)) + "}"
+        return "{" + ", ".join(item.name for item in settings(tp)) + "}"
     if is_text_class(tp):
         return "text"
     return _NAMES.get(tp) or getattr(tp, "__name__", str(tp))

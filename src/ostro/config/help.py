@@ -10,14 +10,13 @@ import yaml
 from ostro.config.encode import dump_yaml
 from ostro.config.fields import (
     choice_name,
-    default_of,
     field_docs,
-    hints,
     is_record,
     is_registry,
     join,
     members,
-    settable,
+    registry_in,
+    settings,
     type_text,
 )
 from ostro.config.loading import Loaded
@@ -42,19 +41,18 @@ def help_text(cls: type) -> str:
 def _section(cls: type, path: str, default: Any, seen: tuple[type, ...]) -> list[str]:
     lines: list[str] = []
     seen = (*seen, cls)
-    for item in settable(cls):
-        name, tp, doc = join(path, item.name), hints(cls)[item.name], field_docs(cls).get(item.name)
-        value = default_of(item) if default is MISSING else getattr(default, item.name)
+    for item in settings(cls):
+        name, doc = join(path, item.name), field_docs(cls).get(item.name)
+        value = item.default if default is MISSING else getattr(default, item.name)
         inner = type(value)
         if not is_record(inner) or inner in seen:
-            lines += _entry(name, tp, value, doc)
+            lines += _entry(name, item.type, value, doc)
             if value is None or value is MISSING:
-                for member in members(tp):
+                for member in members(item.type):
                     if is_record(member) and not is_registry(member) and member not in seen:
                         lines += _section(member, name, MISSING, seen)
             continue
-        registry = next((member for member in members(tp) if is_registry(member)), None)
-        if registry is not None:
+        if (registry := registry_in(item.type)) is not None:
             lines += _entry(f"{name}.type", registry, choice_name(inner), doc)
         elif doc:
             lines += ["", *textwrap.wrap(f"{name}: {doc}", _WIDTH)]

@@ -11,7 +11,7 @@ from ostro.config import nodes
 from ostro.config.aliases import Alias, Resolver, alias_names
 from ostro.config.convert import Converter, find_problems, text_at
 from ostro.config.encode import encode
-from ostro.config.fields import dotted_names, hints, join
+from ostro.config.fields import dotted_names, join
 from ostro.config.files import Reader
 from ostro.config.flags import parse_flags
 from ostro.errors import ConfigError, Problem
@@ -69,7 +69,7 @@ def load(
             if not isinstance(layer, nodes.Mapping):  # a file that could not be read
                 continue
             layers += resolver.resolve(layer)
-            if "imports" in hints(cls):
+            if "imports" in names:
                 _import_modules(layer, is_trusted, notices, problems)
     is_partial = any(tree is nodes.BAD for tree, _ in sources)
     converter = Converter(problems, notices, known, is_partial)

@@ -7,7 +7,7 @@ layer that changes a registry's `type` drops what lower layers and the default s
 from dataclasses import dataclass, field
 from typing import Any
 
-from ostro.config.fields import element, is_record, is_registry, join, members
+from ostro.config.fields import element, is_record, join, members, registry_in
 from ostro.config.nodes import Default, Mapping, Node, Scalar, Sequence, explode, from_plain
 from ostro.config.scalars import BadValue
 
@@ -47,7 +47,7 @@ def settle(registry: Any, stack: Stack) -> Settled:
 
 def fold(tp: Any, stack: Stack, path: str) -> tuple[list[Stack] | None, Stack]:
     """The elements of list type `tp`; or None, and the layers of what is no list."""
-    registry = next((member for member in members(element(tp)) if is_registry(member)), None)
+    registry = registry_in(element(tp))
     items: list[Stack] | None = None
     rest: Stack = []
     for layer in stack:

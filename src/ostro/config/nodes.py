@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from ostro.config.encode import encode
-from ostro.config.fields import choice_name, is_text_class, join, settable
+from ostro.config.fields import choice_name, is_text_class, join, settings
 
 NULLS = ("", "~", "null", "Null", "NULL")
 
@@ -99,7 +99,7 @@ def _opened(value: Any) -> list[Node]:
 def children(value: Any) -> list[tuple[Any, Any]]:
     """The parts of a configuration: fields, keys or positions."""
     if is_dataclass(value) and not is_text_class(type(value)):
-        return [(item.name, getattr(value, item.name)) for item in settable(type(value))]
+        return [(item.name, getattr(value, item.name)) for item in settings(type(value))]
     if isinstance(value, dict):
         return list(value.items())
     return list(enumerate(value)) if isinstance(value, (list, tuple)) else []

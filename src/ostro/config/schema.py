@@ -7,16 +7,14 @@ from typing import Any, Literal, get_args, get_origin
 from ostro.config.encode import encode
 from ostro.config.fields import (
     choice_name,
-    default_of,
     element,
     field_docs,
-    hints,
     is_dict,
     is_list,
     is_record,
     is_registry,
     members,
-    settable,
+    settings,
 )
 
 _SIMPLE = {
@@ -54,11 +52,10 @@ def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     docs, properties, required = field_docs(cls), {}, []
     if name := choice_name(cls):
         properties["type"] = {"const": name}
-    for item in settable(cls):
-        schema = dict(_schema(hints(cls)[item.name], definitions))
+    for item in settings(cls):
+        schema, default = dict(_schema(item.type, definitions)), item.default
         if item.name in docs:
             schema["description"] = docs[item.name]
-        default = default_of(item)
         if default is MISSING:
             required.append(item.name)
         else:
