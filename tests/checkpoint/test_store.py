@@ -75,6 +75,26 @@ def test_files_are_ordinary_safetensors(tmp_path):
     assert_same(found, small_state(7).tensors["model"])
 
 
+def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
+    names = {"a": torch.uint8, "b": torch.float64, "c": torch.bfloat16, "d": torch.float32}
+    tensors = {name: torch.ones(3, dtype=dtype) for name, dtype in names.items()}
+    write(str(tmp_path), State({"model": tensors}), step=1, is_temporary=False)
+    data = (tmp_path / "step-1/model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for name, tensor in tensors.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.element_size() == 0
+
+
+def test_a_folder_stops_being_a_checkpoint_before_its_files_go(tmp_path, monkeypatch):
+    path = save(str(tmp_path))
+    seen = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path: seen.append(os.path.basename(path)))
+    store.storage.remove(path)
+    assert seen[0].startswith(".tmp-")
+    assert not os.path.exists(path)
+
+
 def test_size_is_known_before_writing(tmp_path):
     state = small_state(3)
     predicted = checkpoint_bytes(state)
