@@ -4,19 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ostro.config import nodes
 from ostro.config.fields import join
-from ostro.config.nodes import (
-    BAD,
-    Mapping,
-    Node,
-    Scalar,
-    explode,
-    from_plain,
-    leaves,
-    mapping_at,
-    written,
-)
-from ostro.config.nodes import Sequence as SequenceNode
 from ostro.errors import Problem
 
 
@@ -55,17 +44,17 @@ class Resolver:
     problems: list[Problem]
     notices: list[str]
 
-    def resolve(self, layer: Mapping) -> list[Mapping]:
+    def resolve(self, layer: nodes.Mapping) -> list[nodes.Mapping]:
         """The layer in canonical names, as layers without a `base`."""
         layers = [layer]
         for _ in self.aliases:  # one name may lead to another
             moved = [self._apply(part, alias) for part in layers for alias in self.aliases]
-            layers = [part for layer in layers for part in explode(layer)]
+            layers = [part for layer in layers for part in nodes.explode(layer)]
             if not any(moved):
                 break
         return layers
 
-    def _apply(self, layer: Mapping, alias: Alias) -> bool:
+    def _apply(self, layer: nodes.Mapping, alias: Alias) -> bool:
         old, new = alias.old.split("."), alias.new.split(".")
         shared = len(old) - 1 if old[:-1] == new[:-1] else 0
         moved = False
@@ -78,60 +67,56 @@ class Resolver:
             notice += f": {alias.note}" if alias.note else ""
             if notice not in self.notices:
                 self.notices.append(notice)
-            if alias.convert is not None:
-                node = self._converted(node, alias)
-            if alias.entry_type is not None and isinstance(node, Mapping):
-                kind = Scalar(alias.entry_type, node.origin, quoted=True)
-                node = Mapping({"type": kind, **node.items}, node.origin, joins=True)
-            elif alias.entry_type is not None and isinstance(node, Scalar) and node.is_null:
+            node = self._converted(node, alias)
+            if alias.entry_type is not None and isinstance(node, nodes.Mapping):
+                kind = nodes.Scalar(alias.entry_type, node.origin, quoted=True)
+                node = nodes.Mapping({"type": kind, **node.items}, node.origin, joins=True)
+            elif alias.entry_type is not None and isinstance(node, nodes.Scalar) and node.is_null:
                 continue
-            self._put(node, mapping_at(container, new[shared:-1], node.origin), alias)
+            self._put(node, nodes.mapping_at(container, new[shared:-1], node.origin), alias)
         return moved
 
-    def _converted(self, node: Node, alias: Alias) -> Node:
-        if not isinstance(node, Scalar) or node.is_null:
+    def _converted(self, node: nodes.Node, alias: Alias) -> nodes.Node:
+        if alias.convert is None or not isinstance(node, nodes.Scalar) or node.is_null:
             return node
         try:
-            value = alias.convert(node.text)
+            return nodes.from_plain(alias.convert(node.text), node.origin)
         except ValueError as error:
             self.problems.append(Problem(alias.old, str(error), "", node.text, node.origin))
-            return BAD
-        if isinstance(value, str):
-            return Scalar(value, node.origin, node.quoted)
-        return from_plain(value, node.origin)
+            return nodes.BAD
 
-    def _put(self, node: Node, container: Mapping, alias: Alias) -> None:
+    def _put(self, node: nodes.Node, container: nodes.Mapping, alias: Alias) -> None:
         key = alias.new.rpartition(".")[2]
         there = container.items.get(key)
         if there is not None and (clash := _clash(there, node)) is not None:
             path, first, second = clash
             rule = f"is also set as {join(alias.new, path)} ({first.origin})"
-            place, value = join(alias.old, path), written(second)
+            place, value = join(alias.old, path), nodes.written(second)
             self.problems.append(Problem(place, rule, "keep one of the two", value, second.origin))
             return
-        if there is not None and isinstance(node, Mapping):
+        if there is not None and isinstance(node, nodes.Mapping):
             node.base.append(there)
         container.items[key] = node
 
 
-def _containers(node: Node, parts: list[str]) -> Iterator[Mapping]:
+def _containers(node: nodes.Node, parts: list[str]) -> Iterator[nodes.Mapping]:
     """Every mapping at a dotted path, through the elements of lists."""
-    if isinstance(node, SequenceNode):
+    if isinstance(node, nodes.Sequence):
         for item in node.items:
             yield from _containers(item, parts)
-    elif isinstance(node, Mapping):
+    elif isinstance(node, nodes.Mapping):
         if not parts:
             yield node
         elif parts[0] in node.items:
             yield from _containers(node.items[parts[0]], parts[1:])
 
 
-def _pop(container: Mapping, parts: list[str]) -> Node | None:
-    """Take out the node at a dotted path, and the mappings that it leaves empty."""
+def _pop(container: nodes.Mapping, parts: list[str]) -> nodes.Node | None:
+    """Take out the node at a dotted path, and the mappings that it nodes.leaves empty."""
     child = container.items.get(parts[0])
     if len(parts) == 1:
         return container.items.pop(parts[0], None)
-    if not isinstance(child, Mapping):
+    if not isinstance(child, nodes.Mapping):
         return None
     found = _pop(child, parts[1:])
     if found is not None and not child.items:
@@ -139,24 +124,26 @@ def _pop(container: Mapping, parts: list[str]) -> Node | None:
     return found
 
 
-def _clash(there: Node, node: Node) -> tuple[str, Node, Node] | None:
+def _clash(there: nodes.Node, node: nodes.Node) -> tuple[str, nodes.Node, nodes.Node] | None:
     """The first setting that both spellings give, with the two places."""
-    if not isinstance(node, Mapping):
+    if not isinstance(node, nodes.Mapping):
         return "", there, node
     same = [there]
     if node.joins:
-        items = there.items if isinstance(there, SequenceNode) else [there]
+        items = there.items if isinstance(there, nodes.Sequence) else [there]
         same = [item for item in items if _may_be(item, node.items["type"])]
-    elif not isinstance(there, Mapping):
+    elif not isinstance(there, nodes.Mapping):
         return "", there, node
     for item in same:
-        given = dict(leaves(item))
-        for path, leaf in leaves(node):
+        given = dict(nodes.leaves(item))
+        for path, leaf in nodes.leaves(node):
             if path in given and path != "type":
                 return path, given[path], leaf
     return None
 
 
-def _may_be(item: Node, kind: Node) -> bool:
+def _may_be(item: nodes.Node, kind: nodes.Node) -> bool:
     """Whether this element of a registry is of that type, or does not say."""
-    return isinstance(item, Mapping) and written(item.items.get("type", kind)) == written(kind)
+    return isinstance(item, nodes.Mapping) and nodes.written(
+        item.items.get("type", kind)
+    ) == nodes.written(kind)

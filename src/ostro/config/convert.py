@@ -174,26 +174,27 @@ class Converter:
         return result
 
     def _choice(self, registry: Any, layers: Stack, path: str) -> Any:
-        choice, known = settle(registry, layers), registry.get_known_choices()
-        for layer in choice.dropped:
+        known = registry.get_known_choices()
+        name, mappings, dropped = settle(registry, layers)
+        for layer in dropped:
             fields = [key for key in layer.items if key != "type"]
             if fields and not isinstance(layer.items[fields[0]], Default):
                 origin = layer.items[fields[0]].origin
                 notice = f"{', '.join(fields)} ({origin}) no longer counts"
-                self.notices.append(f"{path}.type is now {choice.name}: {notice}")
-        if choice.name is not None and choice.name not in known:
+                self.notices.append(f"{path}.type is now {name}: {notice}")
+        if name is not None and name not in known:
             load_plugins(self.notices)
         place = join(path, "type")
-        for layer in choice.layers:
+        for layer in mappings:
             if "type" in layer.items:
                 self.nodes[place] = layer.items["type"]
         names = ", ".join(sorted(known)) or "none"
-        if choice.name is None:
+        if name is None:
             return self._fail(place, "is required", f"choose {names}")
-        if choice.name not in known:
-            advice = did_you_mean(choice.name, known)
+        if name not in known:
+            advice = did_you_mean(name, known)
             return self._fail(place, f"is not a known type; known: {names}", advice)
-        return self._dataclass(known[choice.name], choice.layers, path, registry)
+        return self._dataclass(known[name], mappings, path, registry)
 
     def _dataclass(self, cls: type, layers: list[Mapping], path: str, registry: Any = None) -> Any:
         values: dict[str, Any] = {}

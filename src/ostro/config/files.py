@@ -6,6 +6,7 @@ PyYAML builds the node graph only (`yaml.compose`), so a tag can never name code
 import os
 import sys
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _TAGS = {
     for name in ["str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value"]
 }
 _RESOLVER = Resolver()
+_TOO_DEEP = f"nests deeper than {MAX_DEPTH} levels"
 
 
 def is_url(name: str) -> bool:
@@ -61,13 +63,12 @@ class Reader:
             graph = yaml.compose(text, yaml.SafeLoader)
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
             graph = None
-        is_include = graph is not None and graph.tag == "!include"
-        is_bare = isinstance(graph, yaml.ScalarNode) and graph.style is None
-        if graph is None or (is_bare and not is_include):
+        bare = isinstance(graph, yaml.ScalarNode) and graph.style is None
+        if graph is None or (bare and graph.tag != "!include"):
             return Scalar(text, flag)
         self._flag = flag
         node = self._node(graph, 1)
-        if isinstance(node, (Mapping, Sequence)) and not is_include:
+        if isinstance(node, (Mapping, Sequence)) and graph.tag != "!include":
             node.raw = text
         return node
 
@@ -82,14 +83,14 @@ class Reader:
             rule = ", ".join(part for part in (error.context, error.problem) if part)
             return self._bad(name, place, f"is not valid YAML: {rule}")
         except RecursionError:
-            return self._bad(name, origin, f"nests deeper than {MAX_DEPTH} levels")
+            return self._bad(name, origin, _TOO_DEEP)
         except Exception as error:  # fsspec passes on whatever its backends raise
             rule = f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
             return self._bad(name, origin, rule)
         if graph is None:
             return Mapping({}, origin)
+        place = f"{name}:{graph.start_mark.line + 1}"
         if depth == 1 and not isinstance(graph, yaml.MappingNode):
-            place = f"{name}:{graph.start_mark.line + 1}"
             if graph.tag != "!include":
                 return self._bad(name, place, "must be a mapping of settings, `key: value`")
             advice = f"write `key: !include {graph.value}` or `<<: !include {graph.value}`"
@@ -117,9 +118,7 @@ class Reader:
         if depth > MAX_DEPTH or self._num_nodes > MAX_NODES:
             self._is_stopped = True
             rule = f"holds more than {MAX_NODES:,} values once its aliases are expanded"
-            if depth > MAX_DEPTH:
-                rule = f"nests deeper than {MAX_DEPTH} levels"
-            return self._bad(self._chain[0] if self._chain else self._flag, place, rule)
+            return self._bad(place, place, _TOO_DEEP if depth > MAX_DEPTH else rule)
         if graph.tag == "!include":
             return self._include(graph, place, depth)
         if graph.tag not in _TAGS:
@@ -192,12 +191,15 @@ class Reader:
             looked.append(os.path.normpath(os.path.join(folder, name)))
             for suffix in ("", ".yaml", ".yml"):
                 path = os.path.normpath(os.path.join(folder, name + suffix))
-                if _is_file(path):
+                if os.path.exists(path) and not os.path.isdir(path):  # a pipe is as good
                     relative = os.path.relpath(path)
                     return path if relative.startswith("..") else relative
-        near = (did_you_mean(os.path.basename(path), _names_beside(path)) for path in looked)
-        rule = f"no such file; looked for {', '.join(looked)}"
-        self._bad(name, origin, rule, next(filter(None, near), ""))
+        advice = ""
+        for path in looked:
+            with suppress(OSError, ValueError):
+                names = os.listdir(os.path.dirname(path) or ".")
+                advice = advice or did_you_mean(os.path.basename(path), names)
+        self._bad(name, origin, f"no such file; looked for {', '.join(looked)}", advice)
         return None
 
 
@@ -207,17 +209,3 @@ def _open(name: str) -> Any:
     import fsspec  # slow to import, and few configurations come from a URL
 
     return fsspec.open(name, "rb")
-
-
-def _is_file(path: str) -> bool:
-    try:  # a device such as /dev/stdin or a pipe is as good as a file
-        return os.path.exists(path) and not os.path.isdir(path)
-    except ValueError:  # a null byte in the name
-        return False
-
-
-def _names_beside(path: str) -> list[str]:
-    try:
-        return os.listdir(os.path.dirname(path) or ".")
-    except (OSError, ValueError):
-        return []

@@ -4,32 +4,30 @@ The last list wins; a mapping of positions (`--trainer.keep.1.until 9`) goes to 
 layer that changes a registry's `type` drops what lower layers and the default say of the choice.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from ostro.config.fields import element, is_record, join, members, registry_in
-from ostro.config.nodes import Default, Mapping, Node, Scalar, Sequence, explode, from_plain
+from ostro.config.nodes import (
+    Default,
+    Mapping,
+    Node,
+    Scalar,
+    Sequence,
+    explode,
+    from_plain,
+    written,
+)
 from ostro.config.scalars import BadValue
 
 Stack = list[Node]
 """What the layers say about one value, lowest first."""
 
 
-@dataclass
-class Settled:
-    """A registry's stack after its `type` is settled."""
-
-    name: str | None
-    """The type in force; None where none is stated and there is no default."""
-    layers: list[Mapping] = field(default_factory=list)
-    """The layers that speak of that type."""
-    dropped: list[Mapping] = field(default_factory=list)
-    """The layers that speak of another type."""
-
-
-def settle(registry: Any, stack: Stack) -> Settled:
-    """Which `type` holds after all layers, and what still counts for it."""
-    choice = Settled(registry.default_choice_name())
+def settle(registry: Any, stack: Stack) -> tuple[str | None, list[Mapping], list[Mapping]]:
+    """Which `type` holds after all layers, the layers that speak of it, and the others."""
+    name: str | None = registry.default_choice_name()
+    kept: list[Mapping] = []
+    dropped: list[Mapping] = []
     for layer in stack:
         if isinstance(layer, Scalar):
             layer = from_plain(registry.from_scalar(layer.text), layer.origin)
@@ -37,12 +35,11 @@ def settle(registry: Any, stack: Stack) -> Settled:
             continue
         given = layer.items.get("type")
         if isinstance(given, Scalar):
-            if choice.name is not None and given.text != choice.name:
-                choice.dropped += choice.layers
-                choice.layers = []
-            choice.name = given.text
-        choice.layers.append(layer)
-    return choice
+            if name is not None and given.text != name:
+                dropped, kept = dropped + kept, []
+            name = given.text
+        kept.append(layer)
+    return name, kept, dropped
 
 
 def fold(tp: Any, stack: Stack, path: str) -> tuple[list[Stack] | None, Stack]:
@@ -72,10 +69,10 @@ def _join(
     layer: Mapping, registry: Any, items: list[Stack] | None, rest: Stack
 ) -> tuple[list[Stack] | None, Stack]:
     """Add the settings to the element of their type; a new one joins the others."""
-    name = settle(registry, [layer]).name
     stacks = [rest] if items is None else items
     for index, stack in enumerate(stacks):
-        if settle(registry, [part for node in stack for part in explode(node)]).name == name:
+        name, *_ = settle(registry, [part for node in stack for part in explode(node)])
+        if name == written(layer.items["type"]):
             stacks = [*stacks[:index], [*stack, layer], *stacks[index + 1 :]]
             return (None, stacks[0]) if items is None else (stacks, [])
     return (None, [layer]) if items is None and not rest else ([*stacks, [layer]], [])
