@@ -7,7 +7,7 @@ from ostro.config.fields import field_docs
 from ostro.config.files import script_folders
 from ostro.config.help import format_tree, help_text
 from ostro.config.loading import Loaded, check, load
-from ostro.config.main import main, split_words
+from ostro.config.main import main
 from ostro.config.schema import json_schema
 
 __all__ = [
@@ -24,5 +24,4 @@ __all__ = [
     "load",
     "main",
     "script_folders",
-    "split_words",
 ]

@@ -46,13 +46,11 @@ class Resolver:
 
     def resolve(self, layer: nodes.Mapping) -> list[nodes.Mapping]:
         """The layer in canonical names, as layers without a `base`."""
-        layers = [layer]
-        for _ in self.aliases:  # one name may lead to another
-            moved = [self._apply(part, alias) for part in layers for alias in self.aliases]
-            layers = [part for layer in layers for part in nodes.explode(layer)]
-            if not any(moved):
-                break
-        return layers
+        moved = [self._apply(layer, alias) for alias in self.aliases]
+        layers = [part for part in nodes.explode(layer) if isinstance(part, nodes.Mapping)]
+        if not any(moved):
+            return layers
+        return [part for layer in layers for part in self.resolve(layer)]  # to another old name?
 
     def _apply(self, layer: nodes.Mapping, alias: Alias) -> bool:
         old, new = alias.old.split("."), alias.new.split(".")
@@ -112,16 +110,13 @@ def _containers(node: nodes.Node, parts: list[str]) -> Iterator[nodes.Mapping]:
 
 
 def _pop(container: nodes.Mapping, parts: list[str]) -> nodes.Node | None:
-    """Take out the node at a dotted path, and the mappings that it nodes.leaves empty."""
-    child = container.items.get(parts[0])
-    if len(parts) == 1:
-        return container.items.pop(parts[0], None)
-    if not isinstance(child, nodes.Mapping):
-        return None
-    found = _pop(child, parts[1:])
-    if found is not None and not child.items:
-        del container.items[parts[0]]
-    return found
+    """Take out the node at a dotted path."""
+    for part in parts[:-1]:
+        child = container.items.get(part)
+        if not isinstance(child, nodes.Mapping):
+            return None
+        container = child
+    return container.items.pop(parts[-1], None)
 
 
 def _clash(there: nodes.Node, node: nodes.Node) -> tuple[str, nodes.Node, nodes.Node] | None:

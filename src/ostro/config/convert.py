@@ -157,21 +157,12 @@ class Converter:
         return tuple(values)
 
     def _dict(self, tp: Any, layers: list[Mapping], path: str) -> Any:
-        key_type, value_type = get_args(tp) or (str, Any)
-        result: Any = {}
-        for name in dict.fromkeys(key for layer in layers for key in layer.items):
-            place = join(path, name)
-            stack = [layer.items[name] for layer in layers if name in layer.items]
-            value = self.convert(value_type, stack, place)
-            try:
-                key = read_scalar([key_type], Scalar(name, "", quoted=True))
-            except BadValue as error:
-                key = self._fail(place, f"{name} as a name {error}", error.advice)
-            if key is BAD or value is BAD:
-                result = BAD
-            elif result is not BAD:
-                result[key] = value
-        return result
+        _, value_type = get_args(tp) or (str, Any)
+        values = {}
+        for key in dict.fromkeys(key for layer in layers for key in layer.items):
+            stack = [layer.items[key] for layer in layers if key in layer.items]
+            values[key] = self.convert(value_type, stack, join(path, key))
+        return BAD if BAD in values.values() else values
 
     def _choice(self, registry: Any, layers: Stack, path: str) -> Any:
         known = registry.get_known_choices()

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ostro.config.choice import Choice
 
@@ -49,8 +49,6 @@ def settings(cls: Any) -> tuple[Setting, ...]:
 
 def members(tp: Any) -> tuple[Any, ...]:
     """The alternatives of a union; one type alone is a union of one."""
-    if get_origin(tp) is Annotated:
-        return members(get_args(tp)[0])
     if get_origin(tp) in (Union, types.UnionType):
         return tuple(inner for member in get_args(tp) for inner in members(member))
     return (tp,)

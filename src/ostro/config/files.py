@@ -63,8 +63,8 @@ class Reader:
             graph = yaml.compose(text, yaml.SafeLoader)
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
             graph = None
-        bare = isinstance(graph, yaml.ScalarNode) and graph.style is None
-        if graph is None or (bare and graph.tag != "!include"):
+        is_bare = isinstance(graph, yaml.ScalarNode) and graph.style is None
+        if graph is None or (is_bare and graph.tag != "!include"):
             return Scalar(text, flag)
         self._flag = flag
         node = self._node(graph, 1)
@@ -81,28 +81,29 @@ class Reader:
             mark = error.problem_mark or error.context_mark
             place = f"{name}:{mark.line + 1}" if mark else origin
             rule = ", ".join(part for part in (error.context, error.problem) if part)
-            return self._bad(name, place, f"is not valid YAML: {rule}")
+            return self.bad(name, place, f"is not valid YAML: {rule}")
         except RecursionError:
-            return self._bad(name, origin, _TOO_DEEP)
+            return self.bad(name, origin, _TOO_DEEP)
         except Exception as error:  # fsspec passes on whatever its backends raise
             rule = f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
-            return self._bad(name, origin, rule)
+            return self.bad(name, origin, rule)
         if graph is None:
             return Mapping({}, origin)
         place = f"{name}:{graph.start_mark.line + 1}"
         if depth == 1 and not isinstance(graph, yaml.MappingNode):
             if graph.tag != "!include":
-                return self._bad(name, place, "must be a mapping of settings, `key: value`")
+                return self.bad(name, place, "must be a mapping of settings, `key: value`")
             advice = f"write `key: !include {graph.value}` or `<<: !include {graph.value}`"
-            return self._bad(name, place, "a bare !include needs a key", advice)
+            return self.bad(name, place, "a bare !include needs a key", advice)
         self._chain.append(name)
         node = self._node(graph, depth)
         self._chain.pop()
         return node
 
-    def _bad(
+    def bad(
         self, setting: str, origin: str, rule: str, advice: str = "", value: str | None = None
     ) -> Any:
+        """Record a problem; returns `BAD`."""
         self.problems.append(Problem(setting, rule, advice, value, origin))
         return BAD
 
@@ -118,17 +119,17 @@ class Reader:
         if depth > MAX_DEPTH or self._num_nodes > MAX_NODES:
             self._is_stopped = True
             rule = f"holds more than {MAX_NODES:,} values once its aliases are expanded"
-            return self._bad(place, place, _TOO_DEEP if depth > MAX_DEPTH else rule)
+            return self.bad(place, place, _TOO_DEEP if depth > MAX_DEPTH else rule)
         if graph.tag == "!include":
             return self._include(graph, place, depth)
         if graph.tag not in _TAGS:
             advice = "only !include is a tag here; quote the value if it is text"
-            return self._bad(graph.tag, place, "is an unknown tag", advice)
+            return self.bad(graph.tag, place, "is an unknown tag", advice)
         if isinstance(graph, yaml.MappingNode):
             return self._mapping(graph, depth)
         if isinstance(graph, yaml.SequenceNode):
             return Sequence([self._node(item, depth + 1) for item in graph.value], place)
-        quoted = graph.style is not None
+        quoted = graph.style is not None  # type: ignore[attr-defined]
         if not quoted and graph.tag == f"{_YAML}str":  # `!!str 12` is as good as quotes
             quoted = _RESOLVER.resolve(yaml.ScalarNode, graph.value, (True, False)) != graph.tag
         return Scalar(graph.value, place, quoted)
@@ -139,13 +140,13 @@ class Reader:
         for key, value in graph.value:
             place = self._place(key)
             if not isinstance(key, yaml.ScalarNode) or key.tag not in _TAGS:
-                self._bad("key", place, "must be a plain name")
+                self.bad("key", place, "must be a plain name")
             elif key.tag == f"{_YAML}merge":
                 for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     self._merge(part, mapping, inherited, place, depth)
             elif key.value in mapping.items:
                 rule = f"is written twice: first at {mapping.items[key.value].origin}"
-                self._bad(key.value, place, rule, "remove one of the two")
+                self.bad(key.value, place, rule, "remove one of the two")
             else:
                 child = self._node(value, depth + 1)
                 if child is not BAD:
@@ -166,19 +167,19 @@ class Reader:
             for key, value in part.items.items():
                 inherited.setdefault(key, value)
         elif part is not BAD:
-            self._bad("<<", place, "must name a mapping")
+            self.bad("<<", place, "must name a mapping")
 
     def _include(self, graph: yaml.Node, place: str, depth: int) -> Node:
         name = graph.value
         if not isinstance(name, str) or not name:
-            return self._bad("!include", place, "must name a file: `key: !include file.yaml`")
+            return self.bad("!include", place, "must name a file: `key: !include file.yaml`")
         folder = os.path.dirname(self._chain[-1]) if self._chain else ""
         found = self._find(name, [folder], place)
         if found is None:
             return BAD
         if found in self._chain:
             rule = f"includes itself: {' -> '.join([*self._chain, found])}"
-            return self._bad("!include", place, rule, value=name)
+            return self.bad("!include", place, rule, value=name)
         return self._load(found, place, depth + 1)
 
     def _find(self, name: str, folders: list[str], origin: str) -> str | None:
@@ -199,7 +200,7 @@ class Reader:
             with suppress(OSError, ValueError):
                 names = os.listdir(os.path.dirname(path) or ".")
                 advice = advice or did_you_mean(os.path.basename(path), names)
-        self._bad(name, origin, f"no such file; looked for {', '.join(looked)}", advice)
+        self.bad(name, origin, f"no such file; looked for {', '.join(looked)}", advice)
         return None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 from ostro.config.files import Reader
 from ostro.config.nodes import Mapping, Scalar, mapping_at
-from ostro.errors import Problem, did_you_mean
+from ostro.errors import did_you_mean
 
 _NAME = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 
@@ -16,31 +16,22 @@ def parse_flags(flags: Sequence[str], reader: Reader, known: Collection[str]) ->
     words = list(flags)
     while words:
         word = words.pop(0)
-        name, equals, value = word.partition("=")
+        name, equals, text = word.partition("=")
+        value = text if equals else None
+        if not equals and words and not _is_flag(words[0]):
+            value = words.pop(0)
         if not name.startswith("--"):
-            following = "" if equals or not words or _is_flag(words[0]) else f" {words.pop(0)}"
-            hint = suggest(name, known) or f"write --{word.lstrip('-')}{following}"
-            reader.problems.append(
-                Problem(word, "is not a flag: settings start with --", hint, None, "command line")
-            )
+            following = f" {value}" if value and not equals else ""
+            advice = suggest(name, known) or f"write --{word.lstrip('-')}{following}"
+            reader.bad(word, "command line", "is not a flag: settings start with --", advice)
             continue
-        given = True
-        if not equals:
-            given = bool(words) and not _is_flag(words[0])
-            value = words.pop(0) if given else "true"
-        name = name[2:]
-        if not _NAME.fullmatch(name):
-            problem = Problem(
-                f"--{name}",
-                "is not the name of a setting",
-                suggest(name, known) or "names look like --trainer.seed",
-                value if given else None,
-                "command line",
-            )
-            reader.problems.append(problem)
+        if not _NAME.fullmatch(name[2:]):
+            advice = suggest(name[2:], known) or "names look like --trainer.seed"
+            reader.bad(name, "command line", "is not the name of a setting", advice, value)
             continue
-        *path, key = name.split(".")
-        place, node = mapping_at(layer, path, f"--{name}"), reader.text(value, f"--{name}")
+        *path, key = name[2:].split(".")
+        place = mapping_at(layer, path, name)
+        node = reader.text("true" if value is None else value, name)
         child = place.items.get(key)
         if isinstance(child, Mapping) and isinstance(node, (Mapping, Scalar)):
             child.base.append(node)  # `--model.num_layers 2 --model gpt2`: both count

@@ -44,7 +44,7 @@ def main(
             print(help_text(cls))
             raise SystemExit(0)
         try:
-            files, flags = split_words([word for word in words if word != "--debug"])
+            files, flags = _split([word for word in words if word != "--debug"])
             folders = script_folders() if search is None else search
             loaded = load(cls, files, flags, aliases=aliases, search=folders)
             for notice in loaded.notices:
@@ -60,7 +60,7 @@ def main(
     return run
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Command-line words as configuration files and the flags that are left."""
     files, flags, rest = [], [], list(words)
     while rest:

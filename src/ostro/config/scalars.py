@@ -73,19 +73,17 @@ def _read(tp: Any, node: Scalar) -> Any:
         if node.text in values:
             return values[node.text]
         raise BadValue(f"must be one of {', '.join(values)}", did_you_mean(text, values))
+    if tp is int:
+        return _read_int(text)
+    if tp is float:
+        return _read_float(text)
     try:
-        if tp is int:
-            return _read_int(text)
-        if tp is float:
-            return _read_float(text)
         if tp is timedelta:
             return parse_duration(text)
         if is_text_class(tp):
             return tp.from_text(node.text)
     except OverflowError:
         raise BadValue("is too large") from None
-    except BadValue:
-        raise
     except ValueError as error:
         raise BadValue(str(error)) from None
     try:  # paths, enumerations, and whatever a user taught draccus
