@@ -43,6 +43,8 @@ def test_batch_schedule():
         {"train_batch_size": [BatchStage(5, 32)]},
         {"train_batch_size": [BatchStage(0, 32), BatchStage(0, 64)]},
         {"num_train_steps": 0},
+        {"id": "../other"},
+        {"fsdp_axis": ""},
         {"per_device_parallelism": -2},
         {"load_checkpoint": False, "load_checkpoint_path": "x"},
     ],

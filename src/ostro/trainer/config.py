@@ -1,5 +1,6 @@
 """Settings of a training run, and the batch arithmetic that follows from them."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -105,10 +106,12 @@ class TrainerConfig:
         if self.load_checkpoint is False and self.load_checkpoint_path is not None:
             rule = "load_checkpoint: false never reads it"
             yield Problem("load_checkpoint_path", rule, "remove one of the two")
-        axes = [a for a in (self.tensor_parallel_axes, self.fsdp_axis) if a is not None]
-        for axis in axes:
-            if not axis:
-                yield Problem("fsdp_axis", "must not be empty", "use null to switch it off")
+        for name in ("tensor_parallel_axes", "fsdp_axis"):
+            if getattr(self, name) in ("", []):
+                yield Problem(name, "must not be empty", "null switches it off")
+        if self.id is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.id):
+            rule = "names folders: letters, digits, '.', '_' and '-' only"
+            yield Problem("id", rule, "leave it out for a random one")
 
     def _stage_problems(self) -> Iterator[Problem]:
         if isinstance(self.train_batch_size, int):
@@ -125,7 +128,7 @@ class TrainerConfig:
             )
         for index, stage in enumerate(self.train_batch_size):
             if stage.value < 1:
-                yield Problem(f"train_batch_size[{index}].value", "must be at least 1")
+                yield Problem(f"train_batch_size.{index}.value", "must be at least 1")
 
     def batch_schedule(self) -> BatchSchedule:
         """Batch size by step."""
