@@ -280,7 +280,7 @@ def test_the_section_reads_from_yaml(tmp_path):
 
 
 def test_tokenising_keeps_up_with_the_library(tmp_path):
-    """At least 0.9 of the library's speed on the same text; the best of five, as machines are busy."""
+    """At least 0.9 of the library's speed on the same text; the best of five tries."""
     source, tokenizer = StdlibSource(), Gpt2Tokenizer().build()
     shards = source.list_shards("validation")
     texts = [text for shard in shards for text in source.read_shard(shard)] * 2

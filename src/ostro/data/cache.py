@@ -6,6 +6,7 @@ the position noted; after a kill the build goes on from the last note.
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -236,14 +237,15 @@ class _Writer:
     """The files of an unfinished cache: appended to, synced, and cut back after a kill."""
 
     def __init__(self, request: CacheRequest, folder: Path, key: dict[str, Any]):
-        self._request, self._folder = request, folder
+        self._request, self._folder, self._key = request, folder, key
+        print_ = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self._itemsize = np.dtype(request.dtype).itemsize
         self._state = {
-            "key": key, "dtype": request.dtype, "position": [0, 0], "shards": [], "open": False,
+            "key": print_, "dtype": request.dtype, "position": [0, 0], "shards": [], "open": False,
             "documents": 0, "bad_records": 0, "quarantine_bytes": 0,
         }  # fmt: skip
         saved = read_json(folder / _PROGRESS)
-        if saved is not None and saved["key"] == key and self._is_whole(saved):
+        if saved is not None and saved["key"] == print_ and self._is_whole(saved):
             self._state = saved
         else:
             if saved is not None:
@@ -350,13 +352,16 @@ class _Writer:
             (self._folder / _QUARANTINE).unlink()
         if not self._tokens:
             raise DataError(
-                f"{request.name} - the corpus is empty: {len(state['key']['files'])} files hold "
+                f"{request.name} - the corpus is empty: {len(self._key['files'])} files hold "
                 "no text - check the files and text_key"
             )
         names = [shard["file"] for shard in state["shards"]]
         names += [_DOCUMENTS, _QUARANTINE] if bad else [_DOCUMENTS]
-        kept = {k: state[k] for k in ("key", "dtype", "shards", "documents", "bad_records")}
-        write_json(self._folder / LEDGER, {**kept, "tokens": self._tokens, "stored": names})
+        kept = {k: state[k] for k in ("dtype", "shards", "documents", "bad_records")}
+        write_json(
+            self._folder / LEDGER,
+            {"key": self._key, **kept, "tokens": self._tokens, "stored": names},
+        )
         (self._folder / _PROGRESS).unlink()
 
 

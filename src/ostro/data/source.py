@@ -10,6 +10,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,12 @@ from ostro.data.files import (
 from ostro.errors import DataError, Problem
 
 SPLITS = ("train", "validation")
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@cache
+def _stdlib() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 class SourceConfig(Choice):
@@ -113,13 +120,13 @@ class StdlibSource(SourceConfig):
     """Labels under which evaluation losses are averaged."""
 
     def list_shards(self, split: str) -> list[Shard]:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+        root, files = _stdlib(), {}
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
+            paths = (Path(folder, name) for name in names if name.endswith(".py"))
+            files |= {path.relative_to(root).as_posix(): path for path in paths}
         shards = []
         for name in sorted(files):
-            if left_out & set(name.split("/")[:-1]):
-                continue
             held_out = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 50 == 0
             if held_out == (split == "validation"):
                 shards.append(replace(make_shard(str(files[name]), "text"), name=name))
@@ -128,7 +135,7 @@ class StdlibSource(SourceConfig):
         return shards
 
     def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
-        path = Path(sysconfig.get_paths()["stdlib"]) / shard.name
+        path = _stdlib() / shard.name
         try:
             with open(path, "rb") as file:
                 encoding, _ = tokenize.detect_encoding(file.readline)
