@@ -42,7 +42,7 @@ from ostro.tracker import (
     run_folder,
 )
 from ostro.trainer import BatchPlan, Trainer, TrainerConfig, TrainingDivergedError, TrainState
-from ostro.units import format_count
+from ostro.units import format_bytes, format_count
 
 log = logging.getLogger("ostro")
 
@@ -129,7 +129,7 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
     with logging_to(paths.log):
         log.info("run %s on %s", config.trainer.id, world.device)
         tokenizer = config.data.build_tokenizer()
-        data = config.data.build(tokenizer, config.model.seq_len, data_seed(config))
+        data = build_data(config, tokenizer)
         config = _with_epochs(config, plan, data)
         paths.config.write_text(dump_yaml(config))
 
@@ -169,6 +169,21 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
         seconds = time.perf_counter() - start
         log.info("made %d updates in %.0f s", state.step - first_step, seconds)
         _report(config, paths, checkpointer.folder, metrics)
+
+
+def build_data(config: TrainLmConfig, tokenizer: Tokenizer) -> LMData:
+    """Training and validation data; says every few seconds how far tokenising has come."""
+    reported = time.monotonic()
+
+    def progress(name: str, done: int, total: int) -> None:
+        nonlocal reported
+        if time.monotonic() - reported >= 5:
+            reported = time.monotonic()
+            of = f" of {format_bytes(total)}" if total else ""
+            log.info("%s: tokenised %s%s", name, format_bytes(done), of)
+
+    seed = config.trainer.seed if config.data_seed is None else config.data_seed
+    return config.data.build(tokenizer, config.model.seq_len, seed, progress=progress)
 
 
 def build_state(config: TrainLmConfig, num_tokens: int, world: World) -> TrainState:
@@ -348,11 +363,6 @@ def run_name(config: TrainLmConfig) -> str:
     return config.trainer.id
 
 
-def data_seed(config: TrainLmConfig) -> int:
-    """Seed of the order of the data."""
-    return config.trainer.seed if config.data_seed is None else config.data_seed
-
-
 def vocab_size(config: TrainLmConfig, tokenizer: Tokenizer) -> int:
     """Rows of the embedding; `ConfigError` where the tokenizer needs more than were asked for."""
     if config.vocab_size is None:
@@ -418,22 +428,30 @@ def _report(
 
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Send what ostro logs to `path` and, from INFO up, to the terminal."""
+    """Send what ostro logs to `path` and to the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_terminal = _PrintHandler()
-    level = log.level
+    log.addHandler(to_file)
+    try:
+        with logging_to_terminal():
+            yield
+    finally:
+        log.removeHandler(to_file)
+        to_file.close()
+
+
+@contextlib.contextmanager
+def logging_to_terminal() -> Iterator[None]:
+    """Print what ostro logs, from INFO up."""
+    handler, level = _PrintHandler(), log.level
     log.setLevel(logging.INFO)
-    for handler in (to_file, to_terminal):
-        log.addHandler(handler)
+    log.addHandler(handler)
     try:
         yield
     finally:
         log.setLevel(level)
-        for handler in (to_file, to_terminal):
-            log.removeHandler(handler)
-            handler.close()
+        log.removeHandler(handler)
 
 
 class _PrintHandler(logging.Handler):

@@ -15,7 +15,7 @@ from ostro.evaluate import evaluate as evaluate_sets
 from ostro.inference import load_model, load_tokenizer
 from ostro.sample import SamplingConfig, complete_all
 from ostro.signals import Signals
-from ostro.train_lm import TrainLmConfig, data_seed, run
+from ostro.train_lm import TrainLmConfig, build_data, logging_to_terminal, run
 
 
 def train(argv: list[str], signals: Signals) -> None:
@@ -40,9 +40,8 @@ def cache(argv: list[str], signals: Signals) -> None:
     parser.add_config_path()
     options, flags = parser.parse(argv)
     config = load_run(options.config_path, flags).config
-    tokenizer = config.data.build_tokenizer()
-    data = config.data.build(tokenizer, config.model.seq_len, data_seed(config))
-    print("\n".join(data.info))
+    with logging_to_terminal():
+        build_data(config, config.data.build_tokenizer())
 
 
 def config(argv: list[str], signals: Signals) -> None:
@@ -160,7 +159,7 @@ def evaluate(argv: list[str], signals: Signals) -> None:
     device = pick_device(config.trainer.device)
     tokenizer = load_tokenizer(saved)
     model = load_model(saved, config, tokenizer, device)
-    data = config.data.build(tokenizer, config.model.seq_len, data_seed(config))
+    data = build_data(config, tokenizer)
     if not data.validation:
         raise DataError("data has no validation set - set data.validation_urls, for example")
     metrics = evaluate_sets(
