@@ -402,11 +402,14 @@ def test_the_entry_of_one_type_is_found_or_made(tracker: str, expected: Any):
 def test_the_entry_joins_a_default_of_another_type():
     @dataclass(frozen=True)
     class Mine:
-        tracker: TrackerConfig | list[TrackerConfig] = field(default_factory=ConsoleConfig)
+        tracker: TrackerConfig | list[TrackerConfig] = field(
+            default_factory=lambda: TensorboardConfig("mine")
+        )
 
     rows = [Alias("wandb", "tracker", entry_type="wandb")]
     loaded = load(Mine, [], ["--wandb.project=p"], aliases=rows)
-    assert loaded.config.tracker == [ConsoleConfig(), WandbConfig(project="p")]
+    assert loaded.config.tracker == [TensorboardConfig("mine"), WandbConfig(project="p")]
+    assert loaded.origins["tracker.0.logdir"] == "default"
     assert loaded.origins["tracker.1.project"] == "--wandb.project"
 
 
@@ -417,11 +420,26 @@ def test_aliases_reach_into_an_entry():
     assert resolve(text).config.trainer.tracker == [WandbConfig(save_dumps=True)]
 
 
-def test_a_field_of_an_element_is_not_lost_on_a_list():
-    text = "trainer: {tracker: [tensorboard, wandb]}\n"
-    (problem,) = problems(text, "--trainer.tracker.project", "p")
+def test_an_alias_lies_over_a_bare_word():
+    Path("run.yaml").write_text("model: llama\nold: {num_kv_heads: 2}\n")
+    rows = [Alias("old.num_kv_heads", "model.num_kv_heads"), Alias("old", "trainer")]
+    assert load(RunConfig, ["run.yaml"], aliases=rows).config.model == Llama(num_kv_heads=2)
+
+
+def test_an_entry_keeps_its_type_over_several_layers():
+    text = "trainer: {wandb: {save_old_dumps: {}, save_dumps: {name: z}}}\n"
+    (problem,) = problems(text)
+    assert (problem.setting, problem.rule) == ("trainer.tracker.save_dumps", "must be bool")
+
+
+@pytest.mark.parametrize(
+    "tracker", ["{tracker: [tensorboard, wandb]}", "{tracker: tensorboard, wandb: {name: n}}"]
+)
+def test_a_field_of_an_element_is_not_lost_on_a_list(tracker: str):
+    (problem,) = problems(f"trainer: {tracker}\n", "--trainer.tracker.project", "p")
     assert problem.rule == "is a list of 2"
     assert problem.advice == "name one: trainer.tracker.0.project"
+    assert problem.value == "{project: p}"
 
 
 # Imports and plugins

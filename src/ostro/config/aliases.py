@@ -110,13 +110,16 @@ def _containers(node: nodes.Node, parts: list[str]) -> Iterator[nodes.Mapping]:
 
 
 def _pop(container: nodes.Mapping, parts: list[str]) -> nodes.Node | None:
-    """Take out the node at a dotted path."""
-    for part in parts[:-1]:
-        child = container.items.get(part)
-        if not isinstance(child, nodes.Mapping):
-            return None
-        container = child
-    return container.items.pop(parts[-1], None)
+    """Take out the node at a dotted path, and the mappings that it leaves empty."""
+    child = container.items.get(parts[0])
+    if len(parts) == 1:
+        return container.items.pop(parts[0], None)
+    if not isinstance(child, nodes.Mapping):
+        return None
+    found = _pop(child, parts[1:])
+    if found is not None and not child.items:
+        del container.items[parts[0]]
+    return found
 
 
 def _clash(there: nodes.Node, node: nodes.Node) -> tuple[str, nodes.Node, nodes.Node] | None:

@@ -90,6 +90,7 @@ class Converter:
         try:
             return self._choose(types, layers, path)
         except BadValue as error:
+            self.nodes[path] = error.node or top
             return self._fail(path, str(error), error.advice)
 
     def origin_of(self, path: str) -> str:
@@ -116,8 +117,7 @@ class Converter:
         elif not scalars and not shorthand:
             for layer in layers:  # a scalar hidden below a mapping is a mistake too
                 if not isinstance(layer, Mapping):
-                    self.nodes[path] = layer
-                    return self._fail(path, f"must be {_kind(record or dict_type)}")
+                    raise BadValue(f"must be {_kind(record or dict_type)}", node=layer)
         top = layers[-1]
         raw = getattr(top, "raw", None)
         if raw is not None and str in scalars and not record and not dict_type:

@@ -91,7 +91,7 @@ def _positions(layer: Node, length: int) -> list[tuple[int, Node]] | None:
 
 def _refuse_lost_keys(layer: Node, items: list[Stack], path: str) -> None:
     """`--trainer.tracker.project x` above a list in a file: whose project?"""
-    keys = list(layer.items) if isinstance(layer, Mapping) else []
+    keys = [key for key in getattr(layer, "items", {}) if not key.isdecimal()]
     if keys and "type" not in keys and items and not isinstance(items[0][0], Default):
         place = join(join(path, 0), keys[0])
-        raise BadValue(f"is a list of {len(items)}", f"name one: {place}")
+        raise BadValue(f"is a list of {len(items)}", f"name one: {place}", layer)

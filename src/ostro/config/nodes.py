@@ -78,10 +78,15 @@ def explode(node: Node) -> list[Node]:
     if not isinstance(node, Mapping):
         return [node]
     layers = [layer for base in node.base for layer in explode(base)]
-    children = {key: explode(child) for key, child in node.items.items()}
+    children = {
+        key: [child] if isinstance(child, Default) else explode(child)
+        for key, child in node.items.items()
+    }
     depth = max([1, *map(len, children.values())])
     for level in range(-depth, 0):
         items = {key: stack[level] for key, stack in children.items() if level >= -len(stack)}
+        if node.joins:
+            items["type"] = node.items["type"]
         layers.append(Mapping(items, node.origin, raw=node.raw, joins=node.joins))
     return layers
 

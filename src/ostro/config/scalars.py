@@ -19,11 +19,11 @@ _RANK = (bool, int, float, timedelta)
 
 
 class BadValue(ValueError):
-    """The text does not fit the type: the rule, and what to write instead."""
+    """A value does not fit the type: the rule, what to write instead, and which node."""
 
-    def __init__(self, rule: str, advice: str = ""):
+    def __init__(self, rule: str, advice: str = "", node: Node | None = None):
         super().__init__(rule)
-        self.advice = advice
+        self.advice, self.node = advice, node
 
 
 def read_scalar(types: list[Any], node: Scalar) -> Any:
