@@ -14,7 +14,17 @@ SRC = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"errors", "units", "axes"},
     {"config"},
-    {"nn", "data", "optim", "tracker", "distributed", "callbacks", "signals", "throughput"},
+    {
+        "nn",
+        "data",
+        "optim",
+        "tracker",
+        "distributed",
+        "callbacks",
+        "signals",
+        "throughput",
+        "allocator",
+    },  # fmt: skip
     {"models", "checkpoint"},
     {"evaluate", "trainer", "sample"},
     {"train_lm"},
@@ -31,7 +41,7 @@ OPTIONAL = {
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_TOTAL_LINES = 9_000
+MAX_TOTAL_LINES = 10_750
 LONGER_FUNCTIONS: dict[str, str] = {}  # "module.function": why it may be longer
 
 

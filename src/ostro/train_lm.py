@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ostro.allocator import keep_freed_memory
 from ostro.callbacks import Callback, StepInfo, every
 from ostro.checkpoint import Checkpointer, State, which_checkpoint
 from ostro.config import check, dump_yaml, encode
@@ -125,6 +126,8 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
         config.trainer.distributed, config.trainer.device, config.trainer.require_accelerator
     )
     plan = config.trainer.batch_plan(world.num_ranks)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     paths = RunPaths(run_folder(config.trainer.log_dir, config.trainer.id))
     with logging_to(paths.log):
         log.info("run %s on %s", config.trainer.id, world.device)
