@@ -24,7 +24,7 @@ LEVELS = [
         "signals",
         "throughput",
         "allocator",
-    },  # fmt: skip
+    },
     {"models", "checkpoint"},
     {"evaluate", "trainer", "sample"},
     {"train_lm"},
