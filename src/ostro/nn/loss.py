@@ -1,30 +1,37 @@
 """Cross-entropy of a linear head without materialising all logits.
 
 The gradient is computed in the forward pass, chunk of rows by chunk of rows: while a chunk's
-logits are at hand, the softmax minus the target is multiplied into the gradients of the hidden
-states and of the head's weight, and the logits are dropped. The backward pass only scales what
-was kept. Peak memory is one chunk of logits instead of three copies of all of them.
+logits are at hand they are turned in place into the softmax minus the target, which is multiplied
+into the gradients of the hidden states and of the head's weight. The backward pass only scales
+what was kept. Peak memory is one chunk of logits in the compute dtype.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 IGNORE = -100
 """Target of a position at which nothing is predicted."""
 
-CHUNK_ELEMENTS = 2**25
-"""Logits computed at once: rows per chunk = this / vocabulary size."""
+CHUNK_ELEMENTS = 2**26
+"""Logits held at once, at most: rows per chunk = this / vocabulary size."""
+
+CPU_BLOCK = 2**18
+"""Logits per thread whose float32 softmax is computed at once on a CPU: they stay in its cache."""
+
+CPU_SLICE = 4096
+"""Rows of the head's weight that a matrix product takes at once on a CPU, for the same reason."""
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, reduction: str = "sum"
-) -> torch.Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "sum"
+) -> Tensor:
     """The cross-entropy in nats of `hidden @ weight.T` against `targets`, in float32.
 
     `hidden` is (..., embed) in the compute dtype, `weight` (vocab, embed) in any dtype, cast to
     that of `hidden`; `targets` int64 (...), `IGNORE` where nothing is predicted. `reduction` is
-    "sum" (a scalar over the predicted positions) or "none" (one value each, 0 where ignored,
-    without a graph).
+    "sum" (a scalar over the predicted positions; its graph can be walked back once) or "none"
+    (one value each, 0 where ignored, without a graph).
     """
     assert reduction in ("sum", "none"), f"unknown reduction {reduction!r}"
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -36,14 +43,21 @@ def linear_cross_entropy(
     return _losses(rows, weight.to(rows.dtype), flat).sum()
 
 
-def _num_rows(vocab: int) -> int:
-    """Rows of logits that are computed at once."""
-    return max(1, CHUNK_ELEMENTS // vocab)
+def _chunk_rows(num_rows: int, vocab: int) -> int:
+    """Rows of logits computed at once: equal chunks, none above `CHUNK_ELEMENTS`."""
+    num_chunks = -(-num_rows // max(1, CHUNK_ELEMENTS // vocab))
+    return -(-num_rows // max(1, num_chunks)) or 1
 
 
-def _losses(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _slices(weight: Tensor) -> list[slice]:
+    """Ranges of the vocabulary to work on one after another."""
+    size = CPU_SLICE if weight.is_cpu else len(weight)
+    return [slice(start, start + size) for start in range(0, len(weight), size)]
+
+
+def _losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Per-row losses without gradients."""
-    size = _num_rows(weight.shape[0])
+    size = max(1, CHUNK_ELEMENTS // 4 // weight.shape[0])
     return torch.cat([
         F.cross_entropy((part @ weight.T).float(), target, ignore_index=IGNORE, reduction="none")
         for part, target in zip(rows.split(size), targets.split(size), strict=True)
@@ -54,31 +68,69 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed loss of (rows, weight, targets), with both gradients made in the forward pass."""
 
     @staticmethod
-    def forward(ctx, rows, weight, targets):
+    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         cast = weight.to(rows.dtype)
-        size = _num_rows(weight.shape[0])
-        loss = torch.zeros((), device=rows.device)
+        size = _chunk_rows(rows.shape[0], weight.shape[0])
+        buffer = rows.new_empty(size, weight.shape[0])
         grad_rows = torch.empty_like(rows)
-        grad_weight = None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), device=rows.device)
         for start in range(0, rows.shape[0], size):
             part, target = rows[start : start + size], targets[start : start + size]
-            valid = target != IGNORE
-            index = target.clamp(min=0).unsqueeze(1)
-            logits = part @ cast.T  # (rows, vocab)
-            log_probs = torch.log_softmax(logits, -1, dtype=torch.float32)
-            picked = log_probs.gather(1, index).squeeze(1)
-            loss -= (picked * valid).sum()
-            grad = log_probs.exp_()
-            grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
-            grad.mul_(valid.unsqueeze(1))
-            grad = grad.to(rows.dtype)
-            torch.mm(grad, cast, out=grad_rows[start : start + size])
-            step = grad.T @ part
-            grad_weight = step.to(weight.dtype) if grad_weight is None else grad_weight.add_(step)
-        ctx.save_for_backward(grad_rows, grad_weight)
+            logits = buffer[: len(part)]  # (rows, vocab)
+            for columns in _slices(weight):
+                torch.mm(part, cast[columns].T, out=logits[:, columns])
+            loss += softmax_minus_target_(logits, target)
+            torch.mm(logits, cast, out=grad_rows[start : start + size])
+            if grad_weight is None:
+                continue
+            for columns in _slices(weight):
+                step = logits[:, columns].T @ part
+                if start == 0:
+                    grad_weight[columns] = step
+                else:  # summed over chunks in the wider type
+                    grad_weight[columns] += step.to(weight.dtype)
+        ctx.gradients = grad_rows, grad_weight
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss):
-        grad_rows, grad_weight = ctx.saved_tensors
-        return grad_rows * grad_loss.to(grad_rows.dtype), grad_weight * grad_loss, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        assert ctx.gradients is not None, "the backward pass of the loss runs once"
+        (grad_rows, grad_weight), ctx.gradients = ctx.gradients, None
+        # On a CPU looking at the value does not wait; on others multiplying by one is cheap.
+        if not (grad_loss.is_cpu and grad_loss == 1):
+            grad_rows.mul_(grad_loss)
+            if grad_weight is not None:
+                grad_weight.mul_(grad_loss)
+        return grad_rows, grad_weight, None
+
+
+def softmax_minus_target_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Turn logits (rows, vocab) in place into the gradient of the summed loss; return that loss.
+
+    Rows whose target is `IGNORE` become 0. The arithmetic is float32 whatever the logits are.
+    """
+    num_rows, vocab = logits.shape
+    valid = (targets != IGNORE).unsqueeze(1).float()
+    at = targets.clamp(min=0) + torch.arange(0, num_rows * vocab, vocab, device=logits.device)
+    flat = logits.view(-1)
+    picked = flat[at].unsqueeze(1).float()
+    largest, total = torch.empty_like(picked), torch.empty_like(picked)
+    size = num_rows
+    if logits.is_cpu:
+        size = torch.get_num_threads() * max(1, CPU_BLOCK // vocab)
+    scratch = torch.empty(min(size, num_rows), vocab, device=logits.device)
+    for start in range(0, num_rows, size):
+        block = slice(start, start + size)
+        given = logits[block]
+        x = given if given.dtype == torch.float32 else scratch[: len(given)].copy_(given)
+        torch.amax(x, 1, keepdim=True, out=largest[block])
+        x.sub_(largest[block]).exp_()
+        torch.sum(x, 1, keepdim=True, out=total[block])
+        x.mul_(valid[block] / total[block])
+        if x is not given:
+            given.copy_(x)
+    distance = picked - largest
+    flat[at] = ((distance.exp() / total - 1) * valid).squeeze(1).to(logits.dtype)
+    return ((total.log() - distance) * valid).sum()

@@ -1,0 +1,1 @@
+"""Other implementations of the same work, each at its best setting, for comparison."""
