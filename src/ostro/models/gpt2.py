@@ -16,7 +16,15 @@ from ostro.models.lm_model import (
     run_block,
     size_problems,
 )
-from ostro.nn import ACTIVATIONS, Embedding, KeyValueCache, LayerNorm, Linear, causal_attention
+from ostro.nn import (
+    ACTIVATIONS,
+    Embedding,
+    KeyValueCache,
+    LayerNorm,
+    Linear,
+    TiedGradient,
+    causal_attention,
+)
 from ostro.nn.attention import segment_mask
 
 
@@ -100,7 +108,12 @@ class Gpt2Model(LmModel):
         self.final_norm = LayerNorm(embed, eps=config.layer_norm_epsilon, bias=config.use_bias)
 
     def hidden(
-        self, tokens: Tensor, *, segments: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        segments: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        tie: TiedGradient | None = None,
     ) -> Tensor:
         """See `LmModel.hidden`."""
         num_tokens = tokens.shape[1]
@@ -109,7 +122,7 @@ class Gpt2Model(LmModel):
             positions = torch.arange(num_tokens, device=tokens.device)
         else:
             positions = cache.positions(num_tokens, tokens.device)
-        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        x = self.token_embedding(tokens, tie) + self.position_embedding(positions)
         x = F.dropout(x.to(self.compute_dtype), self.config.embed_pdrop, self.training)
         mask = None if segments is None else segment_mask(segments)
         recompute = self.config.gradient_checkpointing and cache is None

@@ -22,6 +22,7 @@ from ostro.nn import (
     Linear,
     RMSNorm,
     RotaryConfig,
+    TiedGradient,
     apply_rotary,
     causal_attention,
 )
@@ -125,7 +126,12 @@ class LlamaModel(LmModel):
         self.head = None if tied else Linear(embed, vocab, bias=False, deviation=std)
 
     def hidden(
-        self, tokens: Tensor, *, segments: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        segments: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        tie: TiedGradient | None = None,
     ) -> Tensor:
         """See `LmModel.hidden`."""
         num_tokens = tokens.shape[1]
@@ -136,7 +142,9 @@ class LlamaModel(LmModel):
         cos, sin = self.config.rope.tables(positions, self.config.head_size)
         # (batch or 1, position, 1, 1, head_size / 2): one angle for all heads
         cos, sin = cos[:, :, None, None], sin[:, :, None, None]
-        x = self.token_embedding(tokens).to(self.compute_dtype)
+        x = self.token_embedding(tokens, tie if self.config.tie_word_embeddings else None).to(
+            self.compute_dtype
+        )
         mask = None if segments is None else segment_mask(segments)
         recompute = self.config.gradient_checkpointing and cache is None
         for block in self.blocks:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ostro.config import Choice
 from ostro.errors import Problem, did_you_mean
-from ostro.nn import ACTIVATIONS, KeyValueCache, initialize, linear_cross_entropy
+from ostro.nn import ACTIVATIONS, KeyValueCache, TiedGradient, initialize, linear_cross_entropy
 
 __all__ = ["LmConfig", "LmModel", "count_parameters", "initialize"]
 
@@ -42,9 +42,17 @@ class LmModel(nn.Module, ABC):
 
     @abstractmethod
     def hidden(
-        self, tokens: Tensor, *, segments: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        segments: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        tie: TiedGradient | None = None,
     ) -> Tensor:
-        """Tokens (batch, position) -> normalised states (batch, position, embed)."""
+        """Tokens (batch, position) -> normalised states (batch, position, embed).
+
+        A model whose head is tied passes `tie` on to the lookup of its tokens.
+        """
 
     @abstractmethod
     def head_weight(self) -> Tensor:
@@ -67,9 +75,12 @@ class LmModel(nn.Module, ABC):
         (`reduction="sum"`) or (batch, position) with 0 where ignored, without a graph ("none").
         Attention stays inside equal `segments` (batch, position).
         """
-        hidden = self.hidden(tokens, segments=segments, cache=cache)
+        tie = TiedGradient() if targets is not None and reduction == "sum" else None
+        hidden = self.hidden(tokens, segments=segments, cache=cache, tie=tie)
         if targets is not None:
-            return linear_cross_entropy(hidden, self.head_weight(), targets, reduction=reduction)
+            return linear_cross_entropy(
+                hidden, self.head_weight(), targets, reduction=reduction, tie=tie
+            )
         if cache is not None:
             hidden = cache.last(hidden)
         return F.linear(hidden, self.head_weight().to(hidden.dtype))

@@ -6,7 +6,7 @@ weight to `x.dtype`. Statistics of norms, of the softmax and of the loss are flo
 
 from ostro.nn.activation import ACTIVATIONS
 from ostro.nn.attention import KeyValueCache, causal_attention
-from ostro.nn.embedding import Embedding
+from ostro.nn.embedding import Embedding, TiedGradient
 from ostro.nn.init import axes_of, initialize
 from ostro.nn.linear import Linear
 from ostro.nn.loss import IGNORE, linear_cross_entropy
@@ -22,6 +22,7 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "RotaryConfig",
+    "TiedGradient",
     "apply_rotary",
     "axes_of",
     "causal_attention",

@@ -17,10 +17,52 @@ class Embedding(nn.Module):
         self.parameter_axes = {"weight": ParameterAxes((Out[0],), (In[0],), lookup=True)}
         self.parameter_fill = {"weight": Fill(0.0, deviation)}
 
-    def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """int64 (...) -> (..., out), in the dtype of the table."""
+    def forward(self, indices: torch.Tensor, tie: "TiedGradient | None" = None) -> torch.Tensor:
+        """int64 (...) -> (..., out), in the dtype of the table.
+
+        With `tie` the gradient goes where the head that shares the table has put its own.
+        """
+        if tie is not None and torch.is_grad_enabled():
+            return _TiedLookup.apply(self.weight, indices, tie)
         return F.embedding(indices, self.weight)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"in={self.weight.shape[0]}, out={self.weight.shape[1]}"
+
+
+class TiedGradient:
+    """The gradient of a table that is also the weight of the head, on its way back.
+
+    The head's part is dense and comes first; the lookup adds its few rows in place. A second dense
+    gradient, filled with zeros for every token that was not looked up, is never made.
+    """
+
+    def __init__(self) -> None:
+        self.gradient: torch.Tensor | None = None
+
+
+class _TiedLookup(torch.autograd.Function):
+    """`F.embedding` whose gradient joins the one in a `TiedGradient`.
+
+    That is safe because autograd hands a parameter its gradient only after all its uses have been
+    walked back, and a lookup is walked back after everything that was computed from it.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, indices, tie):
+        ctx.save_for_backward(indices)
+        ctx.tie, ctx.like = tie, weight.detach()
+        return F.embedding(indices, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        made, ctx.tie.gradient = ctx.tie.gradient, None
+        rows = grad.flatten(0, -2)
+        if made is not None:
+            made.index_add_(0, indices.flatten(), rows.to(made.dtype))
+            return None, None, None
+        alone = torch.zeros_like(ctx.like).index_add_(0, indices.flatten(), rows.to(ctx.like.dtype))
+        return alone, None, None

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ostro.nn.embedding import TiedGradient
+
 IGNORE = -100
 """Target of a position at which nothing is predicted."""
 
-CHUNK_ELEMENTS = 2**26
+CHUNK_ELEMENTS = 2**27
 """Logits held at once, at most: rows per chunk = this / vocabulary size."""
 
 CPU_BLOCK = 2**18
@@ -24,14 +26,20 @@ CPU_SLICE = 4096
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "sum"
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    reduction: str = "sum",
+    tie: TiedGradient | None = None,
 ) -> Tensor:
     """The cross-entropy in nats of `hidden @ weight.T` against `targets`, in float32.
 
     `hidden` is (..., embed) in the compute dtype, `weight` (vocab, embed) in any dtype, cast to
     that of `hidden`; `targets` int64 (...), `IGNORE` where nothing is predicted. `reduction` is
     "sum" (a scalar over the predicted positions; its graph can be walked back once) or "none"
-    (one value each, 0 where ignored, without a graph).
+    (one value each, 0 where ignored, without a graph). `tie` takes the gradient of a weight that
+    is also looked up.
     """
     assert reduction in ("sum", "none"), f"unknown reduction {reduction!r}"
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -39,7 +47,7 @@ def linear_cross_entropy(
         with torch.no_grad():
             return _losses(rows, weight.to(rows.dtype), flat).view(targets.shape)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(rows, weight, flat)
+        return _LinearCrossEntropy.apply(rows, weight, flat, tie)
     return _losses(rows, weight.to(rows.dtype), flat).sum()
 
 
@@ -68,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed loss of (rows, weight, targets), with both gradients made in the forward pass."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, tie) -> Tensor:
         cast = weight.to(rows.dtype)
         size = _chunk_rows(rows.shape[0], weight.shape[0])
         buffer = rows.new_empty(size, weight.shape[0])
@@ -88,9 +96,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 step = logits[:, columns].T @ part
                 if start == 0:
                     grad_weight[columns] = step
-                else:  # summed over chunks in the wider type
-                    grad_weight[columns] += step.to(weight.dtype)
-        ctx.gradients = grad_rows, grad_weight
+                else:  # summed over chunks in the wider type; `+=` would copy the slice once more
+                    grad_weight[columns].add_(step.to(weight.dtype))
+        ctx.gradients, ctx.tie = (grad_rows, grad_weight), tie
         return loss
 
     @staticmethod
@@ -103,7 +111,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_rows.mul_(grad_loss)
             if grad_weight is not None:
                 grad_weight.mul_(grad_loss)
-        return grad_rows, grad_weight, None
+        if ctx.tie is not None:
+            ctx.tie.gradient = grad_weight
+        return grad_rows, grad_weight, None, None
 
 
 def softmax_minus_target_(logits: Tensor, targets: Tensor) -> Tensor:
