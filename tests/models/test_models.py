@@ -134,6 +134,30 @@ def test_loss_reductions_agree_with_the_logits(config):
     torch.testing.assert_close(each.sum(), expected)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_table_and_head_gradients_add_up_over_micro_batches(tied):
+    model = built(replace(LLAMA, tie_word_embeddings=tied))
+    x, y = tokens(batch=4), tokens(batch=4, seed=1)
+    for half in (slice(0, 2), slice(2, 4)):
+        loss = model(x[half], y[half])
+        loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(x).flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, y.flatten(), reduction="sum").backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["tied", "untied"])
+def test_gradients_are_handed_over_without_a_copy(config):
+    model = built(replace(config, gradient_checkpointing=False))
+    loss = model(tokens(), tokens(seed=1))
+    made = loss.grad_fn.gradients[1].data_ptr()
+    loss.backward()
+    assert model.head_weight().grad.data_ptr() == made
+
+
 @BOTH
 def test_bfloat16_compute_keeps_float32_parameters_and_loss(config):
     exact, model = built(config), built(config, compute_dtype=torch.bfloat16)

@@ -39,6 +39,7 @@ class TiedGradient:
     """
 
     def __init__(self) -> None:
+        self.wanted = False  # a lookup will fetch it; otherwise nothing may hold on to it
         self.gradient: torch.Tensor | None = None
 
 
@@ -53,6 +54,7 @@ class _TiedLookup(torch.autograd.Function):
     def forward(ctx, weight, indices, tie):
         ctx.save_for_backward(indices)
         ctx.tie, ctx.like = tie, weight.detach()
+        tie.wanted = True
         return F.embedding(indices, weight)
 
     @staticmethod

@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_rows.mul_(grad_loss)
             if grad_weight is not None:
                 grad_weight.mul_(grad_loss)
-        if ctx.tie is not None:
+        if ctx.tie is not None and ctx.tie.wanted:
             ctx.tie.gradient = grad_weight
         return grad_rows, grad_weight, None, None
 
