@@ -64,3 +64,15 @@ def test_rotary_logits_depend_on_distance_only():
 
     torch.testing.assert_close(logit(3, 1), logit(30, 28), rtol=1e-4, atol=1e-4)
     assert (logit(3, 1) - logit(3, 2)).abs() > 1e-3
+
+
+def test_short_bfloat16_attention_agrees_with_the_fused_kernel():
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 2, 3, 40, 16, dtype=torch.bfloat16, requires_grad=True)
+    by_products = causal_attention(*qkv, scale=0.3)
+    fused = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, scale=0.3)
+    torch.testing.assert_close(by_products, fused, rtol=0.02, atol=0.02)
+    weights = torch.randn_like(fused)
+    (ours,) = torch.autograd.grad((by_products * weights).sum(), qkv)
+    (theirs,) = torch.autograd.grad((fused * weights).sum(), qkv)
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
