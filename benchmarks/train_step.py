@@ -178,7 +178,7 @@ def measure(case: Case, rounds: int, contenders: list[str], allocator: str) -> d
         for name, process in processes.items():
             start = time.perf_counter()
             first[name] = ask(process, 1)["loss"]
-            ask(process, 2)  # until memory and caches are as they will be
+            ask(process, 5)  # until no memory is new any more
             note(f"{name}: ready after {time.perf_counter() - start:.0f} s")
         results: dict[str, list[dict]] = {name: [] for name in contenders}
         peaks: dict[str, list[float]] = {"f32": [], "bf16": []}
