@@ -106,14 +106,9 @@ trainer:
     assert steps[16:] == list(range(50_000, 100_001, 10_000))
 
 
-TRACKERS = [
-    ("type: wandb\n        project: my-project\n        entity: my-entity", None),
-    ("project: my-project\n        entity: my-entity", None),
-]
-
-
-@pytest.mark.parametrize(("block", "_"), TRACKERS)
-def test_wandb_is_the_default_tracker(tmp_path, block, _):
+@pytest.mark.parametrize("first", ["type: wandb\n        ", ""], ids=["named", "default"])
+def test_wandb_is_the_default_tracker(tmp_path, first):
+    block = f"{first}project: my-project\n        entity: my-entity"
     config = read(tmp_path, f"data: {{source: stdlib}}\ntrainer:\n    tracker:\n        {block}\n")
     assert config.trainer.tracker == WandbConfig(project="my-project", entity="my-entity")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ostro.models import Gpt2Config, LlamaConfig, initialize
-from ostro.sample import SamplingConfig, choose, complete, complete_all, generate
+from ostro.sample import SamplingConfig, choose, complete_all, generate
 
 VOCAB = 40
 GPT2 = Gpt2Config(
@@ -148,7 +148,7 @@ class Letters:
 
 def test_complete_goes_on_with_text():
     model, config = built(GPT2), SamplingConfig(max_new_tokens=8, temperature=1.0)
-    text = complete(model, Letters(), "HELLO", config)
+    (text,) = complete_all(model, Letters(), ["HELLO"], config)
     assert text.startswith("HELLO") and len(text) == 13 and text.isupper()
     both = complete_all(model, Letters(), ["HELLO", ""], config)
     assert both[0] == text and len(both[1]) == 8

@@ -70,11 +70,6 @@ class World:
     device: torch.device
     """The device of this process."""
 
-    @property
-    def is_main(self) -> bool:
-        """True for the process that writes logs, trackers and checkpoints' metadata."""
-        return self.rank == 0
-
 
 def pick_device(name: str, require_accelerator: bool = False) -> torch.device:
     """`auto` is CUDA, then MPS, then the CPU; anything else is a torch device that must exist."""

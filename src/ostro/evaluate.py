@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ostro.data.sequences import Batch, EvalData
+from ostro.data.sequences import EvalData
 from ostro.models.lm_model import LmModel
 
 
@@ -72,22 +72,18 @@ def evaluate(
     totals: dict[str, Totals] = {}
     with inference(model):
         for name, data in sets.items():
-            total = Totals()
+            total, losses = Totals(), []
             for batch in data.batches(batch_size, max_batches):
                 poll()
-                total.add(_batch_totals(model, batch, bytes_of, device))
+                predicted = batch.targets[batch.targets >= 0]
+                total.num_tokens += predicted.numel()
+                total.num_bytes += int(bytes_of[predicted].sum())
+                batch = batch.to(device)
+                losses.append(model(batch.tokens, batch.targets, segments=batch.segments))
+            if losses:
+                total.loss = sum(torch.stack(losses).tolist())  # waits for the device, once a set
             totals[name] = total
     return summarize(totals, {name: list(data.tags) for name, data in sets.items()})
-
-
-def _batch_totals(
-    model: LmModel, batch: Batch, bytes_of: torch.Tensor, device: torch.device
-) -> Totals:
-    predicted = batch.targets[batch.targets >= 0]
-    there = batch.to(device)
-    loss = model(there.tokens, there.targets, segments=there.segments)
-    num_bytes = int(bytes_of[predicted].sum())
-    return Totals(loss.item(), predicted.numel(), num_bytes)  # .item() waits for the device
 
 
 def summarize(totals: Mapping[str, Totals], tags: Mapping[str, list[str]]) -> dict[str, float]:

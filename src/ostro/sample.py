@@ -53,11 +53,6 @@ class TextTokenizer(Protocol):
         """Ids to text."""
 
 
-def complete(model: LmModel, tokenizer: TextTokenizer, prompt: str, config: SamplingConfig) -> str:
-    """The prompt and what the model writes after it."""
-    return complete_all(model, tokenizer, [prompt], config)[0]
-
-
 def complete_all(
     model: LmModel, tokenizer: TextTokenizer, prompts: Sequence[str], config: SamplingConfig
 ) -> list[str]:

@@ -19,6 +19,8 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+        self.go_on = "the same command goes on from what was built"
+        """How to go on; a run that has begun to train names its own configuration."""
 
     @property
     def exit_code(self) -> int:

@@ -159,13 +159,13 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
         start, first_step = time.perf_counter(), state.step
         parts = (config, plan, data, tokenizer, state, tracker, checkpointer, throughput, signals)
         try:
-            tracker.log_summary(
-                throughput.summary()
-                | {"parameter_count": state.num_parameters, "num_devices": 1, "num_hosts": 1}
-            )
+            tracker.log_summary(_summary(state, world, throughput))
             metrics = Session(*parts).fit()
-        except (Interrupted, TrainingDivergedError):
-            log.info("go on with: ostro train --config_path %s", paths.config)
+        except (Interrupted, TrainingDivergedError) as stop:
+            go_on = f"go on with: ostro train --config_path {paths.config}"
+            log.info("%s", go_on)
+            if isinstance(stop, Interrupted):
+                stop.go_on = go_on
             raise
         finally:
             tracker.finish()
@@ -388,6 +388,16 @@ def _with_epochs(config: TrainLmConfig, plan: BatchPlan, data: LMData) -> TrainL
 
 def _replace_trainer(config: TrainLmConfig, **changes: object) -> TrainLmConfig:
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes))
+
+
+def _summary(state: TrainState, world: World, throughput: Throughput) -> dict[str, float | str]:
+    """Facts about the run that no step changes."""
+    return throughput.summary() | {
+        "parameter_count": state.num_parameters,
+        "num_devices": world.num_ranks,
+        "num_hosts": 1,  # one process, so one host
+        "backend": world.device.type,
+    }
 
 
 def _announce(

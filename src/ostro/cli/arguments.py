@@ -8,7 +8,7 @@ from typing import NoReturn, TypeVar
 
 from ostro.cli.aliases import NATIVE
 from ostro.config import Loaded, encode, help_text, load, script_folders
-from ostro.errors import ConfigError, Problem, did_you_mean
+from ostro.errors import ConfigError, Problem
 from ostro.train_lm import TrainLmConfig, choose_run_id
 
 Result = TypeVar("Result")
@@ -98,10 +98,8 @@ def _completed(loaded: Loaded[TrainLmConfig], problem: Problem) -> Problem:
     return replace(problem, value=text, origin=origin)
 
 
-def unexpected(flags: Sequence[str], known: Sequence[str], command: str) -> None:
+def unexpected(flags: Sequence[str], command: str) -> None:
     """Refuse words a command has no use for."""
     if flags:
-        advice = (
-            did_you_mean(flags[0].lstrip("-"), known) or f"`{command} --help` lists the options"
-        )
+        advice = f"`{command} --help` lists the options"
         raise ConfigError(f"{command} - unknown option {flags[0]} - {advice}")

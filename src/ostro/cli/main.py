@@ -58,13 +58,10 @@ def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
         print(f"ostro: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(
-            f"ostro: stopped by {stop}; what was built is kept; the same command goes on",
-            file=sys.stderr,
-        )
+        print(f"ostro: stopped by {stop}; {stop.go_on}", file=sys.stderr)
         return stop.exit_code
     except BrokenPipeError:  # `ostro config show | head`
-        sys.stderr.close()
+        sys.stderr.close()  # or Python reports that it could not flush standard output
         return 0
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):

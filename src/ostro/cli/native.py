@@ -51,7 +51,7 @@ def config(argv: list[str], signals: Signals) -> None:
     parser.add_config_path(required=False)
     options, flags = parser.parse(argv)
     if options.what == "schema":
-        unexpected(flags, [], "ostro config schema")
+        unexpected(flags, "ostro config schema")
         print(json.dumps(json_schema(TrainLmConfig), indent=2))
         return
     print(format_tree(load_run(options.config_path, flags)))

@@ -66,7 +66,7 @@ class Trainer:
         as device scalars. Polls for signals between micro-batches, before anything is updated.
         """
         state, device = self.state, self.state.device
-        num_targets = (batch.targets >= 0).sum().clamp(min=1).to(device)
+        num_targets = max(int((batch.targets >= 0).sum()), 1)  # still on the host
         loss = torch.zeros((), device=device)
         micro_size = self.plan.micro_batch_size(step)
         for index, start in enumerate(range(0, len(batch.tokens), micro_size)):
@@ -117,8 +117,8 @@ class Trainer:
         """Hand the figures of the steps since the last flush to the tracker.
 
         Hooks that read or save the state call it first. This is where the host waits for the
-        device. A step that was not finite is reported like
-        any other, and then ends the run, unless `crash_on_nan` is false.
+        device. A step that was not finite is reported like any other, and then ends the run,
+        unless `crash_on_nan` is false.
         """
         if not self._pending:
             return
