@@ -65,21 +65,22 @@ class LmModel(nn.Module, ABC):
         *,
         segments: Tensor | None = None,
         reduction: str = "sum",
+        scale: float | Tensor = 1.0,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Logits, or with `targets` the loss in nats as float32.
 
         tokens and targets are int64 (batch, position); a target of -100 means nothing to predict.
         Without targets: logits (batch, position, vocab); with a `cache` only those of each row's
-        last real token, (batch, 1, vocab). With targets: the sum over predicted positions
-        (`reduction="sum"`) or (batch, position) with 0 where ignored, without a graph ("none").
-        Attention stays inside equal `segments` (batch, position).
+        last real token, (batch, 1, vocab). With targets: the sum over predicted positions times
+        `scale` (`reduction="sum"`), or (batch, position) with 0 where ignored, without a graph
+        ("none"). Attention stays inside equal `segments` (batch, position).
         """
         tie = TiedGradient() if targets is not None and reduction == "sum" else None
         hidden = self.hidden(tokens, segments=segments, cache=cache, tie=tie)
         if targets is not None:
             return linear_cross_entropy(
-                hidden, self.head_weight(), targets, reduction=reduction, tie=tie
+                hidden, self.head_weight(), targets, reduction=reduction, scale=scale, tie=tie
             )
         if cache is not None:
             hidden = cache.last(hidden)

@@ -60,10 +60,6 @@ class TrainState:
         """What the loss is multiplied with before the backward pass."""
         return 1.0 if self.loss_scaler is None else self.loss_scaler.scale
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to differentiate."""
-        return loss if self.loss_scaler is None else loss * self.loss_scaler.scale
-
     def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Whether to hold this update back (1.0) or make it (0.0), decided on the device.
 

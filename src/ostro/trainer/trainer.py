@@ -67,18 +67,20 @@ class Trainer:
         """
         state, device = self.state, self.state.device
         num_targets = max(int((batch.targets >= 0).sum()), 1)  # still on the host
+        scale = state.loss_scale  # 1 unless the compute type is float16
         loss = torch.zeros((), device=device)
         micro_size = self.plan.micro_batch_size(step)
         for index, start in enumerate(range(0, len(batch.tokens), micro_size)):
             self.poll()
             state.seed_dropout(step, index)
             micro = batch.rows(start, start + micro_size).to(device)
-            micro_loss = state.model(micro.tokens, micro.targets, segments=micro.segments)
-            micro_loss = micro_loss / num_targets
-            state.scaled(micro_loss).backward()
-            loss += micro_loss.detach()
+            part = state.model(
+                micro.tokens, micro.targets, segments=micro.segments, scale=scale / num_targets
+            )
+            part.backward()
+            loss += part.detach()
 
-        scale = state.loss_scale  # 1 unless the compute type is float16
+        loss /= scale
         norm = global_norm(state.parameters) / scale
         figures = {"train/loss": loss, "grad/norm/total": norm}
         hold, extra = state.judge(loss, norm)
