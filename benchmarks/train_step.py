@@ -82,7 +82,7 @@ def ours(case: Case, compiled: bool) -> tuple[torch.nn.Module, Callable]:
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         targets = torch.full_like(tokens, -100)
         targets[:, :-1] = tokens[:, 1:]
-        return model(tokens, targets) / (targets.numel() - len(targets))
+        return model(tokens, targets, scale=1 / (targets.numel() - len(targets)))
 
     return model, loss
 

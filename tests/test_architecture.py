@@ -24,6 +24,7 @@ LEVELS = [
         "signals",
         "throughput",
         "allocator",
+        "run_log",
     },
     {"models", "checkpoint"},
     {"evaluate", "trainer", "sample"},
@@ -41,7 +42,7 @@ OPTIONAL = {
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_TOTAL_LINES = 10_800
+MAX_TOTAL_LINES = 12_000
 LONGER_FUNCTIONS: dict[str, str] = {}  # "module.function": why it may be longer
 
 

@@ -111,3 +111,21 @@ def ostro(*words: str | Path, timeout: float = 120, **kwargs) -> subprocess.Comp
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs
     )
+
+
+def torchrun(num_processes: int, *words: str | Path, **kwargs) -> subprocess.CompletedProcess:
+    """Run `ostro` in several processes, as a user does with torchrun."""
+    return subprocess.run(
+        torchrun_words(num_processes, "-m", "ostro.cli.main", *words),
+        capture_output=True,
+        text=True,
+        timeout=kwargs.pop("timeout", 180),
+        check=False,
+        **kwargs,
+    )
+
+
+def torchrun_words(num_processes: int, *words: str | Path) -> list[str]:
+    """The command line that starts `words` in several processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={num_processes}", *map(str, words)]

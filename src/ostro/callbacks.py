@@ -1,4 +1,4 @@
-"""One hook: a function called after every update, and `every` for those due less often."""
+"""One hook: a function called after every update, and the rule for those due less often."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +24,3 @@ def is_due(num_steps: int | None, info: StepInfo) -> bool:
     With `num_steps` null, after the last only.
     """
     return info.is_last or (num_steps is not None and info.step % num_steps == 0)
-
-
-def every(num_steps: int | None, on_step: Callback) -> Callback:
-    """`on_step`, called only after the updates for which `is_due` holds."""
-
-    def hook(info: StepInfo) -> None:
-        if is_due(num_steps, info):
-            on_step(info)
-
-    return hook

@@ -1,39 +1,47 @@
-"""Who am I, and on which device: the processes of a run and their devices.
+"""Who am I, how do I meet the others, and on which device: the processes of a run.
 
-One process is the whole run for now; the settings that let several meet are read and checked
-here, and a configuration that asks for more than one process is refused instead of ignored.
+`torchrun` and its like say it in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT); `trainer.distributed` says it explicitly. Neither is one process.
 """
 
-from collections.abc import Iterator
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from ostro.errors import ConfigError, Problem
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of a run meet. Everything null is one process."""
+    """How the processes of a run meet. Null is what the launcher says, else one process."""
 
     coordinator_address: str | None = None
-    """`host:port` of the first process; null takes MASTER_ADDR and MASTER_PORT, or SLURM's."""
+    """`host:port` of the first process; null takes MASTER_ADDR and MASTER_PORT."""
     num_processes: int | None = None
     """How many processes make up the run; null is what the launcher says, else one."""
     process_id: int | None = None
     """Index of this process, from 0; null is what the launcher says."""
     local_device_ids: int | list[int] | None = None
     """Devices of this process; null splits CUDA_VISIBLE_DEVICES over the local processes."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Library of the collectives: NCCL for CUDA devices, gloo for all others."""
 
     def problems(self) -> Iterator[Problem]:
-        if self.num_processes is not None and self.num_processes != 1:
-            yield Problem(
-                "num_processes",
-                "this version trains in one process",
-                "remove the setting, or set it to 1",
-            )
-        if self.process_id not in (None, 0):
-            yield Problem("process_id", "must be below num_processes = 1", "remove the setting")
+        if self.num_processes is not None and self.num_processes < 1:
+            yield Problem("num_processes", "must be at least 1")
+        if self.process_id is not None:
+            count = self.num_processes or 1
+            if not 0 <= self.process_id < count:
+                yield Problem("process_id", f"must be at least 0 and below num_processes = {count}")
+        if self.coordinator_address is not None and ":" not in self.coordinator_address:
+            yield Problem("coordinator_address", "must be host:port", "for example 10.0.0.1:29500")
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,48 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """This process among those of the run. With one process every method is free."""
 
-    rank: int
-    """Index of this process, from 0."""
-    num_ranks: int
-    """Number of processes; each drives one device."""
     device: torch.device
     """The device of this process."""
+    rank: int = 0
+    """Index of this process, from 0."""
+    num_ranks: int = 1
+    """Number of processes; each drives one device."""
+
+    @property
+    def num_hosts(self) -> int:
+        """Machines of the run, as the launcher says."""
+        return max(1, self.num_ranks // int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks)))
+
+    @property
+    def is_first(self) -> bool:
+        """True for the rank that writes files and talks."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over all ranks, in place."""
+        if self.num_ranks > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. The hosts wait for each other, not for devices."""
+        if self.num_ranks == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def from_first(self, value: Value) -> Value:
+        """The first rank's value, on all ranks."""
+        if self.num_ranks == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.any(False)
 
 
 def pick_device(name: str, require_accelerator: bool = False) -> torch.device:
@@ -94,6 +136,72 @@ def pick_device(name: str, require_accelerator: bool = False) -> torch.device:
     return torch.device(name)
 
 
-def join(config: DistributedConfig, device: str, require_accelerator: bool) -> World:
-    """Meet the other processes (none yet) and pick this one's device."""
-    return World(rank=0, num_ranks=1, device=pick_device(device, require_accelerator))
+@contextlib.contextmanager
+def joined(config: DistributedConfig, device: str, require_accelerator: bool) -> Iterator[World]:
+    """Meet the other processes for the length of a `with` block; see `join`."""
+    world = join(config, device, require_accelerator)
+    try:
+        yield world
+    finally:
+        if world.num_ranks > 1:
+            dist.destroy_process_group()
+
+
+def join(
+    config: DistributedConfig,
+    device: str,
+    require_accelerator: bool,
+    environ: Mapping[str, str] = os.environ,
+) -> World:
+    """Meet the other processes and pick this one's device: `cuda` is one GPU for each process."""
+    rank, num_ranks = _place(config, environ)
+    picked = pick_device(device, require_accelerator)
+    if picked.type == "cuda" and num_ranks > 1:
+        local = int(environ.get("LOCAL_RANK", rank % torch.cuda.device_count()))
+        if local >= torch.cuda.device_count():
+            rule = f"process {rank} would use GPU {local}; here are {torch.cuda.device_count()}"
+            advice = "start fewer processes, or use trainer.device: cpu"
+            raise ConfigError(Problem("trainer.device", rule, advice, device))
+        picked = torch.device("cuda", local)
+    if config.backend == "nccl" and picked.type != "cuda":
+        rule = f"nccl joins CUDA devices only, and this process uses {picked.type}"
+        advice = "use auto or gloo"
+        raise ConfigError(Problem("trainer.distributed.backend", rule, advice, config.backend))
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    if num_ranks > 1:
+        cuda = config.backend if config.backend != "auto" else "nccl"
+        address = config.coordinator_address
+        dist.init_process_group(
+            f"cpu:gloo,cuda:{cuda}" if picked.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}" if address else "env://",
+            rank=rank,
+            world_size=num_ranks,
+        )
+    return World(picked, rank, num_ranks)
+
+
+def _place(config: DistributedConfig, environ: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and number of ranks; `ConfigError` where settings and launcher disagree."""
+    launched = {"num_processes": "WORLD_SIZE", "process_id": "RANK"}
+    values, problems = {}, []
+    for name, variable in launched.items():
+        said = int(environ[variable]) if variable in environ else None
+        asked = getattr(config, name)
+        if said is not None and asked is not None and said != asked:
+            rule = f"the launcher says {variable} = {said}"
+            place = f"trainer.distributed.{name}"
+            problems.append(Problem(place, rule, "remove the setting", str(asked)))
+        values[name] = said if asked is None else asked
+    num_ranks = values["num_processes"] or 1
+    if num_ranks > 1 and values["process_id"] is None:
+        rule = f"is missing, and there are num_processes = {num_ranks}"
+        advice = "give each process its number from 0, or start them with torchrun"
+        problems.append(Problem("trainer.distributed.process_id", rule, advice, "null"))
+    if num_ranks > 1 and not config.coordinator_address and "MASTER_ADDR" not in environ:
+        rule = "is missing, and there is no MASTER_ADDR"
+        advice = "give host:port of the first process, or start them with torchrun"
+        problems.append(Problem("trainer.distributed.coordinator_address", rule, advice, "null"))
+    if problems:
+        raise ConfigError(problems)
+    return values["process_id"] or 0, num_ranks

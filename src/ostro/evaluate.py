@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ostro.data.sequences import EvalData
+from ostro.distributed import World
 from ostro.models.lm_model import LmModel
 
 
@@ -33,6 +34,14 @@ class Totals:
         self.loss += other.loss
         self.num_tokens += other.num_tokens
         self.num_bytes += other.num_bytes
+
+    def shared(self, world: World) -> "Totals":
+        """The sums over all ranks."""
+        if world.num_ranks == 1:
+            return self
+        mine = torch.tensor([self.loss, self.num_tokens, self.num_bytes], dtype=torch.float64)
+        loss, num_tokens, num_bytes = world.sum(mine).tolist()
+        return Totals(loss, int(num_tokens), int(num_bytes))
 
     @property
     def mean_loss(self) -> float:
@@ -60,12 +69,13 @@ def evaluate(
     *,
     batch_size: int,
     token_bytes: np.ndarray,
-    device: torch.device,
+    world: World,
     max_batches: int | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Metrics of `model` over `sets`, dropout off, the model's mode restored.
 
+    Every rank computes its share of each batch of `batch_size` and gets all metrics.
     `max_batches` counts per set. `poll` is called between batches and may raise to stop.
     """
     bytes_of = torch.as_tensor(token_bytes)
@@ -73,17 +83,22 @@ def evaluate(
     with inference(model):
         for name, data in sets.items():
             total, losses = Totals(), []
-            for batch in data.batches(batch_size, max_batches):
+            ranks = {"rank": world.rank, "num_ranks": world.num_ranks}
+            for batch in data.batches(batch_size, max_batches, **ranks):
                 poll()
                 predicted = batch.targets[batch.targets >= 0]
                 total.num_tokens += predicted.numel()
                 total.num_bytes += int(bytes_of[predicted].sum())
-                batch = batch.to(device)
+                batch = batch.to(world.device)
                 losses.append(model(batch.tokens, batch.targets, segments=batch.segments))
             if losses:
                 total.loss = sum(torch.stack(losses).tolist())  # waits for the device, once a set
-            totals[name] = total
-    return summarize(totals, {name: list(data.tags) for name, data in sets.items()})
+            totals[name] = total.shared(world)
+    held_out = {name: total for name, total in totals.items() if sets[name].held_out}
+    metrics = summarize(held_out, {name: list(sets[name].tags) for name in held_out})
+    for name in totals.keys() - held_out.keys():
+        metrics |= totals[name].metrics(f"eval/{name}")
+    return metrics
 
 
 def summarize(totals: Mapping[str, Totals], tags: Mapping[str, list[str]]) -> dict[str, float]:

@@ -62,6 +62,16 @@ class Signals:
         message = f"\nostro: {name} received; saving and leaving (again to stop at once)"
         print(message, file=sys.stderr, flush=True)
 
+    @property
+    def received(self) -> bool:
+        """Whether a signal has come."""
+        return self._received is not None
+
+    @property
+    def signum(self) -> int:
+        """The signal that has come, or that another process must have got."""
+        return signal.SIGTERM if self._received is None else self._received
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside, a signal waits for the next `poll`."""

@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import random
 import shlex
 import string
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 
 from ostro.allocator import keep_freed_memory
-from ostro.callbacks import Callback, StepInfo, every
+from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Checkpointer, State, which_checkpoint
 from ostro.config import check, dump_yaml, encode
 from ostro.data.loader import Loader
 from ostro.data.text import LMData, LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
-from ostro.distributed import World, join
+from ostro.distributed import World, joined
 from ostro.errors import CheckpointError, ConfigError, Problem
 from ostro.evaluate import evaluate
 from ostro.models import Gpt2Config
 from ostro.models.lm_model import LmConfig, initialize
 from ostro.nn import axes_of
 from ostro.optim import AdamConfig, LossScaler, OptimizerConfig
+from ostro.run_log import logging_to
 from ostro.sample import SamplingConfig, complete_all
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput, device_peak
@@ -42,7 +43,14 @@ from ostro.tracker import (
     build_trackers,
     run_folder,
 )
-from ostro.trainer import BatchPlan, Trainer, TrainerConfig, TrainingDivergedError, TrainState
+from ostro.trainer import (
+    BatchPlan,
+    TorchEngine,
+    Trainer,
+    TrainerConfig,
+    TrainingDivergedError,
+    TrainState,
+)
 from ostro.units import format_bytes, format_count
 
 log = logging.getLogger("ostro")
@@ -89,11 +97,8 @@ class RunPaths:
 
     log_dir: Path
     """Folder of the log, the metrics and the resolved configuration."""
-
-    @property
-    def log(self) -> Path:
-        """The Python log."""
-        return self.log_dir / "train.log"
+    log: Path
+    """The Python log."""
 
     @property
     def config(self) -> Path:
@@ -119,59 +124,79 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
     Raises an `OstroError` for what the user can mend and `Interrupted` when stopped by a
     signal, with a checkpoint of the last whole update in place.
     """
-    signals = signals or Signals()
-    config = _replace_trainer(config, id=choose_run_id(config))
     check(config)
-    world = join(
-        config.trainer.distributed, config.trainer.device, config.trainer.require_accelerator
-    )
-    plan = config.trainer.batch_plan(world.num_ranks)
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    paths = RunPaths(run_folder(config.trainer.log_dir, config.trainer.id))
-    with logging_to(paths.log):
-        log.info("run %s on %s", config.trainer.id, world.device)
-        tokenizer = config.data.build_tokenizer()
-        data = build_data(config, tokenizer)
-        config = _with_epochs(config, plan, data)
+    trainer = config.trainer
+    with joined(trainer.distributed, trainer.device, trainer.require_accelerator) as world:
+        run_id = world.from_first(choose_run_id(config))
+        config = _replace_trainer(config, id=run_id)
+        check(config)  # the id may come from the environment
+        plan = config.trainer.batch_plan(world.num_ranks)
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        log_dir = run_folder(config.trainer.log_dir, run_id)
+        paths = RunPaths(log_dir, log_dir / config.trainer.log_file)
+        with logging_to(paths.log if world.is_first else None, config.trainer.log_level):
+            log.info("run %s on %s%s", run_id, world.device, _of(world))
+            session = build_session(config, plan, world, paths, signals or Signals())
+            start, first_step = time.perf_counter(), session.state.step
+            try:
+                session.tracker.log_summary(_summary(session.state, world, session.throughput))
+                metrics = session.fit()
+            except (Interrupted, TrainingDivergedError) as stop:
+                go_on = f"go on with: ostro train --config_path {paths.config}"
+                log.info("%s", go_on)
+                if isinstance(stop, Interrupted):
+                    stop.go_on = go_on
+                raise
+            finally:
+                session.tracker.finish()
+            seconds = time.perf_counter() - start
+            log.info("made %d updates in %.0f s", session.state.step - first_step, seconds)
+            _report(config, paths, session.checkpointer.folder, metrics)
+
+
+def build_session(
+    config: TrainLmConfig, plan: BatchPlan, world: World, paths: RunPaths, signals: Signals
+) -> "Session":
+    """Everything a run needs, resumed where there is something to resume from."""
+    tokenizer = config.data.build_tokenizer()
+    data = build_data(config, tokenizer)
+    config = _with_epochs(config, plan, data)
+    if world.is_first:
         paths.config.write_text(dump_yaml(config))
 
-        num_tokens = vocab_size(config, tokenizer)
-        state = build_state(config, num_tokens, world)
-        throughput = Throughput(
-            config.model.seq_len,
-            config.model.flops_per_token(num_tokens),
-            device_peak(world.device, getattr(torch, config.trainer.mp.compute)),
-            world.num_ranks,
-        )
-        checkpointer = config.trainer.checkpointer.build(config.trainer.id, run_name(config))
-        restore(config, checkpointer, state)
-        _announce(config, plan, state, throughput)
-        info = RunInfo(
-            config.trainer.id,
-            config.trainer.log_dir,
-            encode(config),
-            resume=state.step > 0,
-            num_steps=config.trainer.num_train_steps,
-            start_step=state.step,
-        )
-        tracker = build_trackers(trackers(config), info)
-        start, first_step = time.perf_counter(), state.step
-        parts = (config, plan, data, tokenizer, state, tracker, checkpointer, throughput, signals)
-        try:
-            tracker.log_summary(_summary(state, world, throughput))
-            metrics = Session(*parts).fit()
-        except (Interrupted, TrainingDivergedError) as stop:
-            go_on = f"go on with: ostro train --config_path {paths.config}"
-            log.info("%s", go_on)
-            if isinstance(stop, Interrupted):
-                stop.go_on = go_on
-            raise
-        finally:
-            tracker.finish()
-        seconds = time.perf_counter() - start
-        log.info("made %d updates in %.0f s", state.step - first_step, seconds)
-        _report(config, paths, checkpointer.folder, metrics)
+    num_tokens = vocab_size(config, tokenizer)
+    state = build_state(config, num_tokens, world)
+    throughput = Throughput(
+        config.model.seq_len,
+        config.model.flops_per_token(num_tokens),
+        device_peak(world.device, getattr(torch, config.trainer.mp.compute)),
+        world.num_ranks,
+    )
+    assert config.trainer.id is not None, "the run id is chosen before"
+    checkpointer = config.trainer.checkpointer.build(config.trainer.id, run_name(config))
+    restore(config, checkpointer, state)
+    _announce(config, plan, state, throughput)
+    info = RunInfo(
+        config.trainer.id,
+        config.trainer.log_dir,
+        encode(config),
+        resume=state.step > 0,
+        num_steps=config.trainer.num_train_steps,
+        start_step=state.step,
+    )
+    return Session(
+        config=config,
+        plan=plan,
+        world=world,
+        data=data,
+        tokenizer=tokenizer,
+        state=state,
+        tracker=build_trackers(trackers(config) if world.is_first else [], info),
+        checkpointer=checkpointer,
+        throughput=throughput,
+        signals=signals,
+    )
 
 
 def build_data(config: TrainLmConfig, tokenizer: Tokenizer) -> LMData:
@@ -239,54 +264,59 @@ def restore(config: TrainLmConfig, checkpointer: Checkpointer, state: TrainState
         )
 
 
+@dataclass
 class Session:
     """A run in progress: the loop with its hooks, and the way out of it."""
 
-    def __init__(
-        self,
-        config: TrainLmConfig,
-        plan: BatchPlan,
-        data: LMData,
-        tokenizer: Tokenizer,
-        state: TrainState,
-        tracker: Tracker,
-        checkpointer: Checkpointer,
-        throughput: Throughput,
-        signals: Signals,
-    ):
-        self.config, self.plan, self.data, self.tokenizer = config, plan, data, tokenizer
-        self.state, self.tracker, self.checkpointer = state, tracker, checkpointer
-        self.signals = signals
+    config: TrainLmConfig
+    plan: BatchPlan
+    world: World
+    data: LMData
+    tokenizer: Tokenizer
+    state: TrainState
+    tracker: Tracker
+    checkpointer: Checkpointer
+    throughput: Throughput
+    signals: Signals
+
+    def __post_init__(self) -> None:
+        config = self.config
         self.trainer = Trainer(
             config.trainer,
-            plan,
-            state,
+            self.plan,
+            TorchEngine(self.state, self.world),
             config.optimizer.schedule(config.trainer.num_train_steps),
             max_grad_norm=config.optimizer.max_grad_norm,
-            tracker=tracker,
-            throughput=throughput,
-            poll=signals.poll,
+            tracker=self.tracker,
+            throughput=self.throughput,
+            poll=self.poll,
         )
-        self._texts = {"config.yaml": dump_yaml(config), "tokenizer.json": tokenizer.to_text()}
-        self._token_bytes = tokenizer.token_bytes()
+        self._texts = {"config.yaml": dump_yaml(config), "tokenizer.json": self.tokenizer.to_text()}
+        self._token_bytes = self.tokenizer.token_bytes()
         self._eval_metrics: dict[str, float] = {}
         self._improved: bool | None = None
 
     def fit(self) -> dict[str, float]:
         """Train to the end, or to a signal or divergence, and leave a checkpoint either way.
 
-        Returns the metrics of the last evaluation.
+        Returns the metrics of the last evaluation. With `eval_only` that is all there is.
         """
-        num_steps, first_step = self.config.trainer.num_train_steps, self.state.step
-        loader = Loader(self.data.train, self.plan.schedule)
-        hooks: list[Callback] = [
-            every(self.config.trainer.steps_per_eval, self.evaluate),  # it may decide on saving
-            lambda info: self.save(info.step, force=info.is_last),
-        ]
+        trainer, first_step = self.config.trainer, self.state.step
+        num_steps = trainer.num_train_steps
+        if trainer.eval_only or (trainer.eval_when == "before" and first_step == 0):
+            self.evaluate(first_step)
+        if trainer.eval_only:
+            return self._eval_metrics
+        loader = Loader(
+            self.data.train,
+            self.plan.schedule,
+            rank=self.world.rank,
+            num_ranks=self.world.num_ranks,
+        )
         batches = loader.batches(first_step, num_steps)
         try:
             with self.signals.deferred(), contextlib.closing(batches):
-                self.trainer.fit(batches, hooks)
+                self.trainer.fit(batches, [self.evaluate_if_due, self.save_if_due])
         except (Interrupted, TrainingDivergedError):
             with contextlib.suppress(TrainingDivergedError):
                 self.trainer.flush()  # may find that the weights stopped changing earlier
@@ -296,7 +326,25 @@ class Session:
             raise
         return self._eval_metrics
 
-    def evaluate(self, info: StepInfo) -> None:
+    def poll(self, whole_step: bool) -> None:
+        """Raise `Interrupted` if a signal has come, on all ranks after the same update."""
+        if self.world.num_ranks == 1:
+            self.signals.poll()
+        elif whole_step and self.world.any(self.signals.received):
+            raise Interrupted(self.signals.signum)
+
+    def evaluate_if_due(self, info: StepInfo) -> None:
+        """Evaluate after update k, or before update k, when k is a multiple of `steps_per_eval`."""
+        before = self.config.trainer.eval_when == "before"
+        step = info.step + 1 if before else info.step
+        if is_due(self.config.trainer.steps_per_eval, StepInfo(step, info.is_last)):
+            self.evaluate(step)  # it may decide on saving
+
+    def save_if_due(self, info: StepInfo) -> None:
+        """Save after an update, if the policy says so."""
+        self.save(info.step, force=info.is_last)
+
+    def evaluate(self, step: int) -> None:
         """Evaluate on every validation set, draw samples if asked, and hand both to the tracker."""
         self.trainer.flush()
         if self.data.validation and self.config.trainer.steps_per_eval is not None:
@@ -306,19 +354,19 @@ class Session:
                 self.data.validation,
                 batch_size=self.plan.eval_batch_size,
                 token_bytes=self._token_bytes,
-                device=self.state.device,
+                world=self.world,
                 max_batches=self.config.trainer.max_eval_batches,
-                poll=self.signals.poll,
+                poll=self.signals.poll if self.world.num_ranks == 1 else lambda: None,
             )
             elapsed = {"eval/total_time": time.perf_counter() - start}
-            self.tracker.log(self._eval_metrics | elapsed, step=info.step)
-            loss = self._eval_metrics["eval/loss"]
+            self.tracker.log(self._eval_metrics | elapsed, step=step)
+            loss = self._eval_metrics.get("eval/loss", math.nan)
             self._improved = loss < self.state.best_eval_loss
-            self.state.best_eval_loss = min(loss, self.state.best_eval_loss)
-        if prompts := self.config.sample_prompts:
+            self.state.best_eval_loss = min(self.state.best_eval_loss, loss)
+        if (prompts := self.config.sample_prompts) and self.world.is_first:
             texts = complete_all(self.state.model, self.tokenizer, prompts, self.config.sampling)
             for index, text in enumerate(texts):
-                self.tracker.log_text(f"sample/{index}", text, step=info.step)
+                self.tracker.log_text(f"sample/{index}", text, step=step)
 
     def save(self, step: int, *, force: bool = False, interrupted: bool = False) -> None:
         """Save the state after update `step`, if the policy, `force` or `interrupted` says so.
@@ -326,6 +374,8 @@ class Session:
         Where a save on the way fails, the run goes on: older checkpoints are intact.
         """
         improved, self._improved = self._improved, None
+        if not self.world.is_first:
+            return
         try:
             report = self.checkpointer.on_step(
                 step, self._make_state, force=force, improved=improved, interrupted=interrupted
@@ -344,6 +394,7 @@ class Session:
             "tracker": self.tracker.state(),
             "data": self.data.fingerprint,
             "eos_id": self.tokenizer.eos_id,
+            "run_id": self.config.trainer.id,
         }
         return State(self.state.tensors(), values, self._texts)
 
@@ -395,9 +446,13 @@ def _summary(state: TrainState, world: World, throughput: Throughput) -> dict[st
     return throughput.summary() | {
         "parameter_count": state.num_parameters,
         "num_devices": world.num_ranks,
-        "num_hosts": 1,  # one process, so one host
+        "num_hosts": world.num_hosts,
         "backend": world.device.type,
     }
+
+
+def _of(world: World) -> str:
+    return "" if world.num_ranks == 1 else f", one of {world.num_ranks} processes"
 
 
 def _announce(
@@ -437,39 +492,3 @@ def _report(
         if isinstance(tracker, TensorboardConfig):
             folder = tracker.logdir.partition("${run_id}")[0] or "."
             log.info("  TensorBoard: tensorboard --logdir %s", folder)
-
-
-@contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Send what ostro logs to `path` and to the terminal."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    log.addHandler(to_file)
-    try:
-        with logging_to_terminal():
-            yield
-    finally:
-        log.removeHandler(to_file)
-        to_file.close()
-
-
-@contextlib.contextmanager
-def logging_to_terminal() -> Iterator[None]:
-    """Print what ostro logs, from INFO up."""
-    handler, level = _PrintHandler(), log.level
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        log.removeHandler(handler)
-
-
-class _PrintHandler(logging.Handler):
-    """Prints to whatever standard output is now: a progress bar redirects it while it lives."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(prefix + record.getMessage(), file=sys.stdout, flush=True)

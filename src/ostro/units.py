@@ -189,3 +189,15 @@ def format_count(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f}" if unit == "" else f"{count:.3g}{unit}"
+
+
+def in_run_folder(pattern: str, run_id: str) -> str:
+    """A run's own folder: the id replaces `${run_id}`; without one it is appended.
+
+    A pattern that ends with `/.` is the folder as it stands.
+    """
+    if "${run_id}" in pattern:
+        return pattern.replace("${run_id}", run_id).rstrip("/")
+    if pattern.endswith("/."):
+        return pattern.removesuffix("/.") or "/"
+    return f"{pattern.rstrip('/')}/{run_id}"

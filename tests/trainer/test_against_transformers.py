@@ -50,7 +50,7 @@ def test_losses_and_gradient_norms_are_those_of_plain_torch(tmp_path):
     path = write_config(tmp_path, **CHANGES)
     config = load_run(str(path), []).config
     run(config)
-    ours = build_state(config, 257, World(0, 1, torch.device("cpu"))).model
+    ours = build_state(config, 257, World(torch.device("cpu"))).model
     theirs = theirs_like(ours)
 
     decay = [p for p in theirs.parameters() if p.ndim == 2]

@@ -4,6 +4,7 @@ from ostro.checkpoint.checkpointer import Checkpointer, CheckpointerConfig, Save
 from ostro.checkpoint.discovery import Decision, find_latest, scan, which_checkpoint
 from ostro.checkpoint.metadata import Metadata
 from ostro.checkpoint.policy import CheckpointInterval, Policy
+from ostro.checkpoint.single_file import SavedFile, read_file, register_format, write_file
 from ostro.checkpoint.store import Saved, State, checkpoint_bytes, load, write
 
 __all__ = [
@@ -15,12 +16,16 @@ __all__ = [
     "Policy",
     "SaveReport",
     "Saved",
+    "SavedFile",
     "State",
     "checkpoint_bytes",
     "disk_bytes",
     "find_latest",
     "load",
+    "read_file",
+    "register_format",
     "scan",
     "which_checkpoint",
     "write",
+    "write_file",
 ]

@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import Metadata
+from ostro.checkpoint.single_file import SavedFile, files_below, load_file
 from ostro.checkpoint.store import Saved, load, read_metadata
 from ostro.errors import CheckpointError
 
@@ -28,30 +30,40 @@ def scan(path: str) -> list[tuple[str, Metadata]]:
     return sorted(found, key=lambda pair: (pair[1].timestamp, pair[1].step), reverse=True)
 
 
-def find_latest(path: str) -> Saved | None:
+def find_latest(path: str) -> Saved | SavedFile | None:
     """The newest intact checkpoint at or anywhere below `path`, checksums compared.
 
-    `path` may be a checkpoint, a run's folder, or one further up. Where there is no such
-    folder its last part is taken for a run's name, looked up in the checkpoints below its
+    `path` may be a checkpoint, folder or file, a run's folder, or one further up. Where there is
+    no such folder its last part is taken for a run's name, looked up in the checkpoints below its
     parent. A damaged checkpoint is named in a warning and the one before it is taken.
     """
     path = path.rstrip("/") or path
-    if storage.is_folder(path):
-        candidates = scan(path)
-    else:
-        parent, _, name = path.rpartition("/")
-        parent = parent if parent or path.startswith("/") else "."
-        found = scan(parent) if storage.is_folder(parent or "/") else []
-        candidates = [(folder, metadata) for folder, metadata in found if metadata.run_name == name]
-    for folder, _ in candidates:
+    if storage.is_local(path) and Path(path).expanduser().is_file():
+        return load_file(path)
+    for candidate in _candidates(path):
         try:
-            saved = load(folder)
+            if candidate.endswith(".pt"):
+                return load_file(candidate)
+            saved = load(candidate)
             saved.verify()
         except CheckpointError as error:
             _log.warning("skipping a damaged checkpoint: %s", error)
         else:
             return saved
     return None
+
+
+def _candidates(path: str) -> list[str]:
+    """Folders and files that look like checkpoints, newest first."""
+    if not storage.is_folder(path):
+        parent, _, name = path.rpartition("/")
+        parent = parent if parent or path.startswith("/") else "."
+        found = scan(parent) if storage.is_folder(parent or "/") else []
+        return [folder for folder, metadata in found if metadata.run_name == name]
+    found = [(metadata.timestamp, metadata.step, folder) for folder, metadata in scan(path)]
+    if storage.is_local(path):
+        found += [(timestamp, 0, file) for timestamp, file in files_below(path)]
+    return [place for *_, place in sorted(found, reverse=True)]
 
 
 @dataclass(frozen=True)

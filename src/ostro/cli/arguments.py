@@ -9,7 +9,7 @@ from typing import NoReturn, TypeVar
 from ostro.cli.aliases import NATIVE
 from ostro.config import Loaded, encode, help_text, load, script_folders
 from ostro.errors import ConfigError, Problem
-from ostro.train_lm import TrainLmConfig, choose_run_id
+from ostro.train_lm import TrainLmConfig
 
 Result = TypeVar("Result")
 
@@ -69,14 +69,6 @@ def load_run(
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)
     return loaded
-
-
-def with_run_id(loaded: Loaded[TrainLmConfig]) -> Loaded[TrainLmConfig]:
-    """The configuration with its run id chosen."""
-    run_id = choose_run_id(loaded.config)
-    if loaded.config.trainer.id == run_id:
-        return loaded
-    return loaded.derive({"trainer.id": run_id})
 
 
 def explained(loaded: Loaded[TrainLmConfig], action: Callable[[], Result]) -> Result:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, find_latest
-from ostro.cli.arguments import Parser, explained, load_run, unexpected, with_run_id
+from ostro.cli.arguments import Parser, explained, load_run, unexpected
 from ostro.config import format_tree, json_schema, load
-from ostro.distributed import pick_device
+from ostro.distributed import World, pick_device
 from ostro.dry_run import describe, draw
 from ostro.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.evaluate import evaluate as evaluate_sets
 from ostro.inference import load_model, load_tokenizer
+from ostro.run_log import logging_to_terminal
 from ostro.sample import SamplingConfig, complete_all
 from ostro.signals import Signals
-from ostro.train_lm import TrainLmConfig, build_data, logging_to_terminal, run
+from ostro.train_lm import TrainLmConfig, build_data, run
 
 
 def train(argv: list[str], signals: Signals) -> None:
@@ -30,7 +31,6 @@ def train(argv: list[str], signals: Signals) -> None:
         print(format_tree(loaded))
         print("\n".join(lines))
         return
-    loaded = with_run_id(loaded)
     explained(loaded, lambda: run(loaded.config, signals))
 
 
@@ -167,7 +167,7 @@ def evaluate(argv: list[str], signals: Signals) -> None:
         data.validation,
         batch_size=config.trainer.batch_plan(1).eval_batch_size,
         token_bytes=tokenizer.token_bytes(),
-        device=device,
+        world=World(device),
         max_batches=config.trainer.max_eval_batches,
     )
     print(json.dumps(metrics, indent=2))

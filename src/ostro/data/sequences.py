@@ -163,25 +163,41 @@ class TrainData:
     def _offsets(self, name: str, windows: Windows, indices: np.ndarray) -> np.ndarray:
         """Token offsets of a source's examples."""
         key = derive_key(self.seed, name)
-        if self.sampling == "windows":  # anywhere, with replacement, as long as a target follows
-            choices = max(windows.num_tokens - windows.seq_len, 1)
-            drawn = mix(mix(indices.astype(np.uint64), key), derive_key(key, "draw"))
-            return (drawn % np.uint64(choices)).astype(np.int64)
+        if self.sampling == "windows":
+            return random_offsets(windows, indices, key)
         order = shuffled(indices, windows.num_windows, self.shuffle, key)
         return order * windows.seq_len
 
 
+def random_offsets(windows: Windows, indices: np.ndarray, key: int) -> np.ndarray:
+    """Token offsets anywhere, with replacement, as long as a target follows; by (key, index)."""
+    choices = max(windows.num_tokens - windows.seq_len, 1)
+    drawn = mix(mix(indices.astype(np.uint64), key), derive_key(key, "draw"))
+    return (drawn % np.uint64(choices)).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class EvalData:
-    """An evaluation set: its windows in their own order, each once."""
+    """An evaluation set: its windows in their own order, each once, or as many random ones."""
 
     name: str
     tags: tuple[str, ...]
     windows: Windows
+    held_out: bool = True
+    """False for text that is trained on: it has metrics of its own and no part in the averages."""
+    key: int | None = None
+    """Draw windows at random places by this key, the same in every evaluation."""
 
     @property
     def num_windows(self) -> int:
         return self.windows.num_windows
+
+    def offsets(self, first: int, stop: int) -> np.ndarray:
+        """Token offsets of windows first..stop-1."""
+        indices = np.arange(first, stop, dtype=np.int64)
+        if self.key is None:
+            return indices * self.windows.seq_len
+        return random_offsets(self.windows, indices, self.key)
 
     def batches(
         self, batch_size: int, max_batches: int | None = None, *, rank: int = 0, num_ranks: int = 1
@@ -192,13 +208,16 @@ class EvalData:
         that every rank gets as many batches and rows as the others.
         """
         assert batch_size % num_ranks == 0, "the evaluation batch is shared evenly"
-        for number, first in enumerate(range(0, self.num_windows, batch_size)):
+        total = self.num_windows
+        if self.key is not None and max_batches is not None:  # with replacement: any number
+            total = batch_size * max_batches
+        for number, first in enumerate(range(0, total, batch_size)):
             if max_batches is not None and number >= max_batches:
                 return
-            count = min(batch_size, self.num_windows - first)
+            count = min(batch_size, total - first)
             rows = -(-count // num_ranks)
-            mine = range(first + rank * rows, first + min((rank + 1) * rows, count))
-            offsets = np.array(mine, dtype=np.int64) * self.windows.seq_len
+            start = first + min(rank * rows, count)
+            offsets = self.offsets(start, first + min((rank + 1) * rows, count))
             tokens, targets = self.windows.gather(offsets)
             fill = ((0, rows - len(offsets)), (0, 0))
             tokens, targets = np.pad(tokens, fill), np.pad(targets, fill, constant_values=IGNORE)

@@ -14,6 +14,7 @@ import numpy as np
 from ostro.data.cache import CacheRequest, Progress, file_list, open_cache
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.mixture import block_counts
+from ostro.data.permutation import derive_key
 from ostro.data.sequences import EvalData, TrainData, Windows, cut
 from ostro.data.source import HfSource, SourceConfig, TokensSource, UrlsSource
 from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, locked, read_json, write_json
@@ -81,7 +82,9 @@ class LMDatasetConfig:
     false: the text's own order."""
     sampling: Literal["permutation", "windows"] = "permutation"
     """`permutation`: every window once a pass. `windows`: windows at random places, with
-    replacement, as nanoGPT draws them; still a function of (seed, index)."""
+    replacement, as nanoGPT draws them, in evaluation too; still a function of (seed, index)."""
+    evaluate_train: bool = False
+    """Also evaluate on the training text, as the set `train`, which counts in no average."""
     document_mask: bool = False
     """Keep attention within documents."""
     num_validation_sequences: int | None = None
@@ -271,6 +274,10 @@ class _Builder:
                     self._add_eval(validation, name, source, rest)
                 if name in trained:
                     train[name] = windows
+                    if config.evaluate_train:
+                        shown = f"train/{name}" if config.configs else "train"
+                        key = self._draw_key(shown)
+                        validation[shown] = EvalData(shown, (), windows, held_out=False, key=key)
             if has_validation:
                 windows = self._windows(name, source, "validation")
                 self._add_eval(validation, name, source, windows)
@@ -300,7 +307,12 @@ class _Builder:
     ) -> None:
         shown = name if self._config.configs else "validation"
         tags = tuple(dict.fromkeys([*source.tags, *self._config.tags]))
-        validation[shown] = EvalData(shown, tags, windows)
+        validation[shown] = EvalData(shown, tags, windows, key=self._draw_key(shown))
+
+    def _draw_key(self, name: str) -> int | None:
+        """The key of random evaluation windows; None where each comes once."""
+        draws = self._config.sampling == "windows"
+        return derive_key(self._seed, "evaluate", name) if draws else None
 
     def _hold_out(self, name: str, windows: Windows, count: int) -> tuple[Windows, Windows]:
         if count >= windows.num_windows:

@@ -14,7 +14,8 @@ class TensorboardConfig(TrackerConfig):
     """TensorBoard event files; `tensorboard --logdir logs` shows them."""
 
     logdir: str = "logs"
-    """Folder of the event files; the run id is appended, or replaces `${run_id}`."""
+    """Folder of the event files; the run id is appended, or replaces `${run_id}`; a
+    folder that ends with `/.` is taken as it is."""
     flush_secs: int = 30
     """Seconds after which events are written to the file at the latest."""
 

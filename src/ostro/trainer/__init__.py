@@ -1,12 +1,15 @@
 """The training loop, its configuration and the state between its steps."""
 
 from ostro.trainer.config import BatchPlan, BatchStage, TrainerConfig
+from ostro.trainer.engine import Engine, TorchEngine
 from ostro.trainer.state import TrainState
 from ostro.trainer.trainer import Trainer, TrainingDivergedError
 
 __all__ = [
     "BatchPlan",
     "BatchStage",
+    "Engine",
+    "TorchEngine",
     "TrainState",
     "Trainer",
     "TrainerConfig",

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ostro.checkpoint import CheckpointerConfig
 from ostro.data.mixture import BatchSchedule
@@ -39,6 +40,11 @@ class TrainerConfig:
     """Examples that a device computes at once in evaluation. Null (or -1) is the training value."""
     steps_per_eval: int | None = 1000
     """Evaluate after every so many updates, after the first, and at the end. Null: never."""
+    eval_when: Literal["after", "before"] = "after"
+    """after: evaluate after update k, when k is a multiple of `steps_per_eval`. before: before
+    update k, as nanoGPT does; the first evaluation is then of the initial weights."""
+    eval_only: bool = False
+    """Evaluate once and stop; nothing is trained or saved."""
     max_eval_batches: int | None = None
     """Batches to evaluate of each validation set. Null is all of it."""
     mp: Precision = field(default_factory=Precision)
@@ -53,7 +59,12 @@ class TrainerConfig:
     """Name of the run in folders and trackers. Null: RUN_ID of the environment, the id of the
     wandb tracker, or eight random characters. A given id resumes its own checkpoints."""
     log_dir: str = "logs/"
-    """Folder of the run's log and metrics; the run id is appended, or replaces `${run_id}`."""
+    """Folder of the run's log and metrics; the run id is appended, or replaces `${run_id}`. A
+    folder that ends with `/.` is taken as it is."""
+    log_file: str = "train.log"
+    """Name of the log in that folder."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """The least important messages to show and to log."""
     log_interval: int = 10
     """Steps between two reports. The host waits for the device only then."""
     tracker: TrackerConfig | list[TrackerConfig] = field(default_factory=WandbConfig)

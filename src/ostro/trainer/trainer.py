@@ -8,11 +8,11 @@ import torch
 from ostro.callbacks import Callback, StepInfo
 from ostro.data.sequences import Batch
 from ostro.errors import OstroError
-from ostro.optim import Schedule, apply_update, clip_scale, global_norm, set_learning_rate
+from ostro.optim import Schedule
 from ostro.throughput import Throughput
 from ostro.tracker import Tracker
 from ostro.trainer.config import BatchPlan, TrainerConfig
-from ostro.trainer.state import TrainState
+from ostro.trainer.engine import Engine
 
 
 class TrainingDivergedError(OstroError):
@@ -38,17 +38,19 @@ class Trainer:
         self,
         config: TrainerConfig,
         plan: BatchPlan,
-        state: TrainState,
+        engine: Engine,
         schedule: Schedule,
         *,
         max_grad_norm: float | None,
         tracker: Tracker,
         throughput: Throughput,
-        poll: Callable[[], None] = lambda: None,
+        poll: Callable[[bool], None] = lambda whole_step: None,
     ):
+        """`poll(whole_step)` may raise to stop: between micro-batches, and after whole updates."""
         self.config = config
         self.plan = plan
-        self.state = state
+        self.engine = engine
+        self.state = engine.state
         self.schedule = schedule
         self.max_grad_norm = max_grad_norm
         self.tracker = tracker
@@ -60,35 +62,22 @@ class Trainer:
     def train_step(self, step: int, batch: Batch) -> dict[str, torch.Tensor]:
         """Update the weights once, from this rank's examples of batch `step`.
 
-        The loss is the mean over all target tokens of the batch, however many micro-batches it
-        is computed in. Nothing here waits for the device: the update is masked on the device
-        when the loss or gradient is not finite or skip-step says so, and the figures come back
-        as device scalars. Polls for signals between micro-batches, before anything is updated.
+        The loss is the mean over all target tokens of the batch, however many ranks and
+        micro-batches it is computed in. Nothing here waits for the device: the update is masked on
+        the device when the loss or gradient is not finite or skip-step says so, and the figures
+        come back as device scalars. Polls for signals before anything is updated.
         """
-        state, device = self.state, self.state.device
-        num_targets = max(int((batch.targets >= 0).sum()), 1)  # still on the host
-        scale = state.loss_scale  # 1 unless the compute type is float16
+        engine, device = self.engine, self.state.device
+        num_targets = engine.count_targets(batch)
         loss = torch.zeros((), device=device)
         micro_size = self.plan.micro_batch_size(step)
-        for index, start in enumerate(range(0, len(batch.tokens), micro_size)):
-            self.poll()
-            state.seed_dropout(step, index)
+        starts = range(0, len(batch.tokens), micro_size)
+        for index, start in enumerate(starts):
+            self.poll(False)
+            self.state.seed_dropout(step, engine.world.rank * len(starts) + index)
             micro = batch.rows(start, start + micro_size).to(device)
-            part = state.model(
-                micro.tokens, micro.targets, segments=micro.segments, scale=scale / num_targets
-            )
-            part.backward()
-            loss += part.detach()
-
-        loss /= scale
-        norm = global_norm(state.parameters) / scale
-        figures = {"train/loss": loss, "grad/norm/total": norm}
-        hold, extra = state.judge(loss, norm)
-        set_learning_rate(state.optimizer, self.schedule(step))
-        clip = clip_scale(norm, self.max_grad_norm)
-        apply_update(state.optimizer, grad_scale=clip * scale, found_inf=hold)
-        state.optimizer.zero_grad(set_to_none=True)
-        return figures | extra
+            loss += engine.backward(micro, num_targets, is_last=index == len(starts) - 1)
+        return engine.update(loss, self.schedule(step), self.max_grad_norm)
 
     def fit(self, batches: Iterator[Batch], callbacks: Sequence[Callback] = ()) -> None:
         """Make the updates that are left of `num_train_steps`, calling the hooks after each.
@@ -113,7 +102,7 @@ class Trainer:
             for callback in callbacks:
                 callback(info)
             self._hook_time += time.perf_counter() - start
-            self.poll()
+            self.poll(True)
 
     def flush(self) -> None:
         """Hand the figures of the steps since the last flush to the tracker.

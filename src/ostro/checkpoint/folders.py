@@ -1,0 +1,88 @@
+"""The folder of a run's checkpoints: one folder each, tidied up as newer ones come."""
+
+import logging
+import time
+
+from ostro.checkpoint import storage
+from ostro.checkpoint.discovery import scan
+from ostro.checkpoint.policy import Kind
+from ostro.checkpoint.store import State, read_metadata, step_folder, write
+from ostro.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+
+
+class FolderStore:
+    """Saves each state as `<folder>/step-<k>` and deletes the temporary ones before it."""
+
+    def __init__(self, folder: str, run_id: str, run_name: str, delete_old: bool):
+        self.folder = folder
+        self._run_id, self._run_name, self._delete_old = run_id, run_name, delete_old
+        self._newest = 0.0  # commit time of the newest checkpoint in the folder
+        self._temporaries: list[str] | None = None  # None: the folder was not looked at yet
+
+    def save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
+        """Write a checkpoint; returns its path and size in bytes."""
+        if self._temporaries is None:
+            self._temporaries = self._tidy_up()
+        # Later than what is there, whatever this machine's clock says: newest wins on resume.
+        timestamp = max(time.time(), self._newest + 1e-3)
+        metadata = write(
+            self.folder,
+            state,
+            step=step,
+            is_temporary=kind == "temporary",
+            is_best=best,
+            run_id=self._run_id,
+            run_name=self._run_name,
+            timestamp=timestamp,
+        )
+        self._newest = timestamp
+        path = step_folder(self.folder, step)
+        kept = [old for old in self._temporaries if old != path and not self._drop(old, best)]
+        self._temporaries = [*kept, path] if kind == "temporary" else kept
+        return path, metadata.num_bytes
+
+    def _drop(self, path: str, new_best: bool) -> bool:
+        """Delete a superseded temporary checkpoint if it still is one. False: it stays."""
+        try:
+            metadata = read_metadata(path)
+            if metadata.is_best and not new_best:
+                return False
+            if metadata.is_temporary:
+                storage.remove(path)
+        except (CheckpointError, OSError) as error:
+            _log.warning("could not delete the superseded checkpoint %s: %s", path, error)
+        return True
+
+    def _tidy_up(self) -> list[str]:
+        """Look at what earlier attempts of this run left; the temporary checkpoints among it."""
+        try:
+            for name in storage.names(self.folder):
+                self._tidy_remains(name)
+        except OSError as error:
+            _log.warning("could not tidy up %s: %s", self.folder, error)
+        found = scan(self.folder)
+        self._newest = max((metadata.timestamp for _, metadata in found), default=0.0)
+        if not self._delete_old:
+            return []
+        return [p for p, m in found if m.is_temporary and m.run_id == self._run_id]
+
+    def _tidy_remains(self, name: str) -> None:
+        """Delete a half-written folder; put back a checkpoint whose successor never came."""
+        path = f"{self.folder}/{name}"
+        original = f"{self.folder}/{name.removeprefix(storage.ASIDE).rpartition('-')[0]}"
+        if name.startswith(storage.ASIDE) and _is_complete(path) and not _is_complete(original):
+            if storage.is_folder(original):
+                storage.remove(original)
+            storage.move(path, original)
+        elif name.startswith((storage.ASIDE, storage.PARTIAL)):
+            storage.remove(path)
+
+
+def _is_complete(path: str) -> bool:
+    try:
+        read_metadata(path)
+    except CheckpointError:
+        return False
+    return True

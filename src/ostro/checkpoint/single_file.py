@@ -1,0 +1,219 @@
+"""Checkpoints in one file that `torch.load(weights_only=True)` reads.
+
+    experiments/x/checkpoints/step_1000.pt  latest_checkpoint.pt     format: file
+    out/ckpt.pt                                                      format: nanogpt
+
+Files are written under another name, flushed, and renamed into place. Nothing but tensors and
+plain values is ever read from one.
+"""
+
+import contextlib
+import errno
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ostro.checkpoint import storage
+from ostro.checkpoint.policy import Kind
+from ostro.checkpoint.store import State
+from ostro.errors import CheckpointError
+
+LATEST = "latest_checkpoint.pt"
+NANOGPT = "ckpt.pt"
+INTERRUPTED = "ckpt_interrupted.pt"
+"""Beside a `ckpt.pt` that holds the best weights: where the run was when it was stopped."""
+_RESERVE = 1 << 20  # bytes of a file beside its tensors, generously
+
+
+class FileFormat(Protocol):
+    """How a state lies in the mapping that is saved."""
+
+    def pack(self, state: State, step: int) -> dict[str, Any]:
+        """The mapping for a state after update `step`: tensors and plain values."""
+        ...
+
+    def unpack(self, content: Mapping[str, Any], where: str) -> State:
+        """The state in such a mapping; `CheckpointError` when something is missing."""
+        ...
+
+    def fits(self, content: Mapping[str, Any]) -> bool:
+        """Whether the mapping looks like this format."""
+        ...
+
+
+class PlainFormat:
+    """The groups of a state as they are: `model`, `optimizer`, `state`, `values`, `texts`."""
+
+    def pack(self, state: State, step: int) -> dict[str, Any]:
+        """See `FileFormat.pack`."""
+        groups = {name: dict(tensors) for name, tensors in state.tensors.items()}
+        return {"format": "ostro", **groups, "values": state.values, "texts": dict(state.texts)}
+
+    def unpack(self, content: Mapping[str, Any], where: str) -> State:
+        """See `FileFormat.unpack`."""
+        rest = {name: value for name, value in content.items() if name != "format"}
+        values, texts = rest.pop("values", None), rest.pop("texts", None)
+        if values is None or texts is None or "model" not in rest:
+            raise CheckpointError(f"{where} - is incomplete: model, values or texts are missing")
+        return State(rest, values, texts)
+
+    def fits(self, content: Mapping[str, Any]) -> bool:
+        """See `FileFormat.fits`."""
+        return content.get("format") == "ostro"
+
+
+FORMATS: dict[str, FileFormat] = {"file": PlainFormat()}
+
+
+def register_format(name: str, file_format: FileFormat) -> None:
+    """Make a format known under the name that `checkpointer.format` gives it."""
+    FORMATS[name] = file_format
+
+
+class FileStore:
+    """Saves each state as a file of its own, or over the one before."""
+
+    def __init__(self, folder: str, format_name: str, only_best: bool):
+        """`only_best`: what is not the best so far must not replace it."""
+        self.folder = folder
+        self._format_name, self._only_best = format_name, only_best
+        self._temporary: Path | None = None  # goes once its successor is complete
+
+    def save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
+        """Write a checkpoint; returns its path and size in bytes."""
+        folder = Path(self.folder).expanduser()
+        content = FORMATS[self._format_name].pack(state, step)
+        if self._format_name == "nanogpt":
+            aside = self._only_best and not best
+            path = folder / (INTERRUPTED if aside else NANOGPT)
+            size = write_file(path, content)
+            if not aside:
+                (folder / INTERRUPTED).unlink(missing_ok=True)
+            return str(path), size
+        path = folder / f"step_{step}.pt"
+        size = write_file(path, content)
+        point_to(path)
+        if self._temporary is not None and self._temporary != path:
+            self._temporary.unlink(missing_ok=True)
+        self._temporary = path if kind == "temporary" else None
+        return str(path), size
+
+
+def point_to(path: Path) -> None:
+    """Make `latest_checkpoint.pt` beside it the same file; a copy where there are no links."""
+    new = path.parent / f"{storage.PARTIAL}{LATEST}-{os.getpid()}"
+    new.unlink(missing_ok=True)
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copyfile(path, new)
+    os.replace(new, path.parent / LATEST)
+    storage.flush_folder(str(path.parent))
+
+
+def write_file(path: Path, content: Mapping[str, Any]) -> int:
+    """Save a mapping of tensors and plain values atomically; returns its size in bytes.
+
+    Raises `CheckpointError` where the disk is too small, fills up, or refuses; the file that was
+    there is untouched then.
+    """
+    need = sum(t.numel() * t.element_size() for t in _tensors(content)) + _RESERVE
+    storage.require_space(str(path.parent), need)
+    new = path.parent / f"{storage.PARTIAL}{path.name}-{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.replace(new, path)  # the commit
+        storage.flush_folder(str(path.parent))
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        # torch's writer turns a full disk into a RuntimeError
+        if isinstance(error, (OSError, RuntimeError)):
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "the disk is full" if full else f"cannot be written: {error}"
+            advice = "what was there is untouched; free space or write elsewhere"
+            raise CheckpointError(f"{path} - {what} - {advice}") from error
+        raise
+    return size
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, Mapping) else ()
+    return [tensor for child in values for tensor in _tensors(child)]
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping in a file, on the CPU; anything but tensors and plain values is refused."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} - is no checkpoint of tensors and plain values, and pickled objects are not"
+            " loaded: they can run code - save it again with tensors, numbers and text only"
+        ) from error
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} - not found") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} - is damaged or no checkpoint: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} - is no checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A checkpoint in one file, opened. As `store.Saved`: `values`, `texts`, `tensors(group)`."""
+
+    path: str
+    state: State
+
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """What is no tensor."""
+        return self.state.values
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """Text files of the checkpoint, by name."""
+        return self.state.texts
+
+    def tensors(self, group: str) -> Mapping[str, Tensor]:
+        """The tensors of one group, on the CPU."""
+        if group not in self.state.tensors:
+            raise CheckpointError(f"{self.path} - holds no {group!r} tensors")
+        return self.state.tensors[group]
+
+
+def load_file(path: str | Path) -> SavedFile:
+    """Open a checkpoint file; `CheckpointError` names the file and what is wrong with it."""
+    content = read_file(Path(path))
+    for file_format in FORMATS.values():
+        if file_format.fits(content):
+            return SavedFile(str(path), file_format.unpack(content, str(path)))
+    found = ", ".join(map(str, list(content)[:8]))
+    raise CheckpointError(f"{path} - is no checkpoint of ostro or nanoGPT: it holds {found}")
+
+
+def files_below(path: str) -> list[tuple[float, str]]:
+    """Time and path of the checkpoint files at or below a local folder."""
+    root = Path(path).expanduser()
+    found = [file for name in (NANOGPT, INTERRUPTED, "step_*.pt") for file in root.rglob(name)]
+    return [(file.stat().st_mtime, str(file)) for file in found]

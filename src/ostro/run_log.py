@@ -1,0 +1,52 @@
+"""What a run says: to a file, and to the terminal, also while a progress bar stands there."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger("ostro")
+
+
+@contextlib.contextmanager
+def logging_to(path: Path | None, level: str = "INFO") -> Iterator[None]:
+    """Send what ostro logs, from `level` up, to `path` and to the terminal.
+
+    Without a path (a rank that is not the first) only errors go to the terminal.
+    """
+    if path is None:
+        with logging_to_terminal("ERROR"):
+            yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(path)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    log.addHandler(to_file)
+    try:
+        with logging_to_terminal(level):
+            yield
+    finally:
+        log.removeHandler(to_file)
+        to_file.close()
+
+
+@contextlib.contextmanager
+def logging_to_terminal(level: str = "INFO") -> Iterator[None]:
+    """Print what ostro logs, from `level` up."""
+    handler, before = _PrintHandler(), log.level
+    log.setLevel(level)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
+
+
+class _PrintHandler(logging.Handler):
+    """Prints to whatever standard output is now: a progress bar redirects it while it lives."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(prefix + record.getMessage(), file=sys.stdout, flush=True)

@@ -1,0 +1,94 @@
+"""How gradients are made and weights updated: the part of a step that differs between backends."""
+
+import contextlib
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ostro.data.sequences import Batch
+from ostro.distributed import World
+from ostro.optim import apply_update, clip_scale, global_norm, set_learning_rate
+from ostro.trainer.state import TrainState
+
+
+class Engine(ABC):
+    """Makes gradients of micro-batches and updates the weights of a `TrainState` with them.
+
+    The loss and the gradient are means over the target tokens of the whole batch, on all ranks
+    and in all micro-batches. Nothing waits for the device unless a backend says so.
+    """
+
+    def __init__(self, state: TrainState, world: World):
+        self.state = state
+        self.world = world
+
+    def count_targets(self, batch: Batch) -> Tensor | int:
+        """Target tokens of the batch on all ranks, at least 1."""
+        count = int((batch.targets >= 0).sum())  # still on the host
+        if self.world.num_ranks == 1:
+            return max(count, 1)
+        return self.world.sum(torch.tensor(count, device=self.state.device)).clamp(min=1)
+
+    @abstractmethod
+    def backward(self, micro: Batch, num_targets: Tensor | int, *, is_last: bool) -> Tensor:
+        """Add the gradient of a micro-batch; returns its part of the batch's mean loss.
+
+        `is_last`: the last micro-batch before `update`; gradients may be shared between ranks now.
+        """
+
+    @abstractmethod
+    def update(
+        self, loss: Tensor, learning_rate: float, max_grad_norm: float | None
+    ) -> dict[str, Tensor]:
+        """Update the weights, unless the guards hold it back, and forget the gradients.
+
+        `loss` is the sum of this rank's parts. Returns figures as device scalars, `train/loss`,
+        `grad/norm/total` and `diverged` among them.
+        """
+
+
+class TorchEngine(Engine):
+    """torch's own: autograd, one optimizer, and DistributedDataParallel where there are ranks."""
+
+    def __init__(self, state: TrainState, world: World):
+        super().__init__(state, world)
+        self.model: torch.nn.Module = state.model
+        if world.num_ranks > 1:
+            self.model = DistributedDataParallel(
+                state.model,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def backward(self, micro: Batch, num_targets: Tensor | int, *, is_last: bool) -> Tensor:
+        """See `Engine.backward`."""
+        # DistributedDataParallel divides by the number of ranks: the loss is multiplied with it.
+        scale = self.state.loss_scale * self.world.num_ranks
+        with self._unshared() if not is_last else contextlib.nullcontext():
+            loss = self.model(
+                micro.tokens, micro.targets, segments=micro.segments, scale=scale / num_targets
+            )
+            loss.backward()
+        return loss.detach() / scale
+
+    def _unshared(self) -> contextlib.AbstractContextManager[None]:
+        shared = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if shared else contextlib.nullcontext()
+
+    def update(
+        self, loss: Tensor, learning_rate: float, max_grad_norm: float | None
+    ) -> dict[str, Tensor]:
+        """See `Engine.update`."""
+        state = self.state
+        loss = self.world.sum(loss)
+        scale = state.loss_scale
+        norm = global_norm(state.parameters) / scale
+        hold, figures = state.judge(loss, norm)
+        set_learning_rate(state.optimizer, learning_rate)
+        clip = clip_scale(norm, max_grad_norm)
+        apply_update(state.optimizer, grad_scale=clip * scale, found_inf=hold)
+        state.optimizer.zero_grad(set_to_none=True)
+        return {"train/loss": loss, "grad/norm/total": norm} | figures

@@ -1,0 +1,79 @@
+"""Several processes train as one does."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from tiny_run import ostro, read_metrics, torchrun, torchrun_words, write_config
+
+from ostro.checkpoint import find_latest
+from ostro.distributed import DistributedConfig, join
+from ostro.errors import ConfigError
+
+pytestmark = pytest.mark.dist
+
+CHANGES = {
+    "model": {"embed_pdrop": 0.1, "resid_pdrop": 0.1},
+    "optimizer": {"max_grad_norm": 0.5, "skip_bad_steps": 4},
+    "trainer": {
+        "num_train_steps": 12,
+        "train_batch_size": 8,
+        "per_device_parallelism": 2,
+        "steps_per_eval": 5,
+    },
+}
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    """With dropout and accumulation: micro-batches are the same, whoever computes them."""
+    for name, evaluated in (("one", 4), ("two", 2)):
+        changes = CHANGES | {"trainer": CHANGES["trainer"] | {
+            "per_device_eval_parallelism": evaluated}}  # fmt: skip
+        path = write_config(tmp_path / name, **changes)
+        words = ("train", "--config_path", path)
+        done = ostro(*words) if name == "one" else torchrun(2, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("saved ") == 1, "one process writes and talks"
+    for metric in ("train/loss", "grad/norm/total", "eval/loss", "eval/bpb"):
+        alone = read_metrics(tmp_path / "one", metric)
+        together = read_metrics(tmp_path / "two", metric)
+        assert alone.keys() == together.keys()
+        assert together == pytest.approx(alone, rel=1e-5), metric
+    saved = [find_latest(str(tmp_path / name / "checkpoints")) for name in ("one", "two")]
+    first, second = (checkpoint.tensors("model") for checkpoint in saved)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_signal_stops_all_ranks_after_the_same_update(tmp_path):
+    path = write_config(tmp_path, trainer={"num_train_steps": 100_000, "steps_per_eval": None})
+    words = torchrun_words(2, "-m", "ostro.cli.main", "train", "--config_path", path)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "logs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step": 20' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    saved = find_latest(str(tmp_path / "checkpoints"))
+    assert saved is not None, out
+    last = max(read_metrics(tmp_path))
+    assert saved.values["step"] == last + 1
+    assert f"stopped after {last + 1} of" in out
+
+
+@pytest.mark.parametrize(
+    ("config", "environ", "device", "part"),
+    [
+        ({"backend": "nccl"}, {}, "cpu", "nccl joins CUDA devices only"),
+        ({"num_processes": 2}, {}, "cpu", "process_id = null"),
+        ({"num_processes": 3}, {"WORLD_SIZE": "2", "RANK": "0"}, "cpu", "WORLD_SIZE = 2"),
+        ({}, {"WORLD_SIZE": "2", "RANK": "0"}, "cpu", "MASTER_ADDR"),
+    ],
+)
+def test_what_cannot_meet_is_refused(config, environ, device, part):
+    with pytest.raises(ConfigError, match=part):
+        join(DistributedConfig(**config), device, False, environ)
