@@ -30,6 +30,7 @@ LEVELS = [
     {"evaluate", "trainer", "sample"},
     {"train_lm"},
     {"dry_run", "inference"},
+    {"dialects", "launch"},
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -395,6 +395,7 @@ class Session:
             "data": self.data.fingerprint,
             "eos_id": self.tokenizer.eos_id,
             "run_id": self.config.trainer.id,
+            "num_ranks": self.world.num_ranks,
         }
         return State(self.state.tensors(), values, self._texts)
 

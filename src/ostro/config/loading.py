@@ -47,11 +47,12 @@ def load(
     files: Sequence[str],
     flags: Sequence[str] = (),
     *,
+    layers: Sequence[nodes.Mapping] = (),
     aliases: Sequence[Alias] = (),
     search: Sequence[Path] = (),
     trusted: bool = True,
 ) -> Loaded[Config]:
-    """Read the files, then the flags, over the defaults of `cls`.
+    """Read the files, then `layers` made elsewhere, then the flags, over the defaults of `cls`.
 
     Raises one `ConfigError` with every mistake found. With `trusted=False`, and for files
     that are URLs, modules named under `imports` are not imported, and a notice says so.
@@ -62,18 +63,19 @@ def load(
     known = names + alias_names(aliases, names)
     reader, resolver = Reader(problems), Resolver(aliases, problems, notices)
     sources = [(reader.file(name, search), trusted) for name in files]
+    sources += [(layer, trusted) for layer in layers]
     sources.append((parse_flags(flags, reader, known), True))
-    layers: list[nodes.Node] = []
+    resolved: list[nodes.Node] = []
     for tree, is_trusted in sources:
         for layer in nodes.explode(tree):
             if not isinstance(layer, nodes.Mapping):  # a file that could not be read
                 continue
-            layers += resolver.resolve(layer)
+            resolved += resolver.resolve(layer)
             if "imports" in names:
                 _import_modules(layer, is_trusted, notices, problems)
     is_partial = any(tree is nodes.BAD for tree, _ in sources)
     converter = Converter(problems, notices, known, is_partial)
-    config = converter.convert(cls, layers, "")
+    config = converter.convert(cls, resolved, "")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     assert config is not nodes.BAD, "a value that cannot be converted leaves a problem"

@@ -1,0 +1,129 @@
+"""`python3 src/train.py --config M --training_config T`: the GPT-3 style command line."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ostro.cli.aliases import NATIVE
+from ostro.cli.arguments import explained
+from ostro.cli.nanogpt import split_native
+from ostro.config import Loaded, format_tree, help_text, load, script_folders
+from ostro.dialects import gpt3
+from ostro.dialects.translation import Translation
+from ostro.dry_run import describe
+from ostro.errors import ConfigError, Problem, did_you_mean
+from ostro.launch import launch
+from ostro.signals import Signals
+from ostro.train_lm import TrainLmConfig, run
+
+MODEL_FOLDER = "configs/model_configs"
+SMALL = "configs/training_configs/small_scale.yaml"
+_USAGE = "usage: python3 src/train.py --config MODEL.yaml [--training_config FILE] [flags]\n"
+
+
+def train(argv: list[str], signals: Signals, environ: Mapping[str, str] = os.environ) -> None:
+    """Train as a model file, a training file and flags say."""
+    if "-h" in argv or "--help" in argv:
+        for title, cls in (
+            (_USAGE, gpt3.Gpt3Flags),
+            ("model file:\n", gpt3.Gpt3ModelConfig),
+            ("training file:\n", gpt3.Gpt3TrainingConfig),
+        ):
+            print(f"{title}\n{help_text(cls)}\n")
+        return
+    is_dry = "--dry_run" in argv
+    loaded, made, parts = load_gpt3([word for word in argv if word != "--dry_run"])
+    if environ.get("RANK", "0") == "0":
+        for notice in [*made.notices, *loaded.notices]:
+            print(f"note: {notice}", file=sys.stderr)
+    num_local, num_nodes = processes(parts.flags.config, environ)
+    if is_dry:
+        lines = explained(loaded, lambda: list(describe(loaded.config, num_local * num_nodes)))
+        print(format_tree(loaded))
+        print("\n".join(lines))
+    elif "WORLD_SIZE" not in environ and num_local * num_nodes > 1:
+        check_devices(loaded, num_local)
+        loaded.config.trainer.batch_plan(num_local * num_nodes)  # an error here, not in each worker
+        launch([sys.argv[0], *argv], num_local, num_nodes, environ)
+    else:
+        explained(loaded, lambda: run(loaded.config, signals))
+
+
+def load_gpt3(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translation, gpt3.Gpt3Run]:
+    """The native configuration of a command line, how it was translated, and its parts."""
+    words = [word.replace("--local-rank", "--local_rank") for word in argv]
+    words, native = split_native(words)
+    flags = load(gpt3.Gpt3Flags, [], words)
+    search = script_folders()
+    notices = []
+    model_file = _model_file(flags.config, search)
+    training_file = flags.config.training_config
+    if training_file is None:
+        training_file = SMALL
+        notices.append(f"no --training_config; using {SMALL}")
+    model = load(gpt3.Gpt3ModelConfig, [model_file], search=search)
+    training = load(gpt3.Gpt3TrainingConfig, [training_file], search=search)
+    parts = gpt3.Gpt3Run(model, training, flags, Path(model_file).name.removesuffix(".yaml"))
+    made = gpt3.translate(parts)
+    made.notices += notices
+    whole = load(TrainLmConfig, [], native, layers=[made.layer], aliases=NATIVE, search=search)
+    return whole, made, parts
+
+
+def _model_file(flags: gpt3.Gpt3Flags, search: Sequence[Path]) -> str:
+    if flags.model_size is None:
+        if flags.config is None:
+            advice = f"give a file of {MODEL_FOLDER}, or --model_size 125M"
+            raise ConfigError(Problem("config", "is missing", advice))
+        return flags.config
+    if flags.config is not None and Path(flags.config).stem != flags.model_size:
+        rule = f"--config names another model, {flags.config}"
+        raise ConfigError(Problem("model_size", rule, "keep one", flags.model_size, "--model_size"))
+    if flags.config is not None:
+        return flags.config
+    folders = [folder / MODEL_FOLDER for folder in [Path(), *search]]
+    sizes = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    if flags.model_size not in sizes:
+        advice = did_you_mean(flags.model_size, sizes)
+        rule = f"must be one of {', '.join(sizes)}"
+        problem = Problem("model_size", rule, advice, flags.model_size, "--model_size")
+        raise ConfigError(problem)
+    return f"{MODEL_FOLDER}/{flags.model_size}.yaml"
+
+
+def processes(flags: gpt3.Gpt3Flags, environ: Mapping[str, str]) -> tuple[int, int]:
+    """Processes on each machine, and machines; must be what a launcher has started."""
+    num_local, num_nodes = flags.gpus_per_node or 1, flags.num_nodes or 1
+    for name, count in (("gpus_per_node", num_local), ("num_nodes", num_nodes)):
+        if count < 1:
+            raise ConfigError(Problem(name, "must be at least 1", "", str(count), f"--{name}"))
+    if "WORLD_SIZE" not in environ:
+        return num_local, num_nodes
+    total = int(environ["WORLD_SIZE"])
+    started_local = int(environ.get("LOCAL_WORLD_SIZE", total))
+    started = {"gpus_per_node": started_local, "num_nodes": total // started_local}
+    problems = [
+        Problem(name, f"the launcher has started {count}", "leave it out", str(asked), f"--{name}")
+        for name, count in started.items()
+        if (asked := getattr(flags, name)) is not None and asked != count
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return started["gpus_per_node"], started["num_nodes"]
+
+
+def check_devices(loaded: Loaded[TrainLmConfig], num_local: int) -> None:
+    """Refuse more processes than GPUs, and NCCL without any; on a CPU any number goes."""
+    backend = loaded.config.trainer.distributed.backend
+    num_gpus = torch.cuda.device_count()
+    if backend == "nccl" and not num_gpus:
+        rule = "nccl joins CUDA devices only, and this machine has none"
+        origin = "--distributed_backend"
+        raise ConfigError(Problem("distributed_backend", rule, "use gloo", backend, origin))
+    if num_gpus and num_local > num_gpus and loaded.config.trainer.device != "cpu":
+        rule = f"this machine has {num_gpus} GPUs"
+        problem = Problem("gpus_per_node", rule, "", str(num_local), "--gpus_per_node")
+        raise ConfigError(problem)

@@ -1,0 +1,162 @@
+"""`python train.py key=value`: nanoGPT's command line."""
+
+import ast
+import operator
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ostro.checkpoint import read_file
+from ostro.checkpoint.single_file import NANOGPT
+from ostro.cli.aliases import NATIVE
+from ostro.cli.arguments import explained
+from ostro.config import Loaded, format_tree, help_text, load, script_folders
+from ostro.config.nodes import Mapping as Layer
+from ostro.config.nodes import from_plain
+from ostro.dialects import nanogpt, nanogpt_file
+from ostro.dialects.translation import Translation
+from ostro.dry_run import describe
+from ostro.errors import CheckpointError, ConfigError, Problem, did_you_mean
+from ostro.signals import Signals
+from ostro.train_lm import TrainLmConfig, run
+
+_USAGE = """usage: python train.py [config.yaml | config.py] [key=value ...] [--dry_run] [--help]
+
+Defaults are those of train_config.yaml. Native settings are taken too, as --trainer.id x.
+"""
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+def train(argv: list[str], signals: Signals) -> None:
+    """Train as nanoGPT's `train.py` does."""
+    if "-h" in argv or "--help" in argv:
+        print(_USAGE)
+        print(help_text(nanogpt.NanoGptConfig))
+        return
+    is_dry = "--dry_run" in argv
+    loaded, made = load_nanogpt([word for word in argv if word != "--dry_run"])
+    for notice in [*made.notices, *loaded.notices]:
+        print(f"note: {notice}", file=sys.stderr)
+    if is_dry:
+        lines = explained(loaded, lambda: list(describe(loaded.config)))
+        print(format_tree(loaded))
+        print("\n".join(lines))
+        return
+    explained(loaded, lambda: run(loaded.config, signals))
+
+
+def load_nanogpt(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translation]:
+    """The native configuration of a nanoGPT command line, and how it was translated."""
+    files, flags, native = split(argv)
+    search = script_folders()
+    defaults = [nanogpt.DEFAULT_FILE] if _exists(nanogpt.DEFAULT_FILE, search) else []
+    yaml_files = [name for name in files if not name.endswith(".py")]
+    layers = [read_python(name) for name in files if name.endswith(".py")]
+    loaded = load(
+        nanogpt.NanoGptConfig, [*defaults, *yaml_files], flags, layers=layers, search=search
+    )
+    config = loaded.config
+    made = nanogpt.translate(loaded, saved_arguments(config))
+    whole = load(TrainLmConfig, [], native, layers=[made.layer], aliases=NATIVE, search=search)
+    return whole, made
+
+
+def split_native(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words as those of the dialect, and native settings: names with a dot, and their values."""
+    own, native, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.partition("=")
+        if not name.startswith("--") and not (equals and "." in name):
+            own.append(word)
+            continue
+        group = [word]
+        if not equals and rest and not rest[0].startswith("--") and "=" not in rest[0]:
+            group.append(rest.pop(0))
+        is_native = "." in name
+        (native if is_native else own).extend(group)
+    return own, [f"--{w}" if "=" in w and not w.startswith("--") else w for w in native]
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Words as configuration files, settings of nanoGPT as flags, and native settings."""
+    own, native = split_native(argv)
+    files, flags = [], []
+    for index, word in enumerate(own):
+        is_value = index > 0 and own[index - 1].startswith("--") and "=" not in own[index - 1]
+        if word.startswith("--") or is_value:
+            flags.append(word)
+        elif "=" in word:
+            flags.append(f"--{word}")
+        elif word.endswith((".yaml", ".yml", ".py")):
+            files.append(word)
+        else:
+            advice = did_you_mean(word, nanogpt.names()) or "`python train.py --help` lists all"
+            raise ConfigError(f"{word} - is neither key=value nor a .yaml or .py file - {advice}")
+    return files, flags, native
+
+
+def read_python(path: str) -> Layer:
+    """A nanoGPT config file, as data: assignments of literals and arithmetic; never executed."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"{path} - cannot be read: {error}") from error
+    values: dict[str, Any] = {}
+    layer = Layer({}, path)
+    for node in tree.body:
+        origin = f"{path}:{node.lineno}"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if not isinstance(target, ast.Name) or len(node.targets) > 1:  # type: ignore[attr-defined]
+            text = ast.unparse(node).splitlines()[0]
+            rule = "only plain assignments are read from a .py file, nothing is executed"
+            raise ConfigError(Problem(text, rule, "write key = value, or use YAML", origin=origin))
+        values[target.id] = _value(node.value, values, target.id, origin)  # type: ignore[union-attr]
+        layer.items[target.id] = from_plain(values[target.id], origin)
+    return layer
+
+
+def _value(node: ast.expr, known: Mapping[str, Any], name: str, origin: str) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in known:
+        return known[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, known, name, origin)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = (_value(side, known, name, origin) for side in (node.left, node.right))
+        if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+            try:
+                return _OPERATORS[type(node.op)](left, right)
+            except ZeroDivisionError:
+                pass
+    rule = "only literals and arithmetic on them are read from a .py file"
+    raise ConfigError(Problem(name, rule, "write the value itself", ast.unparse(node), origin))
+
+
+def saved_arguments(config: nanogpt.NanoGptConfig) -> Mapping[str, Any] | None:
+    """The architecture in `out_dir/ckpt.pt`, where the run goes on from it."""
+    path = Path(config.out_dir) / NANOGPT
+    if config.init_from != "resume":
+        return None
+    if not path.exists():
+        advice = "check out_dir, or start with init_from=scratch"
+        raise CheckpointError(f"init_from = resume - there is no {path} - {advice}")
+    content = read_file(path)
+    if not nanogpt_file.NanoGptFormat().fits(content):
+        raise CheckpointError(f"{path} - is no checkpoint that nanoGPT wrote: it has no model_args")
+    return content["model_args"]
+
+
+def _exists(name: str, folders: Sequence[Path]) -> bool:
+    return any((folder / name).exists() for folder in [Path(), *folders])

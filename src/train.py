@@ -1,0 +1,14 @@
+"""Train from GPT-3 style files: python3 src/train.py --config M --training_config T"""
+
+import sys
+from pathlib import Path
+
+# Scripts here must not hide libraries of the same name (`evaluate`).
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
+
+from ostro.cli.gpt3 import train  # noqa: E402
+from ostro.cli.main import guarded  # noqa: E402
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    sys.exit(guarded(lambda signals: train(words, signals), debug="--debug" in sys.argv))
