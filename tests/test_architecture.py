@@ -41,7 +41,7 @@ OPTIONAL = {
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_TOTAL_LINES = 11_000
+MAX_TOTAL_LINES = 11_010
 LONGER_FUNCTIONS: dict[str, str] = {}  # "module.function": why it may be longer
 
 

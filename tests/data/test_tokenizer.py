@@ -288,11 +288,11 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"itos": {0: "a", 2: "b"}}, "0 to 1"),
+        ({"itos": {0: "a", 2: "b"}}, "each id of 0 to 1"),
         ({"itos": ["a", "bc"]}, r"itos\[1\] = 'bc' must be one character"),
         ({"itos": ["a", 7]}, "must be one character"),
         ({"itos": ["a", "\ud800"]}, "must be one character"),
-        ({"itos": ["a", "a"]}, "twice"),
+        ({"itos": ["a", "a"]}, "each character once"),
         ({"itos": []}, "must map ids"),
         ({"stoi": {"a": 0}}, "stoi is not the inverse"),
         ({"vocab_size": 50304}, "itos has 5 characters"),
