@@ -183,6 +183,8 @@ def test_an_error_midway_leaves_the_files_of_before(tmp_path):
     with pytest.raises(DataError, match="no more"):
         write_token_files(tmp_path, broken(), tokenizer)
     assert ids(tmp_path / "train.bin") == [0, 1] and ids(tmp_path / "val.bin") == [1]
+    write_token_files(tmp_path, [("train", "bb"), ("val", "a")], tokenizer)
+    assert ids(tmp_path / "train.bin") == [1, 1] and ids(tmp_path / "val.bin") == [0]
     assert_nothing_unfinished(tmp_path, "train.bin", "val.bin")
 
 

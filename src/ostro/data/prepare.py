@@ -123,10 +123,14 @@ def read_text(path: Path, setting: str) -> str:
 def report(out_dir: Path, counts: Mapping[str, int], command: str) -> None:
     """Say what was written and what to type next; `{dataset}` in the command is its name."""
     for split, count in counts.items():
-        print(f"{os.path.relpath(out_dir / split)}.bin: {count:,} tokens")
-    dataset = os.path.relpath(out_dir, "data")
-    dataset = str(out_dir.resolve()) if dataset.startswith("..") else dataset
-    print(f"next: {command.format(dataset=dataset)}")
+        print(f"{_seen_from('.', out_dir / split)}.bin: {count:,} tokens")
+    print(f"next: {command.format(dataset=_seen_from('data', out_dir))}")
+
+
+def _seen_from(base: str, path: Path) -> str:
+    """The path below `base`, or the whole path where it lies elsewhere."""
+    below = os.path.relpath(path, base)
+    return os.path.abspath(path) if below.startswith("..") else below
 
 
 def run_script(script: Callable[[], None]) -> None:
