@@ -43,7 +43,7 @@ OPTIONAL = {
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_TOTAL_LINES = 12_000
+MAX_TOTAL_LINES = 13_400
 LONGER_FUNCTIONS: dict[str, str] = {}  # "module.function": why it may be longer
 
 

@@ -1,6 +1,8 @@
 """Tokenizers: known ids, exact byte counts, round trips."""
 
 import json
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from ostro.data.tokenizer import (
     BpeTokenizer,
     BytesTokenizer,
     CharsTokenizer,
+    CharTokenizer,
     Gpt2Tokenizer,
+    MetaTokenizer,
     PretrainedTokenizer,
     TokenizerConfig,
     tokenizer_from_text,
@@ -223,3 +227,91 @@ def test_sizes_without_data(tmp_path, gpt2):
     assert BpeTokenizer(500).known_vocab_size(str(tmp_path)) == 500
     assert CharsTokenizer().known_vocab_size(str(tmp_path)) is None
     assert Gpt2Tokenizer().saved_bytes(str(tmp_path)) == len(gpt2.to_text().encode())
+
+
+ITOS = dict(enumerate("bé\n🎉a"))  # not in the order of code points
+META = {"vocab_size": 5, "itos": ITOS, "stoi": {char: index for index, char in ITOS.items()}}
+
+
+def write_meta(folder, meta, name="meta.pkl"):
+    path = folder / name
+    path.write_bytes(pickle.dumps(meta) if name.endswith("pkl") else json.dumps(meta).encode())
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickled_alphabet_in_any_order(tmp_path, protocol):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(META, protocol))
+    config = MetaTokenizer(str(tmp_path))
+    built = config.build()
+    assert built.encode("a🎉é\nb") == [4, 3, 1, 2, 0] and built.decode([4, 3, 1, 2, 0]) == "a🎉é\nb"
+    assert (built.vocab_size, built.eos_id) == (5, None)
+    assert built.token_bytes().tolist() == [1, 2, 1, 4, 1]
+    assert config.known_vocab_size(str(tmp_path)) == 5
+    back = tokenizer_from_text(built.to_text(), None, "x")
+    assert back.fingerprint == built.fingerprint and back.encode("ab") == [4, 0]
+
+
+@pytest.mark.parametrize("itos", [list("ba"), {"0": "b", "1": "a"}], ids=["list", "mapping"])
+def test_a_json_alphabet_comes_before_a_pickled_one(tmp_path, itos):
+    write_meta(tmp_path, META)
+    path = write_meta(tmp_path, {"vocab_size": 2, "itos": itos}, "meta.json")
+    for place in (tmp_path, path):
+        assert MetaTokenizer(str(place)).build().encode("ab") == [1, 0]
+
+
+def test_fingerprints_of_alphabets_are_what_they_were():
+    assert CharTokenizer("abc", False).fingerprint == "2f098aa91861e78a2de4f5ba39156325"
+    assert CharTokenizer("bac", False).fingerprint != CharTokenizer("abc", False).fingerprint
+
+
+class RunsCode:
+    """What a pickle from elsewhere could hold."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made-by-a-pickle",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for meta, name in (
+        ({**META, "more": RunsCode()}, "mkdir"),
+        ({"vocab_size": np.int64(5)}, "numpy"),
+    ):
+        write_meta(tmp_path, meta)
+        with pytest.raises(DataError, match=rf"meta\.pkl - .*it asks for \S*{name}"):
+            MetaTokenizer(str(tmp_path)).build()
+    assert not (tmp_path / "made-by-a-pickle").exists()
+    assert MetaTokenizer(str(tmp_path)).known_vocab_size("") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"itos": {0: "a", 2: "b"}}, "each id of 0 to 1"),
+        ({"itos": ["a", "bc"]}, r"itos\[1\] = 'bc' must be one character"),
+        ({"itos": ["a", 7]}, "must be one character"),
+        ({"itos": ["a", "\ud800"]}, "must be one character"),
+        ({"itos": ["a", "a"]}, "each character once"),
+        ({"itos": []}, "must map ids"),
+        ({"stoi": {"a": 0}}, "stoi is not the inverse"),
+        ({"vocab_size": 50304}, "itos has 5 characters"),
+    ],
+)
+def test_an_alphabet_that_cannot_be(tmp_path, change, says):
+    meta = {**META, **change} if "itos" not in change else change
+    with pytest.raises(DataError, match=says):
+        MetaTokenizer(str(write_meta(tmp_path, meta))).build()
+
+
+def test_meta_files_that_are_missing_or_broken(tmp_path):
+    with pytest.raises(DataError, match=r"neither meta\.json nor meta\.pkl"):
+        MetaTokenizer(str(tmp_path)).build()
+    with pytest.raises(DataError, match=r"no\.pkl - cannot be read"):
+        MetaTokenizer(str(tmp_path / "no.pkl")).build()
+    for name in ("meta.pkl", "meta.json"):
+        (tmp_path / name).write_bytes(b"no")
+        with pytest.raises(DataError, match=f"{name} - is no list of characters"):
+            MetaTokenizer(str(tmp_path / name)).build()
+    assert [problem.setting for problem in MetaTokenizer().problems()] == ["path"]
+    assert TokenizerConfig.from_scalar("meta") == {"type": "meta"}

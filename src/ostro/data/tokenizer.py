@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from ostro.config import Choice
+from ostro.data.meta import read_alphabet
 from ostro.data.store import CacheDir
 from ostro.errors import DataError, Problem
 
@@ -143,13 +144,15 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One id a character of a known alphabet, in the order of code points."""
+    """One id a character of a known alphabet, by its place there."""
 
     splittable = True
 
     def __init__(self, alphabet: str, eos: bool):
         self.alphabet = alphabet
-        self._codes = np.frombuffer(alphabet.encode("utf-32-le"), dtype="<u4")
+        codes = np.frombuffer(alphabet.encode("utf-32-le"), dtype="<u4")
+        self._order = np.argsort(codes).astype(np.uint32)
+        self._codes = codes[self._order]
         self.eos_id = len(alphabet) if eos else None
         self.vocab_size = len(alphabet) + eos
         text = json.dumps(["chars", alphabet, eos])
@@ -160,15 +163,15 @@ class CharTokenizer(Tokenizer):
 
     def _ids(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        ids = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
-        unknown = codes[self._codes[ids] != codes]
+        places = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        unknown = codes[self._codes[places] != codes]
         if unknown.size:
             chars = " ".join(repr(chr(code)) for code in np.unique(unknown)[:10])
             raise DataError(
                 f"tokenizer = chars - the training text does not have the character(s) {chars} - "
                 "use the tokenizer bytes or bpe, or add them to the training text"
             )
-        return ids.astype(np.uint32)
+        return self._order[places]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.alphabet[index] for index in ids if index < len(self.alphabet))
@@ -200,8 +203,8 @@ def tokenizer_from_text(text: str, eos_id: int | None, where: str) -> Tokenizer:
 
 
 class TokenizerConfig(Choice):
-    """A registry of tokenizers. A bare word is `gpt2`, `bpe`, `bytes`, `chars`, or else the name
-    of a tokenizer on the Hugging Face hub or the path of a local one."""
+    """A registry of tokenizers. A bare word is `gpt2`, `bpe`, `bytes`, `chars`, `meta`, or else the
+    name of a tokenizer on the Hugging Face hub or the path of a local one."""
 
     default_type = "pretrained"
     learned: ClassVar[bool] = False
@@ -209,7 +212,7 @@ class TokenizerConfig(Choice):
 
     @classmethod
     def from_scalar(cls, text: str) -> dict[str, Any]:
-        if text in ("gpt2", "bpe", "bytes", "chars"):
+        if text in ("gpt2", "bpe", "bytes", "chars", "meta"):
             return {"type": text}
         return {"type": "pretrained", "name": text}
 
@@ -425,3 +428,19 @@ class CharsTokenizer(TokenizerConfig):
 
     def settings(self) -> dict[str, Any]:
         return {"type": "chars", "eos": self.eos}
+
+
+@TokenizerConfig.register_subclass("meta")
+@dataclass(frozen=True)
+class MetaTokenizer(TokenizerConfig):
+    """The characters that a data set's `meta.json` or, as nanoGPT writes it, `meta.pkl` lists."""
+
+    path: str = ""
+    """The folder of the data set, or the file itself."""
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.path:
+            yield Problem("path", "is missing", "name the folder of the data set")
+
+    def build(self, *, offline: bool = False) -> Tokenizer:
+        return CharTokenizer(read_alphabet(Path(self.path).expanduser()), eos=False)
