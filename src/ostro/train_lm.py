@@ -25,6 +25,7 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World, join
 from ostro.errors import CheckpointError, ConfigError, Problem
 from ostro.evaluate import evaluate
+from ostro.hf import read_model, read_weights
 from ostro.models import Gpt2Config
 from ostro.models.lm_model import LmConfig, initialize
 from ostro.nn import axes_of
@@ -43,6 +44,7 @@ from ostro.tracker import (
     run_folder,
 )
 from ostro.trainer import BatchPlan, Trainer, TrainerConfig, TrainingDivergedError, TrainState
+from ostro.trainer.state import load_weights
 from ostro.units import format_bytes, format_count
 
 log = logging.getLogger("ostro")
@@ -58,6 +60,11 @@ class TrainLmConfig:
     """How long, on what device, in which precision; logging, saving, resuming."""
     model: LmConfig = field(default_factory=Gpt2Config)
     """The architecture; `type` picks the family."""
+    initialize_from_hf: str | None = None
+    """Start from the weights of a Hugging Face model, with a fresh optimizer at step 0: a folder,
+    or `organisation/name[@revision]` on the hub. Checkpoints of the run come first."""
+    use_hf_model_config: bool = False
+    """Take the model section from that model, all but `gradient_checkpointing`."""
     optimizer: OptimizerConfig = field(default_factory=AdamConfig)
     """The optimizer and its learning-rate schedule; `type` picks the optimizer."""
     vocab_size: int | None = None
@@ -79,6 +86,11 @@ class TrainLmConfig:
             yield Problem("vocab_size", "must be at least 1", "null takes the tokenizer's")
         if self.epoch < 0:
             yield Problem("epoch", "must not be negative", "0 goes on until num_train_steps")
+        if self.initialize_from_hf is not None and self.trainer.initialize_from is not None:
+            rule = "trainer.initialize_from is set too"
+            yield Problem("initialize_from_hf", rule, "remove one of the two")
+        if self.use_hf_model_config and self.initialize_from_hf is None:
+            yield Problem("use_hf_model_config", "needs initialize_from_hf", "name the model there")
         for problem in self.optimizer.problems_for(self.trainer.num_train_steps):
             yield dataclasses.replace(problem, setting=f"optimizer.{problem.setting}")
 
@@ -120,7 +132,7 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
     signal, with a checkpoint of the last whole update in place.
     """
     signals = signals or Signals()
-    config = _replace_trainer(config, id=choose_run_id(config))
+    config = _replace_trainer(with_hf_model(config), id=choose_run_id(config))
     check(config)
     world = join(
         config.trainer.distributed, config.trainer.device, config.trainer.require_accelerator
@@ -172,6 +184,15 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
         seconds = time.perf_counter() - start
         log.info("made %d updates in %.0f s", state.step - first_step, seconds)
         _report(config, paths, checkpointer.folder, metrics)
+
+
+def with_hf_model(config: TrainLmConfig) -> TrainLmConfig:
+    """`use_hf_model_config` carried out."""
+    if not config.use_hf_model_config or config.initialize_from_hf is None:
+        return config
+    checkpointing = getattr(config.model, "gradient_checkpointing", True)
+    model = read_model(config.initialize_from_hf, checkpointing)
+    return dataclasses.replace(config, model=model, use_hf_model_config=False)
 
 
 def build_data(config: TrainLmConfig, tokenizer: Tokenizer) -> LMData:
@@ -226,8 +247,12 @@ def restore(config: TrainLmConfig, checkpointer: Checkpointer, state: TrainState
     )
     for warning in decision.warnings:
         log.warning("%s", warning)
+    saved, hf_name = decision.saved, config.initialize_from_hf
+    if saved is None and hf_name is not None:
+        log.info("starting from the weights of %s", hf_name)
+        weights = read_weights(hf_name, config.model, len(state.model.head_weight()))
+        return load_weights(state.model, weights, hf_name)
     log.info("%s", decision.message)
-    saved = decision.saved
     if saved is None:
         return
     tensors = {group: saved.tensors(group) for group in ("model", "optimizer", "state")}
