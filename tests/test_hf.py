@@ -173,6 +173,9 @@ def test_rope_of_transformers_4():
         "rope_scaling": {"type": "linear", "factor": 2},
     }
     assert lm_config(old)[0].rope == LinearRotaryConfig(theta=500.0, factor=2)
+    old["rope_scaling"] = {"type": "yarn", "factor": 2}  # was first trained at the whole length
+    rope = lm_config(old | {"max_position_embeddings": 64})[0].rope
+    assert rope == YarnRotaryConfig(theta=500.0, factor=2, original_max_position_embeddings=64)
 
 
 def test_other_spellings_of_the_names_and_saved_constants(tmp_path):
