@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ostro.config import load
+from ostro.lm_config import TrainLmConfig
 from ostro.tracker import RunInfo, TrackerConfig
-from ostro.train_lm import TrainLmConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLES = DOCS / "examples"

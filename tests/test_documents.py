@@ -7,8 +7,8 @@ import pytest
 from ostro.cli.aliases import NATIVE
 from ostro.config import load
 from ostro.errors import ConfigError
+from ostro.lm_config import TrainLmConfig
 from ostro.tracker import TensorboardConfig, WandbConfig
-from ostro.train_lm import TrainLmConfig
 from ostro.units import Precision
 
 MY_RUN = """

@@ -8,7 +8,7 @@ import yaml
 
 from ostro.config import load
 from ostro.data.source import TokensSource
-from ostro.train_lm import TrainLmConfig
+from ostro.lm_config import TrainLmConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,9 +8,9 @@ import torch
 from ostro.checkpoint import State, checkpoint_bytes, disk_bytes
 from ostro.config import dump_yaml
 from ostro.errors import ConfigError, Problem
+from ostro.lm_config import TrainLmConfig
 from ostro.nn import axes_of
 from ostro.optim import Schedule, optimizer_tensors
-from ostro.train_lm import TrainLmConfig
 from ostro.units import format_bytes, format_count
 
 

@@ -1,16 +1,12 @@
 """Pre-training a language model: the whole run as a story, top to bottom."""
 
 import contextlib
-import dataclasses
 import logging
 import math
-import os
-import random
 import shlex
-import string
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,26 +16,32 @@ from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Checkpointer, State, which_checkpoint
 from ostro.config import check, dump_yaml, encode
 from ostro.data.loader import Loader
-from ostro.data.text import LMData, LMDatasetConfig
+from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World, joined
-from ostro.errors import CheckpointError, ConfigError, Problem
+from ostro.errors import CheckpointError
 from ostro.evaluate import evaluate
-from ostro.models import Gpt2Config
-from ostro.models.lm_model import LmConfig, initialize
+from ostro.hf import read_weights
+from ostro.lm_config import (
+    TrainLmConfig,
+    choose_run_id,
+    replace_trainer,
+    run_name,
+    trackers,
+    vocab_size,
+    with_hf_model,
+)
+from ostro.models.lm_model import initialize
 from ostro.nn import axes_of
-from ostro.optim import AdamConfig, LossScaler, OptimizerConfig
+from ostro.optim import LossScaler
 from ostro.run_log import logging_to
-from ostro.sample import SamplingConfig, complete_all
+from ostro.sample import complete_all
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput, device_peak
 from ostro.tracker import (
-    ConsoleConfig,
     RunInfo,
     TensorboardConfig,
     Tracker,
-    TrackerConfig,
-    WandbConfig,
     build_trackers,
     run_folder,
 )
@@ -47,48 +49,13 @@ from ostro.trainer import (
     BatchPlan,
     TorchEngine,
     Trainer,
-    TrainerConfig,
     TrainingDivergedError,
     TrainState,
 )
+from ostro.trainer.state import load_weights
 from ostro.units import format_bytes, format_count
 
 log = logging.getLogger("ostro")
-
-
-@dataclass(frozen=True)
-class TrainLmConfig:
-    """A pre-training run."""
-
-    data: LMDatasetConfig = field(default_factory=LMDatasetConfig)
-    """What to train and evaluate on, and how it is tokenised."""
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """How long, on what device, in which precision; logging, saving, resuming."""
-    model: LmConfig = field(default_factory=Gpt2Config)
-    """The architecture; `type` picks the family."""
-    optimizer: OptimizerConfig = field(default_factory=AdamConfig)
-    """The optimizer and its learning-rate schedule; `type` picks the optimizer."""
-    vocab_size: int | None = None
-    """Rows of the embedding. Null is the tokenizer's vocabulary; larger values leave rows that
-    no token uses."""
-    data_seed: int | None = None
-    """Seed of the order of the data. Null is `trainer.seed`."""
-    epoch: int = 0
-    """Stop after so many passes over the data, if that comes before `num_train_steps`. 0: never."""
-    sample_prompts: list[str] = field(default_factory=list)
-    """Texts for the model to go on with at each evaluation. None by default."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How those samples are drawn."""
-    imports: list[str] = field(default_factory=list)
-    """Python modules to import first: they may register models, optimizers, trackers, sources."""
-
-    def problems(self) -> Iterator[Problem]:
-        if self.vocab_size is not None and self.vocab_size < 1:
-            yield Problem("vocab_size", "must be at least 1", "null takes the tokenizer's")
-        if self.epoch < 0:
-            yield Problem("epoch", "must not be negative", "0 goes on until num_train_steps")
-        for problem in self.optimizer.problems_for(self.trainer.num_train_steps):
-            yield dataclasses.replace(problem, setting=f"optimizer.{problem.setting}")
 
 
 @dataclass(frozen=True)
@@ -106,29 +73,18 @@ class RunPaths:
         return self.log_dir / "config.yaml"
 
 
-def choose_run_id(config: TrainLmConfig, environ: Mapping[str, str] = os.environ) -> str:
-    """`trainer.id`, else RUN_ID, else the wandb tracker's id, else 8 random characters.
-
-    The random ones are drawn from the system, so two runs of one seed do not collide.
-    """
-    wandb_ids = [tracker.id for tracker in trackers(config) if isinstance(tracker, WandbConfig)]
-    letters = string.ascii_lowercase + string.digits
-    drawn = "".join(random.SystemRandom().choices(letters, k=8))
-    given = [config.trainer.id, environ.get("RUN_ID"), *wandb_ids]
-    return next((name for name in given if name), drawn)
-
-
 def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
     """Train as `config` says: data, model, optimizer, resume, fit, report.
 
     Raises an `OstroError` for what the user can mend and `Interrupted` when stopped by a
     signal, with a checkpoint of the last whole update in place.
     """
+    config = with_hf_model(config)
     check(config)
     trainer = config.trainer
     with joined(trainer.distributed, trainer.device, trainer.require_accelerator) as world:
         run_id = world.from_first(choose_run_id(config))
-        config = _replace_trainer(config, id=run_id)
+        config = replace_trainer(config, id=run_id)
         check(config)  # the id may come from the environment
         plan = config.trainer.batch_plan(world.num_ranks)
         if world.device.type == "cpu":
@@ -251,8 +207,12 @@ def restore(config: TrainLmConfig, checkpointer: Checkpointer, state: TrainState
     )
     for warning in decision.warnings:
         log.warning("%s", warning)
+    saved, hf_name = decision.saved, config.initialize_from_hf
+    if saved is None and hf_name is not None:
+        log.info("starting from the weights of %s", hf_name)
+        weights = read_weights(hf_name, config.model, len(state.model.head_weight()))
+        return load_weights(state.model, weights, hf_name)
     log.info("%s", decision.message)
-    saved = decision.saved
     if saved is None:
         return
     tensors = {group: saved.tensors(group) for group in ("model", "optimizer", "state")}
@@ -400,34 +360,6 @@ class Session:
         return State(self.state.tensors(), values, self._texts)
 
 
-def trackers(config: TrainLmConfig) -> list[TrackerConfig]:
-    """The trackers of the run, the console among them where progress is to be shown."""
-    given = config.trainer.tracker
-    listed = given if isinstance(given, list) else [given]
-    if config.trainer.progress and not any(isinstance(t, ConsoleConfig) for t in listed):
-        return [*listed, ConsoleConfig()]
-    return listed
-
-
-def run_name(config: TrainLmConfig) -> str:
-    """The name people gave the run: the wandb tracker's, else its id."""
-    for tracker in trackers(config):
-        if name := getattr(tracker, "name", None):
-            return name
-    assert config.trainer.id is not None, "the run id is chosen before the name is asked for"
-    return config.trainer.id
-
-
-def vocab_size(config: TrainLmConfig, tokenizer: Tokenizer) -> int:
-    """Rows of the embedding; `ConfigError` where the tokenizer needs more than were asked for."""
-    if config.vocab_size is None:
-        return tokenizer.vocab_size
-    if config.vocab_size < tokenizer.vocab_size:
-        rule = f"must be at least the tokenizer's vocabulary = {tokenizer.vocab_size}"
-        raise ConfigError(Problem("vocab_size", rule, "or null, to take just that"))
-    return config.vocab_size
-
-
 def _with_epochs(config: TrainLmConfig, plan: BatchPlan, data: LMData) -> TrainLmConfig:
     """`num_train_steps` cut to `epoch` passes over the data, if that is shorter."""
     if not config.epoch:
@@ -435,11 +367,7 @@ def _with_epochs(config: TrainLmConfig, plan: BatchPlan, data: LMData) -> TrainL
     limit, step = config.epoch * data.train.num_windows, 0
     while step < config.trainer.num_train_steps and plan.schedule.offset(step + 1) <= limit:
         step += 1
-    return _replace_trainer(config, num_train_steps=max(step, 1))
-
-
-def _replace_trainer(config: TrainLmConfig, **changes: object) -> TrainLmConfig:
-    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes))
+    return replace_trainer(config, num_train_steps=max(step, 1))
 
 
 def _summary(state: TrainState, world: World, throughput: Throughput) -> dict[str, float | str]:

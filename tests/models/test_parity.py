@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers_weights import assert_close, gpt2_values, llama_values, load, randomize
+from transformers_weights import assert_close, load, randomize, values
 
 from ostro.models import Gpt2Config, LlamaConfig
 from ostro.nn.rotary import (
@@ -16,11 +16,12 @@ from ostro.nn.rotary import (
 VOCAB = 97
 
 
-def check(ours, theirs, values, seq_len):
+def check(config, theirs):
+    ours = config.build(VOCAB)
     randomize(theirs)
-    load(ours, values(lambda parameter: parameter.detach()))
+    load(ours, values(theirs, config, lambda parameter: parameter.detach()))
     generator = torch.Generator().manual_seed(1)
-    tokens, targets = torch.randint(VOCAB, (2, 2, seq_len), generator=generator)
+    tokens, targets = torch.randint(VOCAB, (2, 2, config.seq_len), generator=generator)
     logits = theirs(tokens).logits
     assert logits.abs().max() > 3  # far from a flat softmax
     assert_close(ours(tokens), logits, 1e-5, "logits")
@@ -29,7 +30,7 @@ def check(ours, theirs, values, seq_len):
     our_loss = ours(tokens, targets) / targets.numel()
     our_loss.backward()
     assert_close(our_loss, loss, 1e-5, "loss")
-    gradients = values(lambda parameter: parameter.grad)
+    gradients = values(theirs, config, lambda parameter: parameter.grad)
     for name, parameter in ours.named_parameters():
         assert_close(parameter.grad, gradients[name], 1e-4, f"gradient of {name}")
 
@@ -69,7 +70,7 @@ def test_gpt2_equals_transformers(inverse_scaling, checkpointing, activation, ep
         layer_norm_epsilon=epsilon,
         gradient_checkpointing=checkpointing,
     )
-    check(config.build(VOCAB), theirs, lambda read: gpt2_values(theirs, 4, read), 64)
+    check(config, theirs)
 
 
 ROPES = {
@@ -126,8 +127,7 @@ def test_llama_equals_transformers_beyond_the_original_length(scaling, num_kv_he
         use_bias=True,
         rope=rope,
     )
-    ours = config.build(VOCAB)
-    check(ours, theirs, lambda read: llama_values(theirs, num_kv_heads, read), 128)
+    check(config, theirs)
 
 
 @pytest.mark.parametrize("scaling", ["llama3", "yarn"])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_run import read_metrics, write_config
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers_weights import gpt2_values
 
 from ostro.cli.arguments import load_run
 from ostro.data.loader import Loader
 from ostro.distributed import World
+from ostro.hf import to_hf
 from ostro.train_lm import build_state, run
 
 CHANGES = {
@@ -31,18 +31,8 @@ def theirs_like(ours: torch.nn.Module) -> GPT2LMHeadModel:
         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager",
     )  # fmt: skip
     theirs = GPT2LMHeadModel(config)
-    own = dict(ours.named_parameters())
-    # `read` hands out their parameters marked by number; ours tells where each number went.
-    numbers = {p: torch.arange(p.numel()).view_as(p) for p in theirs.parameters()}
-    sources = list(theirs.parameters())
-    with torch.no_grad():
-        for parameter in sources:
-            places = gpt2_values(theirs, 4, lambda p, wanted=parameter: (
-                numbers[p] if p is wanted else torch.full_like(numbers[p], -1)
-            ))  # fmt: skip
-            for name, places_of in places.items():
-                mine = places_of >= 0
-                parameter.view(-1)[places_of[mine]] = own[name][mine]
+    weights = to_hf(ours.config, dict(ours.named_parameters()))
+    theirs.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
     return theirs
 
 

@@ -7,6 +7,7 @@ the tensors in memory, and object stores as targets. Reading is the library's.
 
 import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,9 +28,10 @@ def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
-def header_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """The length word and the header: name, type, shape and offsets of every tensor."""
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name in _ordered(tensors):
         tensor = tensors[name]
         assert tensor.dtype in _NAMES, f"{name}: {tensor.dtype} cannot be kept in a checkpoint"
@@ -51,9 +53,11 @@ def file_size(tensors: Mapping[str, Tensor]) -> int:
     return len(header_bytes(tensors)) + data
 
 
-def tensor_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def tensor_pieces(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """The file, piece by piece. Waits for the device that holds the tensors."""
-    yield header_bytes(tensors)
+    yield header_bytes(tensors, metadata)
     for name in _ordered(tensors):
         flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         data = memoryview(flat.numpy())

@@ -9,18 +9,18 @@ from typing import NoReturn, TypeVar
 from ostro.cli.aliases import NATIVE
 from ostro.config import Loaded, encode, help_text, load, script_folders
 from ostro.errors import ConfigError, Problem
-from ostro.train_lm import TrainLmConfig
+from ostro.lm_config import TrainLmConfig, with_hf_model
 
 Result = TypeVar("Result")
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of one command; every other `--a.b value` is a setting.
+    """The options of one command; every other `--a.b value` is a setting, if it has some.
 
     Mistakes are `ConfigError`s, like all others. No abbreviations.
     """
 
-    def __init__(self, command: str, description: str, settings: type = TrainLmConfig):
+    def __init__(self, command: str, description: str, settings: type | None = TrainLmConfig):
         super().__init__(f"ostro {command}", allow_abbrev=False, add_help=False)
         self.description = description
         self.settings = settings
@@ -33,8 +33,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="store_true", help="show this and stop")
         if "-h" in argv or "--help" in argv:
             self.print_help()
-            print("\nsettings, as flags or in a file:\n")
-            print(help_text(self.settings))
+            if self.settings is not None:
+                print("\nsettings, as flags or in a file:\n")
+                print(help_text(self.settings))
             sys.exit(0)
         return self.parse_known_args(argv)
 
@@ -68,7 +69,10 @@ def load_run(
     )
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)
-    return loaded
+    config = with_hf_model(loaded.config)
+    if config is loaded.config:
+        return loaded
+    return loaded.derive({"model": config.model, "use_hf_model_config": False})
 
 
 def explained(loaded: Loaded[TrainLmConfig], action: Callable[[], Result]) -> Result:

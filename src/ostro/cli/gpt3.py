@@ -16,8 +16,9 @@ from ostro.dialects.translation import Translation
 from ostro.dry_run import describe
 from ostro.errors import ConfigError, Problem, did_you_mean
 from ostro.launch import launch
+from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals
-from ostro.train_lm import TrainLmConfig, run
+from ostro.train_lm import run
 
 MODEL_FOLDER = "configs/model_configs"
 SMALL = "configs/training_configs/small_scale.yaml"

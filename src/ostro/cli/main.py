@@ -4,6 +4,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
+from ostro.cli.export import export
 from ostro.cli.native import cache, config, evaluate, sample, schedule, train
 from ostro.errors import ConfigError, OstroError, did_you_mean
 from ostro.signals import Interrupted, Signals
@@ -14,6 +15,7 @@ commands:
   train       train a model
   eval        evaluate a checkpoint on validation sets
   sample      let a checkpoint write
+  export      write a checkpoint as another program reads it
   cache       tokenise the data of a configuration, and stop
   config      show: the resolved settings and where each came from; schema: for editors
   schedule    the learning rate, evaluations and permanent checkpoints by step
@@ -26,6 +28,7 @@ COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "export": export,
     "cache": cache,
     "config": config,
     "schedule": schedule,

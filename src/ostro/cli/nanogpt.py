@@ -18,8 +18,9 @@ from ostro.dialects import nanogpt, nanogpt_file
 from ostro.dialects.translation import Translation
 from ostro.dry_run import describe
 from ostro.errors import CheckpointError, ConfigError, Problem, did_you_mean
+from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals
-from ostro.train_lm import TrainLmConfig, run
+from ostro.train_lm import run
 
 _USAGE = """usage: python train.py [config.yaml | config.py] [key=value ...] [--dry_run] [--help]
 

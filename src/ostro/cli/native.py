@@ -13,10 +13,11 @@ from ostro.dry_run import describe, draw
 from ostro.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.evaluate import evaluate as evaluate_sets
 from ostro.inference import load_model, load_tokenizer
+from ostro.lm_config import TrainLmConfig
 from ostro.run_log import logging_to_terminal
 from ostro.sample import SamplingConfig, complete_all
 from ostro.signals import Signals
-from ostro.train_lm import TrainLmConfig, build_data, run
+from ostro.train_lm import build_data, run
 
 
 def train(argv: list[str], signals: Signals) -> None:

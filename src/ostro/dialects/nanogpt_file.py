@@ -21,7 +21,7 @@ from ostro.config import dump_yaml, load
 from ostro.data.tokenizer import TokenizerConfig
 from ostro.dialects import nanogpt
 from ostro.errors import CheckpointError, OstroError
-from ostro.train_lm import TrainLmConfig
+from ostro.lm_config import TrainLmConfig
 from ostro.units import Precision, resolve_steps
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")

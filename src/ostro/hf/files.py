@@ -1,0 +1,190 @@
+"""Reading and writing folders as Hugging Face keeps them.
+
+Only safetensors are written; pickles are read by torch's `weights_only` loader alone.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from ostro.checkpoint.metadata import is_plain_name, read_json
+from ostro.checkpoint.storage import flush_folder
+from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
+from ostro.errors import CheckpointError
+from ostro.hf.layout import differences, from_hf, refuse, to_hf
+from ostro.hf.settings import hf_config, lm_config, setting_differences
+from ostro.models import LmConfig
+
+_log = logging.getLogger("ostro.hf")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = "pytorch_model.bin"
+
+
+def read_hf_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The `config.json` of a local folder or of a model on the hub."""
+    path = _folder(name, revision, ["config.json"]) / "config.json"
+    return read_json(_bytes(path), str(path))
+
+
+def read_hf(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights of a local folder, or of `organisation/name[@revision]` on the hub.
+
+    Nothing but `config.json` and safetensors is fetched. A local folder that has only
+    `pytorch_model.bin` is read by torch's loader of plain weights.
+    """
+    patterns = ["config.json", _WEIGHTS, _INDEX, "model-*.safetensors"]
+    folder = _folder(name, revision, patterns)
+    config = read_json(_bytes(folder / "config.json"), f"{folder}/config.json")
+    if (path := folder / _WEIGHTS).exists():
+        return config, read_tensors(str(path), str(path))
+    if (path := folder / _INDEX).exists():
+        return config, _read_shards(path)
+    if (path := folder / _PICKLED).exists():
+        return config, _read_pickled(path)
+    raise CheckpointError(f"{name} - has neither {_WEIGHTS} nor {_INDEX} - give another model")
+
+
+def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    repository, _, at = name.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+
+        fetched = snapshot_download(
+            repository, revision=revision or at or None, allow_patterns=patterns
+        )
+    except Exception as error:  # network, name and access errors share no base class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{name} - is no folder, and could not be fetched from the Hugging Face hub: {reason} -"
+            " check the name and the network, or give a local folder"
+        ) from error
+    return Path(fetched)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} - cannot be read: {error.strerror}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    where = read_json(_bytes(index), str(index)).get("weight_map")
+    if not isinstance(where, dict) or not all(is_plain_name(str(file)) for file in where.values()):
+        raise CheckpointError(f"{index} - is damaged: it has no weight_map of names to files")
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(where.values())):
+        found |= read_tensors(str(index.parent / file), str(index.parent / file))
+    refuse(differences(found, where), f"the files do not hold what {index} says")
+    return found
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} - cannot be read safely: {reason} - convert it to {_WEIGHTS}"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise CheckpointError(f"{path} - holds no named tensors - convert it to {_WEIGHTS}")
+    return found
+
+
+def read_model(name: str, gradient_checkpointing: bool) -> LmConfig:
+    """The settings of the model that `initialize_from_hf` names."""
+    with _named(name):
+        model, _ = lm_config(read_hf_config(name))
+    return replace(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def read_weights(name: str, config: LmConfig, vocab_size: int) -> dict[str, Tensor]:
+    """The weights that `initialize_from_hf` names, after the settings were compared with ours."""
+    with _named(name):
+        described, weights = read_hf(name)
+        theirs, rows = lm_config(described)
+        wrong = setting_differences(config, theirs)
+        if rows != vocab_size:
+            wrong.append(
+                f"it has {rows} tokens, this run {vocab_size} (take its data.tokenizer, and set"
+                " vocab_size where that has fewer)"
+            )
+        refuse(wrong, "use_hf_model_config: true takes the model section from it")
+        ours, other = (getattr(each, "rope", None) for each in (config, theirs))
+        if ours != other:  # how a context is stretched
+            _log.warning("model.rope = %s, in %s it is %s", ours, name, other)
+        return from_hf(config, weights)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"initialize_from_hf = {name} - {error}") from error
+
+
+def write_hf(
+    folder: str,
+    config: LmConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: str | None,
+    eos_id: int | None,
+) -> None:
+    """Write the folder that transformers loads; it must not exist, or be empty.
+
+    `tokenizer` is a `tokenizer.json`; those that are not of the `tokenizers` library stay out.
+    """
+    target = Path(folder).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{folder} - is there already - give another, or delete it")
+    weights = to_hf(config, tensors)
+    texts = {"config.json": hf_config(config, len(tensors["token_embedding.weight"]), eos_id)}
+    if tokenizer is not None and is_library_tokenizer(tokenizer):
+        inner = tokenizers.Tokenizer.from_str(tokenizer)
+        eos = None if eos_id is None else inner.id_to_token(eos_id)
+        texts |= {
+            "tokenizer.json": json.loads(tokenizer),
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": config.seq_len,
+                "bos_token": eos,
+                "eos_token": eos,
+            },
+        }
+    work = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    try:
+        work.mkdir(parents=True)
+        for name, value in texts.items():
+            (work / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        with open(work / _WEIGHTS, "wb") as file:
+            for piece in tensor_pieces(weights, {"format": "pt"}):  # transformers asks for it
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        flush_folder(str(work))
+        work.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"{folder} - cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def is_library_tokenizer(text: str) -> bool:
+    """Whether a saved tokenizer is one that transformers can read."""
+    return "model" in json.loads(text)

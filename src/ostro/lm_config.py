@@ -1,0 +1,118 @@
+"""`TrainLmConfig`: all settings of a pre-training run, and what follows from them alone."""
+
+import dataclasses
+import os
+import random
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ostro.data.text import LMDatasetConfig
+from ostro.data.tokenizer import Tokenizer
+from ostro.errors import ConfigError, Problem
+from ostro.hf import read_model
+from ostro.models import Gpt2Config
+from ostro.models.lm_model import LmConfig
+from ostro.optim import AdamConfig, OptimizerConfig
+from ostro.sample import SamplingConfig
+from ostro.tracker import ConsoleConfig, TrackerConfig, WandbConfig
+from ostro.trainer import TrainerConfig
+
+
+@dataclass(frozen=True)
+class TrainLmConfig:
+    """A pre-training run."""
+
+    data: LMDatasetConfig = field(default_factory=LMDatasetConfig)
+    """What to train and evaluate on, and how it is tokenised."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long, on what device, in which precision; logging, saving, resuming."""
+    model: LmConfig = field(default_factory=Gpt2Config)
+    """The architecture; `type` picks the family."""
+    initialize_from_hf: str | None = None
+    """Start from the weights of a Hugging Face model, with a fresh optimizer at step 0: a folder,
+    or `organisation/name[@revision]` on the hub. Checkpoints of the run come first."""
+    use_hf_model_config: bool = False
+    """Take the model section from that model, all but `gradient_checkpointing`."""
+    optimizer: OptimizerConfig = field(default_factory=AdamConfig)
+    """The optimizer and its learning-rate schedule; `type` picks the optimizer."""
+    vocab_size: int | None = None
+    """Rows of the embedding. Null is the tokenizer's vocabulary; larger values leave rows that
+    no token uses."""
+    data_seed: int | None = None
+    """Seed of the order of the data. Null is `trainer.seed`."""
+    epoch: int = 0
+    """Stop after so many passes over the data, if that comes before `num_train_steps`. 0: never."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Texts for the model to go on with at each evaluation. None by default."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How those samples are drawn."""
+    imports: list[str] = field(default_factory=list)
+    """Python modules to import first: they may register models, optimizers, trackers, sources."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.vocab_size is not None and self.vocab_size < 1:
+            yield Problem("vocab_size", "must be at least 1", "null takes the tokenizer's")
+        if self.epoch < 0:
+            yield Problem("epoch", "must not be negative", "0 goes on until num_train_steps")
+        if self.initialize_from_hf is not None and self.trainer.initialize_from is not None:
+            rule = "trainer.initialize_from is set too"
+            yield Problem("initialize_from_hf", rule, "remove one of the two")
+        if self.use_hf_model_config and self.initialize_from_hf is None:
+            yield Problem("use_hf_model_config", "needs initialize_from_hf", "name the model there")
+        for problem in self.optimizer.problems_for(self.trainer.num_train_steps):
+            yield dataclasses.replace(problem, setting=f"optimizer.{problem.setting}")
+
+
+def choose_run_id(config: TrainLmConfig, environ: Mapping[str, str] = os.environ) -> str:
+    """`trainer.id`, else RUN_ID, else the wandb tracker's id, else 8 random characters.
+
+    The random ones are drawn from the system, so two runs of one seed do not collide.
+    """
+    wandb_ids = [tracker.id for tracker in trackers(config) if isinstance(tracker, WandbConfig)]
+    letters = string.ascii_lowercase + string.digits
+    drawn = "".join(random.SystemRandom().choices(letters, k=8))
+    given = [config.trainer.id, environ.get("RUN_ID"), *wandb_ids]
+    return next((name for name in given if name), drawn)
+
+
+def with_hf_model(config: TrainLmConfig) -> TrainLmConfig:
+    """`use_hf_model_config` carried out."""
+    if not config.use_hf_model_config or config.initialize_from_hf is None:
+        return config
+    checkpointing = getattr(config.model, "gradient_checkpointing", True)
+    model = read_model(config.initialize_from_hf, checkpointing)
+    return dataclasses.replace(config, model=model, use_hf_model_config=False)
+
+
+def trackers(config: TrainLmConfig) -> list[TrackerConfig]:
+    """The trackers of the run, the console among them where progress is to be shown."""
+    given = config.trainer.tracker
+    listed = given if isinstance(given, list) else [given]
+    if config.trainer.progress and not any(isinstance(t, ConsoleConfig) for t in listed):
+        return [*listed, ConsoleConfig()]
+    return listed
+
+
+def run_name(config: TrainLmConfig) -> str:
+    """The name people gave the run: the wandb tracker's, else its id."""
+    for tracker in trackers(config):
+        if name := getattr(tracker, "name", None):
+            return name
+    assert config.trainer.id is not None, "the run id is chosen before the name is asked for"
+    return config.trainer.id
+
+
+def vocab_size(config: TrainLmConfig, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding; `ConfigError` where the tokenizer needs more than were asked for."""
+    if config.vocab_size is None:
+        return tokenizer.vocab_size
+    if config.vocab_size < tokenizer.vocab_size:
+        rule = f"must be at least the tokenizer's vocabulary = {tokenizer.vocab_size}"
+        raise ConfigError(Problem("vocab_size", rule, "or null, to take just that"))
+    return config.vocab_size
+
+
+def replace_trainer(config: TrainLmConfig, **changes: object) -> TrainLmConfig:
+    """The configuration with some fields of `trainer` changed."""
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes))
