@@ -2,7 +2,7 @@
 
 import torch
 
-from ostro.checkpoint import Saved
+from ostro.checkpoint import Saved, SavedFile
 from ostro.data.tokenizer import Tokenizer, tokenizer_from_text
 from ostro.errors import CheckpointError
 from ostro.lm_config import TrainLmConfig, vocab_size
@@ -10,7 +10,7 @@ from ostro.models.lm_model import LmModel
 from ostro.trainer.state import load_weights
 
 
-def load_tokenizer(saved: Saved) -> Tokenizer:
+def load_tokenizer(saved: Saved | SavedFile) -> Tokenizer:
     """The tokenizer that was saved with the checkpoint."""
     text = saved.texts.get("tokenizer.json")
     if text is None:
@@ -20,7 +20,7 @@ def load_tokenizer(saved: Saved) -> Tokenizer:
 
 
 def load_model(
-    saved: Saved, config: TrainLmConfig, tokenizer: Tokenizer, device: torch.device
+    saved: Saved | SavedFile, config: TrainLmConfig, tokenizer: Tokenizer, device: torch.device
 ) -> LmModel:
     """The model of `config` with the checkpoint's weights, in evaluation mode."""
     compute_dtype = getattr(torch, config.trainer.mp.compute)

@@ -99,7 +99,7 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
                 session.tracker.log_summary(_summary(session.state, world, session.throughput))
                 metrics = session.fit()
             except (Interrupted, TrainingDivergedError) as stop:
-                go_on = f"go on with: ostro train --config_path {paths.config}"
+                go_on = f"go on with: {_resume(config, paths)}"
                 log.info("%s", go_on)
                 if isinstance(stop, Interrupted):
                     stop.go_on = go_on
@@ -215,6 +215,8 @@ def restore(config: TrainLmConfig, checkpointer: Checkpointer, state: TrainState
     log.info("%s", decision.message)
     if saved is None:
         return
+    if saved.values.get("is_foreign"):
+        log.warning("%s holds no random state, loss scale or skip window: these start anew", saved)
     tensors = {group: saved.tensors(group) for group in ("model", "optimizer", "state")}
     state.load(tensors, saved.values, str(saved.path))
     if state.step >= trainer.num_train_steps:
@@ -399,6 +401,12 @@ def _announce(
     log.info("%s peak: %.0f GFLOP/s (%s)", peak.kind, peak.flops / 1e9, peak.source)
 
 
+def _resume(config: TrainLmConfig, paths: RunPaths) -> str:
+    """The command that goes on with this run."""
+    forced = " --trainer.load_checkpoint true" if config.trainer.load_checkpoint is False else ""
+    return f"ostro train --config_path {paths.config}{forced}"
+
+
 def _report(
     config: TrainLmConfig, paths: RunPaths, checkpoints: str, metrics: Mapping[str, float]
 ) -> None:
@@ -413,7 +421,7 @@ def _report(
     log.info("  metrics, log %s", paths.log_dir)
     log.info("what to type next:")
     more = config.trainer.num_train_steps * 2
-    resume = f"ostro train --config_path {paths.config} --trainer.num_train_steps {more}"
+    resume = f"{_resume(config, paths)} --trainer.num_train_steps {more}"
     log.info("  train on:    %s", resume)
     sample = f"ostro sample --checkpoint {checkpoints} --prompt {shlex.quote(prompt)}"
     log.info("  sample:      %s", sample)

@@ -37,13 +37,13 @@ def parquet(path, **columns):
     [
         ("a.jsonl", LINES),
         ("a.ndjson", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\n")),
-        ("a.jsonl.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
+        ("a.jsonl.gz", gzip.compress(LINES[:40], mtime=0) + gzip.compress(LINES[40:], mtime=0)),
         ("a.jsonl.bz2", bz2.compress(LINES)),
         ("a.jsonl.zst", zstandard.compress(LINES[:40]) + zstandard.compress(LINES[40:])),
         ("a.json", LINES),
         ("a.json", json.dumps([json.loads(line) for line in LINES.splitlines()]).encode()),
         ("a.json", json.dumps([json.loads(x) for x in LINES.splitlines()], indent=2).encode()),
-        ("a.json.gz", gzip.compress(LINES)),
+        ("a.json.gz", gzip.compress(LINES, mtime=0)),
     ],
 )
 def test_json_formats(tmp_path, name, content):
@@ -115,7 +115,7 @@ def test_any_fsspec_url():
     files = fsspec.filesystem("memory")
     for index in (1, 2):
         with files.open(f"/corpus/a{index}.jsonl.gz", "wb") as file:
-            file.write(gzip.compress(LINES))
+            file.write(gzip.compress(LINES, mtime=0))
     source = UrlsSource(["memory://corpus/a{1..2}.jsonl.gz"])
     assert read(source) == DOCS * 2
     assert read(UrlsSource(["memory://corpus/*.gz"])) == DOCS * 2

@@ -60,12 +60,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def load_run(
-    path: str | None, flags: Sequence[str], *, trusted: bool = True
+    path: str | None, flags: Sequence[str], text: str | None = None
 ) -> Loaded[TrainLmConfig]:
-    """The configuration of a run from one file and flags; prints a line per alias used."""
-    files = [] if path is None else [path]
+    """The configuration of a run from one file and flags; prints a line per alias used.
+
+    `text`: the content of the file where it came with a checkpoint; its `imports` are not honoured.
+    """
     loaded = load(
-        TrainLmConfig, files, flags, aliases=NATIVE, search=script_folders(), trusted=trusted
+        TrainLmConfig,
+        [] if path is None else [path],
+        flags,
+        texts=None if path is None or text is None else {path: text},
+        aliases=NATIVE,
+        search=script_folders(),
+        trusted=text is None,
     )
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ostro.callbacks import StepInfo, is_due
-from ostro.checkpoint import Saved, find_latest
+from ostro.checkpoint import Saved, SavedFile, find_latest
 from ostro.cli.arguments import Parser, explained, load_run, unexpected
 from ostro.config import format_tree, json_schema, load
 from ostro.distributed import World, pick_device
@@ -174,7 +174,7 @@ def evaluate(argv: list[str], signals: Signals) -> None:
     print(json.dumps(metrics, indent=2))
 
 
-def open_checkpoint(path: str) -> Saved:
+def open_checkpoint(path: str) -> Saved | SavedFile:
     """The newest intact checkpoint at or below `path`."""
     saved = find_latest(path)
     if saved is None:
@@ -185,6 +185,8 @@ def open_checkpoint(path: str) -> Saved:
     return saved
 
 
-def saved_config(saved: Saved, flags: list[str]) -> TrainLmConfig:
+def saved_config(saved: Saved | SavedFile, flags: list[str]) -> TrainLmConfig:
     """The configuration that was saved with a checkpoint; its `imports` are not honoured."""
-    return load_run(f"{saved.path}/config.yaml", flags, trusted=False).config
+    if "config.yaml" not in saved.texts:
+        raise CheckpointError(f"{saved} - holds no config.yaml - it was not saved by a run")
+    return load_run(f"{saved.path}/config.yaml", flags, saved.texts["config.yaml"]).config

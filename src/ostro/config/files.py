@@ -5,6 +5,7 @@ PyYAML builds the node graph only (`yaml.compose`), so a tag can never name code
 
 import os
 import sys
+from collections.abc import Mapping as PlainMapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
@@ -43,8 +44,10 @@ def script_folders() -> list[Path]:
 class Reader:
     """Reads files and flag values into nodes, collecting `problems` instead of raising."""
 
-    def __init__(self, problems: list[Problem]):
+    def __init__(self, problems: list[Problem], texts: PlainMapping[str, str] | None = None):
+        """`texts`: contents of files that lie elsewhere, in a checkpoint say, by name."""
         self.problems = problems
+        self.texts = texts or {}
         self._chain: list[str] = []  # the files being read, each included by the one before
         self._flag = ""  # the flag being read
         self._num_nodes = 0
@@ -52,6 +55,8 @@ class Reader:
 
     def file(self, name: str, search: Seq[Path] = ()) -> Node:
         """The mapping in a file, which is looked up here and then in `search`; or `BAD`."""
+        if name in self.texts:
+            return self._load(name, name, 1)
         found = self._find(name, ["", *map(str, search)], "command line")
         return BAD if found is None else self._load(found, found, 1)
 
@@ -74,8 +79,11 @@ class Reader:
 
     def _load(self, name: str, origin: str, depth: int) -> Node:
         try:
-            with _open(name) as stream:
-                text = stream.read().decode("utf-8-sig")
+            if name in self.texts:
+                text = self.texts[name]
+            else:
+                with _open(name) as stream:
+                    text = stream.read().decode("utf-8-sig")
             graph = yaml.compose(text, yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark

@@ -48,20 +48,22 @@ def load(
     flags: Sequence[str] = (),
     *,
     layers: Sequence[nodes.Mapping] = (),
+    texts: Mapping[str, str] | None = None,
     aliases: Sequence[Alias] = (),
     search: Sequence[Path] = (),
     trusted: bool = True,
 ) -> Loaded[Config]:
     """Read the files, then `layers` made elsewhere, then the flags, over the defaults of `cls`.
 
-    Raises one `ConfigError` with every mistake found. With `trusted=False`, and for files
+    `texts` holds files that are no files, by name. Raises one `ConfigError` with every mistake
+    found. With `trusted=False`, and for files
     that are URLs, modules named under `imports` are not imported, and a notice says so.
     """
     problems: list[Problem] = []
     notices: list[str] = []
     names = list(dotted_names(cls))
     known = names + alias_names(aliases, names)
-    reader, resolver = Reader(problems), Resolver(aliases, problems, notices)
+    reader, resolver = Reader(problems, texts), Resolver(aliases, problems, notices)
     sources = [(reader.file(name, search), trusted) for name in files]
     sources += [(layer, trusted) for layer in layers]
     sources.append((parse_flags(flags, reader, known), True))

@@ -275,8 +275,14 @@ class TokensSource(SourceConfig):
             yield Problem("train_bin", "names no file", "list token files, or set dir")
 
     def list_shards(self, split: str) -> list[Shard]:
-        patterns = self.places(split)
-        return [make_shard(path, "tokens") for path in find_files(patterns, f"{split} tokens")]
+        script = os.path.join(self.dir or "", "prepare.py")
+        try:
+            paths = find_files(self.places(split), f"{split} tokens")
+        except Unreachable as error:
+            if self.dir is None or not os.path.exists(script):
+                raise
+            raise Unreachable(f"{error} - make it with: python {script}") from error
+        return [make_shard(path, "tokens") for path in paths]
 
     def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
         raise AssertionError("token files hold no documents to read")

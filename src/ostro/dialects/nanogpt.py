@@ -275,7 +275,7 @@ def _device(config: NanoGptConfig, made: Translation) -> str:
         else:
             origin = made.loaded.origins["device"]
             problems.append(Problem("device", "this machine has no CUDA", advice, device, origin))
-    if backend == "nccl" and kind != "cuda":
+    if backend == "nccl" and (kind != "cuda" or not has_cuda):
         if made.is_default("backend", DEFAULT_FILE):
             backend = "gloo"
         else:

@@ -8,7 +8,6 @@ The last key is ours. Without it a resumed run has the weights, moments and posi
 random state, the loss scale, or the run's own configuration and tokenizer.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,43 +20,12 @@ from ostro.config import dump_yaml, load
 from ostro.data.tokenizer import TokenizerConfig
 from ostro.dialects import nanogpt
 from ostro.errors import CheckpointError, OstroError
+from ostro.hf.layout import HfParameter, gpt2_parameters
 from ostro.lm_config import TrainLmConfig
+from ostro.models import Gpt2Config
 from ostro.units import Precision, resolve_steps
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-_TOP = {
-    "token_embedding": "transformer.wte",
-    "position_embedding": "transformer.wpe",
-    "final_norm": "transformer.ln_f",
-}
-_BLOCK = {
-    "norm_1": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.out": "attn.c_proj",
-    "norm_2": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
-
-
-def their_name(name: str) -> str:
-    """Our parameter name -> nanoGPT's."""
-    module, _, kind = name.rpartition(".")
-    if module in _TOP:
-        return f"{_TOP[module]}.{kind}"
-    _, layer, part = module.split(".", 2)
-    return f"transformer.h.{layer}.{_BLOCK[part]}.{kind}"
-
-
-def their_order(tensor: Tensor, num_heads: int) -> Tensor:
-    """Rows (heads, 3, head_size) of our `qkv`, or of its moments, as (3, heads, head_size)."""
-    parts = tensor.unflatten(0, (num_heads, 3, -1))
-    return parts.transpose(0, 1).flatten(0, 2).contiguous()
-
-
-def our_order(tensor: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `their_order`."""
-    return tensor.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()
 
 
 class NanoGptFormat:
@@ -66,16 +34,13 @@ class NanoGptFormat:
     def pack(self, state: State, step: int) -> dict[str, Any]:
         """The mapping that nanoGPT's `train.py` and `sample.py` expect."""
         native = yaml.safe_load(state.texts["config.yaml"])
-        heads, names = native["model"]["num_heads"], list(state.tensors["model"])
         if native["model"]["type"] != "gpt2":
             raise CheckpointError("checkpointer.format = nanogpt - holds GPT-2 models only")
-
-        def tensor(group: str, name: str, key: str = "") -> Tensor:
-            value = state.tensors[group][name + key]
-            is_qkv = ".attention.qkv." in name and value.ndim > 0
-            return their_order(value, heads) if is_qkv else value
-
-        weights = {their_name(name): tensor("model", name) for name in names}
+        parameters = {p.ours: p for p in gpt2_parameters(_model(native["model"]))}
+        weights = {
+            parameters[name].theirs[0]: _theirs(parameters[name], tensor)
+            for name, tensor in state.tensors["model"].items()
+        }
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
         best = state.values.get("best_eval_loss")
         config = their_config(native, int(state.values.get("num_ranks", 1)))
@@ -83,7 +48,7 @@ class NanoGptFormat:
         model_args["vocab_size"] = len(weights["lm_head.weight"])
         return {
             "model": weights,
-            "optimizer": _their_optimizer(native["optimizer"], names, tensor),
+            "optimizer": _their_optimizer(native["optimizer"], state, parameters),
             "model_args": model_args,
             "iter_num": state.values["step"],
             "best_val_loss": 1e9 if best is None else best,
@@ -99,11 +64,10 @@ class NanoGptFormat:
         """Ours from a file of theirs or ours; compiled and tied names are understood."""
         try:
             args = content["model_args"]
-            heads = int(args["n_head"])
-            theirs = {
-                name.removeprefix("_orig_mod."): value for name, value in content["model"].items()
-            }
-            weights = _our_weights(theirs, heads, where)
+            model = {"num_layers": args["n_layer"], "num_heads": args["n_head"]}
+            model |= {"hidden_dim": args["n_embd"], "use_bias": args["bias"]}
+            parameters = {p.theirs[0]: p for p in gpt2_parameters(_model(model))}
+            weights = _our_weights(content["model"], parameters, where)
             own = content.get("ostro") or {}
             best = content["best_val_loss"]
             values = dict(own.get("values") or {}) | {
@@ -111,7 +75,9 @@ class NanoGptFormat:
                 "best_eval_loss": None if float(best) >= 1e9 else float(best),
                 "is_foreign": not own,
             }
-            optimizer = _our_optimizer(content["optimizer"], weights, heads)
+            optimizer = _our_optimizer(
+                content["optimizer"], weights, {p.ours: p for p in parameters.values()}
+            )
             texts = own.get("texts") or _texts(content)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
@@ -136,9 +102,21 @@ def _grouped(names: list[str], ndims: Mapping[str, int]) -> list[list[str]]:
     return [[n for n in names if (ndims[n] >= 2) == decays] for decays in (True, False)]
 
 
-def _their_optimizer(config: Mapping[str, Any], names: list[str], tensor: Any) -> dict[str, Any]:
-    ndims = {name: tensor("model", name).ndim for name in names}
-    groups = _grouped(names, ndims)
+def _model(settings: Mapping[str, Any]) -> Gpt2Config:
+    names = ("num_layers", "num_heads", "hidden_dim", "use_bias")
+    return Gpt2Config(**{name: settings[name] for name in names})
+
+
+def _theirs(parameter: HfParameter, tensor: Tensor) -> Tensor:
+    """A weight or a moment as nanoGPT lays it out; scalars stay."""
+    return parameter.export(tensor)[0].contiguous() if tensor.ndim else tensor
+
+
+def _their_optimizer(
+    config: Mapping[str, Any], state: State, parameters: Mapping[str, HfParameter]
+) -> dict[str, Any]:
+    weights, moments = state.tensors["model"], state.tensors["optimizer"]
+    groups = _grouped(list(weights), {name: tensor.ndim for name, tensor in weights.items()})
     index = {name: number for number, name in enumerate(n for group in groups for n in group)}
     options = {
         "lr": config["learning_rate"],
@@ -155,11 +133,11 @@ def _their_optimizer(config: Mapping[str, Any], names: list[str], tensor: Any) -
     decay = (config["weight_decay"], 0.0)
     return {
         "state": {
-            index[name]: {
-                key: tensor("optimizer", name, f".{key}")
+            number: {
+                key: _theirs(parameters[name], moments[f"{name}.{key}"])
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
-            for name in index
+            for name, number in index.items()
         },
         "param_groups": [
             {**options, "weight_decay": rate, "params": [index[name] for name in group]}
@@ -168,35 +146,31 @@ def _their_optimizer(config: Mapping[str, Any], names: list[str], tensor: Any) -
     }
 
 
-def _our_weights(theirs: Mapping[str, Tensor], heads: int, where: str) -> dict[str, Tensor]:
-    layers = {int(m[1]) for n in theirs if (m := re.match(r"transformer\.h\.(\d+)\.", n))}
-    modules = [f"blocks.{layer}.{part}" for layer in sorted(layers) for part in _BLOCK]
-    top = list(_TOP)
-    weights = {}
-    for module in [*top[:2], *modules, *top[2:]]:
-        for kind in ("weight", "bias"):
-            name = f"{module}.{kind}"
-            if (value := theirs.get(their_name(name))) is not None:
-                is_qkv = ".attention.qkv." in name
-                weights[name] = our_order(value, heads) if is_qkv else value
-    head = theirs.get("lm_head.weight")
+def _our_weights(
+    saved: Mapping[str, Tensor], parameters: Mapping[str, HfParameter], where: str
+) -> dict[str, Tensor]:
+    theirs = {name.removeprefix("_orig_mod."): value for name, value in saved.items()}
+    head = theirs.pop("lm_head.weight", None)
+    theirs = {name: value for name, value in theirs.items() if not name.endswith(".attn.bias")}
+    if set(theirs) != set(parameters):
+        wrong = ", ".join(sorted(set(theirs) ^ set(parameters))[:4])
+        raise CheckpointError(f"{where} - its weights are not those of its model_args: {wrong}")
+    weights = {parameters[name].ours: parameters[name].load(t) for name, t in theirs.items()}
     if head is not None and not torch.equal(head, weights["token_embedding.weight"]):
         raise CheckpointError(f"{where} - its head is not tied to the embedding, as GPT-2's is")
     return weights
 
 
 def _our_optimizer(
-    saved: Mapping[str, Any], weights: Mapping[str, Tensor], heads: int
+    saved: Mapping[str, Any], weights: Mapping[str, Tensor], parameters: Mapping[str, HfParameter]
 ) -> dict[str, Tensor]:
-    ndims = {name: value.ndim for name, value in weights.items()}
-    groups = _grouped(list(weights), ndims)
+    groups = _grouped(list(weights), {name: value.ndim for name, value in weights.items()})
     found = {}
     for names, group in zip(groups, saved["param_groups"], strict=True):
         for name, index in zip(names, group["params"], strict=True):
             for key, value in saved["state"][index].items():
-                value = torch.as_tensor(value, dtype=torch.float32)
-                is_qkv = ".attention.qkv." in name and value.ndim > 0
-                found[f"{name}.{key}"] = our_order(value, heads) if is_qkv else value
+                tensor = torch.as_tensor(value, dtype=torch.float32)
+                found[f"{name}.{key}"] = parameters[name].load(tensor) if tensor.ndim else tensor
     return found
 
 

@@ -150,7 +150,7 @@ class ConsoleTracker(Tracker):
 
 
 def figures_line(figures: Mapping[str, float], seconds_left: float | None) -> str:
-    """`loss 3.2145  lr 5.90e-04  12.3k tok/s  MFU 41.2%  1m20s left`; what is missing is left out.
+    """`loss 3.21  lr 5.90e-04  12.3k tok/s  85 ms/step  MFU 41.2%  1m20s left`, as far as known.
 
     `throughput/mfu` is a percentage.
     """
@@ -161,6 +161,8 @@ def figures_line(figures: Mapping[str, float], seconds_left: float | None) -> st
         parts.append(f"lr {figures['optim/learning_rate']:.2e}")
     if "throughput/tokens_per_second" in figures:
         parts.append(f"{format_count(figures['throughput/tokens_per_second'])} tok/s")
+    if "throughput/duration" in figures:
+        parts.append(f"{1000 * figures['throughput/duration']:.0f} ms/step")
     if "throughput/mfu" in figures:
         parts.append(f"MFU {figures['throughput/mfu']:.1f}%")
     if seconds_left is not None:
