@@ -118,3 +118,71 @@ def _write(folder, name, records, output_type, metrics, text, target, **more) ->
         "metric_list": [{"metric": metric} for metric in metrics],
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | more))
+
+
+SUPERGLUE = {
+    "boolq": {"passage": "the dog", "question": "is it old", "label": 1},
+    "cb": {"premise": "the dog", "hypothesis": "a fox", "label": 2},
+    "copa": {
+        "premise": "The dog jumps.",
+        "question": "cause",
+        "choice1": "The fox mixes.",
+        "choice2": "It knows.",
+        "label": 1,
+    },
+    "multirc": {"paragraph": "the dog", "question": "who", "answer": "a fox", "label": 0},
+    "record": {
+        "passage": "the dog\n@highlight\nfox",
+        "query": "a @placeholder jumps",
+        "entities": ["dog", "lazy fox", "fox"],
+        "answers": ["fox"],
+    },
+    "rte": {"premise": "the dog", "hypothesis": "a fox", "label": 0},
+    "wic": {
+        "sentence1": "the dog",
+        "sentence2": "a dog",
+        "start1": 4,
+        "end1": 7,
+        "start2": 2,
+        "end2": 5,
+        "label": 1,
+    },
+    "wsc": {
+        "text": "The dog said it jumps",
+        "span1_text": "The dog",
+        "span2_text": "it",
+        "span2_index": 3,
+        "label": 1,
+    },
+}
+
+
+def write_copies(folder: Path) -> Path:
+    """The harness's own descriptions of the four benchmarks with data of our own."""
+    _copy(folder, "piqa", "piqa/piqa", {"goal": "a", "sol1": "fox", "sol2": "dog", "label": 0})
+    answers = {"question": "who", "answer": {"aliases": ["dog", "a dog"]}}
+    settings = {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 8}
+    _copy(folder, "triviaqa", "triviaqa/default", answers, generation_kwargs=settings)
+    for name in ("lambada_openai", "lambada_standard"):
+        _copy(folder, name, f"lambada/{name}", {"text": "the quick brown fox"})
+    for name, record in SUPERGLUE.items():
+        task = "sglue_rte" if name == "rte" else name
+        _copy(folder, task, f"super_glue/{name}/default", record)
+    return folder
+
+
+def _copy(folder: Path, task: str, description: str, record: dict, **more) -> None:
+    import lm_eval
+
+    data = folder / f"{task}.jsonl"
+    data.write_text((json.dumps(record) + "\n") * 2)
+    copy = {
+        "include": str(Path(lm_eval.__file__).parent / "tasks" / f"{description}.yaml"),
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {part: str(data) for part in ("train", "validation", "test")}
+        },
+    }
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(copy | more))

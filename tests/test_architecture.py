@@ -24,6 +24,7 @@ LEVELS = [
         "signals",
         "throughput",
         "allocator",
+        "squad",
     },
     {"models", "checkpoint"},
     {"evaluate", "trainer", "sample"},

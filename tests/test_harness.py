@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from benchmark_model import SEQ_LEN, WORDS, write_model, write_tasks
+from benchmark_model import SEQ_LEN, WORDS, write_copies, write_model, write_tasks
 
-from ostro import harness
+from ostro import harness, squad
 from ostro.checkpoint import find_latest
 from ostro.cli.benchmark import table
 from ostro.cli.native import saved_config
@@ -23,6 +23,15 @@ class Request:
     def __init__(self, *args):
         self.args = args
         self.task_name = "test"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_cache(tmp_path_factory):
+    """Data sets made from the tests' files are not kept in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("data_sets"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +172,43 @@ def test_scores_equal_those_of_the_harness(models, tasks):
     assert found["local_piqa"]["num_fewshot"] == {"local_piqa": 1}
     text = "\n".join(table(found))
     assert "local_text" in text and "bits_per_byte" in text and "_stderr" not in text
+
+
+@pytest.mark.filterwarnings("ignore:F-score is ill-defined")  # of a class without questions
+def test_the_documented_benchmarks_by_their_own_descriptions(models, tasks, tmp_path, monkeypatch):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    model, tokenizer, _, theirs = models
+    harness.task_manager(str(tasks))  # prepares for SuperGLUE; its index is not needed
+    manager = TaskManager(include_defaults=False, include_path=str(write_copies(tmp_path)))
+    monkeypatch.setattr(harness, "task_manager", lambda _: manager)
+    benchmarks = harness.load_benchmarks(DOCUMENTED)
+    found = harness.run_harness(model, tokenizer, benchmarks)
+    every = [task for tasks in benchmarks.values() for task in tasks]
+    expected = simple_evaluate(
+        theirs, tasks=every, task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
+    assert len(expected["results"]) == 8 + 2 + 1 + 1
+    for own in found.values():
+        for task, scores in own["results"].items():
+            for key in (key for key in scores if "_stderr" not in key):
+                assert scores[key] == pytest.approx(expected["results"][task][key], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "exact", "f1"),
+    [
+        ("The Cat!", "a cat", 1, 1.0),
+        ("the cat sat", "a cat", 0, 2 / 3),
+        ("one two three", "two two four", 0, 1 / 3),
+        ("the", "a", 1, 1.0),
+        ("the", "cat", 0, 0.0),
+    ],
+)
+def test_agreement_of_answers(gold, predicted, exact, f1):
+    assert squad.compute_exact(gold, predicted) == exact
+    assert squad.compute_f1(gold, predicted) == pytest.approx(f1)
 
 
 def test_limit_fewshot_and_groups(models, tasks):

@@ -5,14 +5,17 @@ encoded, cut and ended as it does. The harness is an optional library (`ostro[ev
 """
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ostro import squad
 from ostro.errors import ConfigError, DataError, Problem, did_you_mean
 from ostro.evaluate import inference
 from ostro.models.lm_model import LmModel
@@ -54,6 +57,11 @@ def task_manager(task_folder: str | None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("--benchmark needs lm_eval - pip install 'ostro[eval]'") from None
+    try:
+        import transformers.data.metrics.squad_metrics  # noqa: F401
+    except ModuleNotFoundError:  # SuperGLUE needs it
+        sys.modules["transformers.data.metrics"] = ModuleType("transformers.data.metrics")
+        sys.modules["transformers.data.metrics.squad_metrics"] = squad
     return TaskManager(include_path=task_folder)
 
 
@@ -64,9 +72,9 @@ def _tasks(manager: Any, name: str) -> list[Any]:
     except Exception as error:  # of the network, the hub, files and scripts: they share no base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"--benchmark {name} - its data set could not be loaded: {reason} - check the network;"
-            " without one, copy a filled Hugging Face cache here and name it with HF_HOME, or"
-            " describe a local copy in a folder of task files and give it with --task_folder"
+            f"--benchmark {name} - its task or data set could not be loaded: {reason} - check the"
+            " network; without one, copy a filled Hugging Face cache here and name it with HF_HOME,"
+            " or describe a local copy in a folder of task files and give it with --task_folder"
         ) from error
     group = loaded["groups"].get(task)
     return [group] if group else list(loaded["tasks"].values())

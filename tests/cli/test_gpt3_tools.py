@@ -136,7 +136,8 @@ def test_max_length_counts_the_prompt(folder, called):
     assert code == 2 and "temperature" in err
 
 
-def test_benchmark_prints_and_keeps(folder, tmp_path, capsys):
+def test_benchmark_prints_and_keeps(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "data_sets"))
     words = ["benchmark", "--checkpoint", str(folder / "experiments"), "--device", "cpu"]
     words += ["--task_folder", str(folder / "tasks"), "--benchmark", "local_text"]
     assert run_command(words) == 0
