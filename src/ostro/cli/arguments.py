@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of one command; every other `--a.b value` is a setting, if it has some.
+    """The options of one command; every other `--a.b value` is one of the `settings`, if any.
 
     Mistakes are `ConfigError`s, like all others. No abbreviations.
     """

@@ -4,6 +4,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
+from ostro.cli.benchmark import benchmark
 from ostro.cli.export import export
 from ostro.cli.native import cache, config, evaluate, sample, schedule, train
 from ostro.errors import ConfigError, OstroError, did_you_mean
@@ -14,6 +15,7 @@ _USAGE = """usage: ostro <command> [--config_path FILE] [--setting.name value ..
 commands:
   train       train a model
   eval        evaluate a checkpoint on validation sets
+  benchmark   score a checkpoint on benchmarks of lm-evaluation-harness
   sample      let a checkpoint write
   export      write a checkpoint as another program reads it
   cache       tokenise the data of a configuration, and stop
@@ -27,6 +29,7 @@ commands:
 COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "train": train,
     "eval": evaluate,
+    "benchmark": benchmark,
     "sample": sample,
     "export": export,
     "cache": cache,

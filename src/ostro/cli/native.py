@@ -174,12 +174,12 @@ def evaluate(argv: list[str], signals: Signals) -> None:
     print(json.dumps(metrics, indent=2))
 
 
-def open_checkpoint(path: str) -> Saved | SavedFile:
-    """The newest intact checkpoint at or below `path`."""
+def open_checkpoint(path: str, flag: str = "--checkpoint") -> Saved | SavedFile:
+    """The newest intact checkpoint at or below `path`, which `flag` gave."""
     saved = find_latest(path)
     if saved is None:
         raise CheckpointError(
-            f"--checkpoint {path} - no complete checkpoint there or below -"
+            f"{flag} {path} - no complete checkpoint there or below -"
             " give a checkpoint's folder (step-<k>) or one that contains some"
         )
     return saved

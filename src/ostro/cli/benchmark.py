@@ -1,0 +1,111 @@
+"""`ostro benchmark`: scores of a checkpoint on the benchmarks of lm-evaluation-harness."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ostro.checkpoint import Saved
+from ostro.cli.arguments import Parser, unexpected
+from ostro.cli.native import open_checkpoint, saved_config
+from ostro.distributed import pick_device
+from ostro.errors import ConfigError, Problem
+from ostro.harness import load_benchmarks, run_harness
+from ostro.inference import load_model, load_tokenizer
+from ostro.signals import Signals
+
+
+def benchmark(argv: list[str], signals: Signals) -> None:
+    """`ostro benchmark`: print a checkpoint's scores, and keep them where `--output` says."""
+    parser = Parser("benchmark", "Score a checkpoint on benchmarks.", settings=None)
+    parser.add_checkpoint()
+    add_benchmark_options(parser)
+    parser.add_argument("--output", metavar="DIR", help="folder for a JSON file of the scores")
+    options, rest = parser.parse(argv)
+    unexpected(rest, "ostro benchmark")
+    score(open_checkpoint(options.checkpoint), options, options.output)
+
+
+def add_benchmark_options(parser: Parser) -> None:
+    """What `ostro benchmark` and `evaluate.py` share."""
+    parser.add_argument(
+        "--benchmark",
+        metavar="NAME",
+        nargs="+",
+        required=True,
+        help="superglue, lambada, triviaqa, piqa, or any task of the harness",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="questions of each task; default all"
+    )
+    parser.add_argument(
+        "--num_fewshot", type=int, metavar="K", help="solved examples before each question"
+    )
+    parser.add_argument("--task_folder", metavar="DIR", help="more task descriptions (YAML)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+
+
+def score(saved: Saved, options: Namespace, output: str | Path | None) -> None:
+    """Evaluate a checkpoint, print a table, and write a JSON file into `output`."""
+    _check(options)
+    device = pick_device(options.device)
+    benchmarks = load_benchmarks(options.benchmark, options.task_folder)
+    tokenizer = load_tokenizer(saved)
+    model = load_model(saved, saved_config(saved, []), tokenizer, device)
+    scores = run_harness(
+        model, tokenizer, benchmarks, limit=options.limit, num_fewshot=options.num_fewshot
+    )
+    print("\n".join(table(scores)))
+    if output is not None:
+        now = datetime.now(UTC)
+        found = {
+            "checkpoint": saved.path,
+            "step": saved.metadata.step,
+            "date": now.isoformat(timespec="seconds"),
+            "lm_eval": version("lm_eval"),
+            "limit": options.limit,
+            "benchmarks": scores,
+        }
+        path = Path(output) / f"step-{saved.metadata.step}-{now:%Y%m%d-%H%M%S-%f}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print(f"\nscores: {path}")
+
+
+def _check(options: Namespace) -> None:
+    problems = []
+    if options.limit is not None and options.limit < 1:
+        problems.append(Problem("--limit", "must be positive", value=str(options.limit)))
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        problems.append(
+            Problem("--num_fewshot", "must not be negative", value=str(options.num_fewshot))
+        )
+    if options.task_folder is not None and not Path(options.task_folder).is_dir():
+        problems.append(
+            Problem("--task_folder", "no such folder", "correct the path", options.task_folder)
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def table(scores: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Lines with a row for each metric; the harness writes them `metric,filter`."""
+    rows = [("benchmark", "task", "metric", "value", "stderr")]
+    for name, found in scores.items():
+        for task, metrics in found["results"].items():
+            for key, value in metrics.items():
+                metric, _, chosen = key.partition(",")
+                if not metric.endswith("_stderr"):
+                    error = metrics.get(f"{metric}_stderr,{chosen}")
+                    rows.append((name, task, metric, _short(value), _short(error)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(padded).rstrip()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-"
