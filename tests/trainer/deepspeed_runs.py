@@ -9,6 +9,7 @@ import torch.distributed as dist
 from ostro import train_lm
 from ostro.cli.arguments import load_run
 from ostro.distributed import World
+from ostro.errors import OstroError
 from ostro.trainer import TrainingDivergedError
 
 
@@ -17,8 +18,12 @@ def main(paths: list[str]) -> None:
     world = World(torch.device("cpu"), dist.get_rank(), dist.get_world_size())
     train_lm.joined = lambda *_: contextlib.nullcontext(world)
     for path in paths:
-        with contextlib.suppress(TrainingDivergedError):
+        try:
             train_lm.run(load_run(path, []).config)
+        except TrainingDivergedError:
+            pass
+        except OstroError as error:
+            print("error:", error)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """DeepSpeed behind our interface: its settings filled in, and runs that equal those of torch."""
 
+import math
 import re
 import subprocess
 from dataclasses import replace
@@ -164,7 +165,7 @@ STAGES = {
     f"stage{n}": {"zero_optimization": {"stage": n, "stage3_param_persistence_threshold": 0}}
     for n in range(4)
 }
-RUNS = {"torch": None, **STAGES, "shipped": SHIPPED, "file": STAGES["stage1"]}
+RUNS = {"torch": None, **STAGES, "shipped": SHIPPED, "file": {"zero_optimization": {"stage": 3}}}
 DIVERGING = {"diverging0": STAGES["stage0"], "diverging2": STAGES["stage2"]}
 
 
@@ -178,11 +179,8 @@ def write_run(root: Path, name: str, deepspeed: dict | None, **trainer) -> Path:
     return write_config(folder, **BASE, trainer=fields)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """Folders of runs of two processes each, by name, and of the same going on after step 5."""
-
-    root = tmp_path_factory.mktemp("deepspeed")
+def make_runs(root: Path) -> None:
+    """Runs of two processes each below `root`, by name, and the same going on after step 5."""
     paths = [write_run(root, name, given) for name, given in RUNS.items()]
     for name, given in RUNS.items():
         start = root / name / "checkpoints" / "tiny" / "step-5"
@@ -192,12 +190,17 @@ def runs(tmp_path_factory) -> Path:
         path = write_run(root, name, given)
         path.write_text(path.read_text().replace("learning_rate: 0.01", "learning_rate: 1.0e+30"))
         paths.append(path)
-    script = Path(__file__).parent / "deepspeed_runs.py"
-    words = torchrun_words(2, script, *paths)
+    done = run_all(2, paths)
+    assert "[INFO]" not in done.stdout, "DeepSpeed is silent"
+    assert "error:" not in done.stdout, done.stdout
+
+
+def run_all(num_processes: int, paths: list[Path]) -> subprocess.CompletedProcess:
+    """Run configurations one after another."""
+    words = torchrun_words(num_processes, Path(__file__).parent / "deepspeed_runs.py", *paths)
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "[INFO]" not in done.stdout, "DeepSpeed is silent"
-    return root
+    return done
 
 
 def optimizer_bytes(folder: Path) -> tuple[int, int]:
@@ -208,24 +211,22 @@ def optimizer_bytes(folder: Path) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("metric", ["train/loss", "grad/norm/total", "eval/loss"])
-def test_float32_equals_torch_in_every_stage(runs, metric):
-    expected = read_metrics(runs / "torch", metric)
-    assert len(expected) == (4 if metric == "eval/loss" else 10)
-    for name in STAGES:
-        assert read_metrics(runs / name, metric) == pytest.approx(expected, rel=1e-4), name
+def check_float32_equals_torch_in_every_stage(runs):
+    for metric, count in (("train/loss", 10), ("grad/norm/total", 10), ("eval/loss", 4)):
+        expected = read_metrics(runs / "torch", metric)
+        assert len(expected) == count
+        for name in STAGES:
+            found = read_metrics(runs / name, metric)
+            assert found == pytest.approx(expected, rel=1e-4), (name, metric)
 
 
-@pytest.mark.dist
-def test_bfloat16_stays_near(runs):
+def check_bfloat16_stays_near(runs):
     expected = read_metrics(runs / "torch")
     assert read_metrics(runs / "shipped") == pytest.approx(expected, rel=5e-3)
     assert optimizer_bytes(runs / "shipped")[0] == 2
 
 
-@pytest.mark.dist
-def test_optimizer_state_is_halved_from_stage_1_on(runs):
+def check_optimizer_state_is_halved_from_stage_1_on(runs):
     sizes = [optimizer_bytes(runs / name) for name in STAGES]
     assert [stage for stage, _ in sizes] == [0, 1, 2, 3]
     whole = sizes[0][1]
@@ -233,17 +234,16 @@ def test_optimizer_state_is_halved_from_stage_1_on(runs):
         assert size == pytest.approx(whole / 2, rel=0.01)
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("name", [*STAGES, "shipped"])
-def test_going_on_equals_not_stopping(runs, name):
-    straight = read_metrics(runs / name)
-    resumed = read_metrics(runs / f"{name}-on")
-    assert sorted(resumed) == [6, 7, 8, 9]
-    assert resumed == pytest.approx({step: straight[step] for step in resumed}, rel=1e-6)
+def check_going_on_equals_not_stopping(runs):
+    for name in [*STAGES, "shipped"]:
+        straight = read_metrics(runs / name)
+        resumed = read_metrics(runs / f"{name}-on")
+        assert sorted(resumed) == [6, 7, 8, 9]
+        expected = {step: straight[step] for step in resumed}
+        assert resumed == pytest.approx(expected, rel=1e-6), name
 
 
-@pytest.mark.dist
-def test_weights_are_those_of_torch(runs):
+def check_weights_are_those_of_torch(runs):
     expected = find_latest(str(runs / "torch" / "checkpoints")).tensors("model")
     for name in STAGES:
         weights = find_latest(str(runs / name / "checkpoints")).tensors("model")
@@ -253,18 +253,16 @@ def test_weights_are_those_of_torch(runs):
             torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("name", DIVERGING)
-def test_a_divergence_spoils_no_weights(runs, name):
-    losses = read_metrics(runs / name)
-    saved = find_latest(str(runs / name / "checkpoints"))
-    assert saved.values["step"] < 10, losses
-    assert all(tensor.isfinite().all() for tensor in saved.tensors("model").values())
-    assert all(torch.tensor(losses[step]).isfinite() for step in range(saved.values["step"]))
+def check_a_divergence_spoils_no_weights(runs):
+    for name in DIVERGING:
+        losses = read_metrics(runs / name)
+        saved = find_latest(str(runs / name / "checkpoints"))
+        assert saved.values["step"] < 10, losses
+        assert all(tensor.isfinite().all() for tensor in saved.tensors("model").values())
+        assert all(math.isfinite(losses[step]) for step in range(saved.values["step"]))
 
 
-@pytest.mark.dist
-def test_the_file_points_to_the_newest_folder(runs):
+def check_the_file_points_to_the_newest_folder(runs):
     folder = runs / "file" / "checkpoints" / "tiny"
     assert sorted(path.name for path in folder.iterdir()) == [
         "latest_checkpoint.pt",
@@ -273,11 +271,10 @@ def test_the_file_points_to_the_newest_folder(runs):
     ]
     saved = find_latest(str(folder / "latest_checkpoint.pt"))
     assert saved.path == str(folder / "step-9")
-    assert saved.values["deepspeed"] == {"stage": 1, "processes": 2, "precision": "float32"}
+    assert saved.values["deepspeed"] == {"stage": 3, "processes": 2, "precision": "float32"}
 
 
-@pytest.mark.dist
-def test_one_process_without_a_launcher(runs, tmp_path):
+def check_one_process_without_a_launcher(runs, tmp_path):
     path = write_run(tmp_path, "alone", STAGES["stage3"])
     done = ostro("train", "--config_path", path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -293,20 +290,46 @@ def test_one_process_without_a_launcher(runs, tmp_path):
     assert done.stdout.startswith("the")
 
 
+def check_what_does_not_fit_says_why(runs, tmp_path):
+    """Refused before anything is trained."""
+    sharded, plain = (str(runs / name / "checkpoints") for name in ("stage2", "torch"))
+    paths = [
+        write_run(tmp_path, "fewer", STAGES["stage2"], load_checkpoint_path=sharded),
+        write_run(tmp_path, "stage", STAGES["stage1"], load_checkpoint_path=sharded),
+        write_run(tmp_path, "without", None, load_checkpoint_path=sharded),
+        write_run(tmp_path, "with", STAGES["stage2"], load_checkpoint_path=plain),
+        write_run(tmp_path, "wrong", {"zero_optimization": {"stage": 7}}),
+    ]
+    done = run_all(1, paths)
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    assert len(errors) == len(paths), done.stdout
+    parts = ["processes = 2, this run has processes = 1", "stage = 2, this run has stage = 1",
+             "saved by DeepSpeed", "saved without DeepSpeed", "DeepSpeed refuses it"]  # fmt: skip
+    for error, part in zip(errors, parts, strict=True):
+        assert part in error
+
+
 @pytest.mark.dist
-def test_what_cannot_be_resumed_says_why(runs, tmp_path):
-    """Each process refuses before it trains."""
-    start = str(runs / "stage2" / "checkpoints")
-    path = write_run(tmp_path, "fewer", STAGES["stage2"], load_checkpoint_path=start)
+def test_runs_of_two_processes_and_what_goes_on_from_them(tmp_path):
+    """One test, because the processes are started once."""
+    runs = tmp_path / "runs"
+    make_runs(runs)
+    check_float32_equals_torch_in_every_stage(runs)
+    check_bfloat16_stays_near(runs)
+    check_optimizer_state_is_halved_from_stage_1_on(runs)
+    check_going_on_equals_not_stopping(runs)
+    check_weights_are_those_of_torch(runs)
+    check_a_divergence_spoils_no_weights(runs)
+    check_the_file_points_to_the_newest_folder(runs)
+    check_one_process_without_a_launcher(runs, tmp_path)
+    check_what_does_not_fit_says_why(runs, tmp_path)
+
+
+@pytest.mark.dist
+def test_a_mistake_in_the_json_is_told_before_the_data_is_read(tmp_path):
+    path = write_run(tmp_path, "wrong", {"train_batch_size": 5})
+    path.write_text(path.read_text().replace("train.txt", "gone.txt"))
     done = ostro("train", "--config_path", path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "processes = 2" in done.stderr and "processes = 1" in done.stderr
-    path = write_run(tmp_path, "without", None, load_checkpoint_path=start)
-    done = ostro("train", "--config_path", path)
-    assert done.returncode == 2 and "saved by DeepSpeed" in done.stderr
-    path = write_run(
-        tmp_path, "with", STAGES["stage2"], load_checkpoint_path=str(runs / "torch" / "checkpoints")
-    )
-    done = ostro("train", "--config_path", path)
-    assert done.returncode == 2 and "saved without DeepSpeed" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "trainer.deepspeed.train_batch_size = 5" in done.stderr
+    assert "trainer.train_batch_size = 8" in done.stderr and "gone.txt" not in done.stderr

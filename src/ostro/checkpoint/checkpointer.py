@@ -38,7 +38,8 @@ class CheckpointerConfig:
     format: Literal["folder", "file", "nanogpt"] = "folder"
     """folder: `step-<k>/` of safetensors files. file: `step_<k>.pt`, with `latest_checkpoint.pt`
     always the newest, for `torch.load`. nanogpt: `ckpt.pt`, as nanoGPT reads and writes it; each
-    save replaces the one before. Files are local only."""
+    save replaces the one before. Files are local only. With DeepSpeed all but nanogpt are folders,
+    and `latest_checkpoint.pt` names the newest."""
 
     def problems(self) -> Iterator[Problem]:
         """Mistakes in these settings."""

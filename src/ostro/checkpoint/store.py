@@ -4,10 +4,12 @@
       model.safetensors  optimizer.safetensors  state.safetensors   one per group of tensors
       values.json                                                   step, position, tracker ids ...
       config.yaml                                                   texts
+      deepspeed/                                                    folders that a backend wrote
       metadata.json                                                 written last: the commit marker
 
 A local folder is written under another name, flushed, and renamed into place, so a crash or a
-full disk at any moment leaves the checkpoints that were there. Nothing is ever pickled.
+full disk at any moment leaves the checkpoints that were there. Nothing is pickled but
+what DeepSpeed puts into its folder.
 """
 
 import contextlib

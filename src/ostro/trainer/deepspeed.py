@@ -195,6 +195,14 @@ class DeepSpeedEngine(Engine):
         # Moments as large as the model: DeepSpeed makes its own, of this rank's part.
         state.optimizer.state.clear()
         set_learning_rate(state.optimizer, 0.0)  # stage 0 makes an update to allocate its moments
+        deepspeed.init_distributed(dist_init_required=False)
+        try:
+            deepspeed.DeepSpeedConfig(_copy(settings))
+        except Exception as error:  # assertions, pydantic's, its own
+            reason = " ".join(str(error).partition("For further")[0].split())
+            raise ConfigError(
+                Problem("trainer.deepspeed", f"DeepSpeed refuses it: {reason}")
+            ) from error
         self.engine, *_ = deepspeed.initialize(
             model=state.model,
             optimizer=state.optimizer,
