@@ -166,12 +166,13 @@ STAGES = {
     for n in range(4)
 }
 RUNS = {"torch": None, **STAGES, "shipped": SHIPPED, "file": {"zero_optimization": {"stage": 3}}}
-DIVERGING = {"diverging0": STAGES["stage0"], "diverging2": STAGES["stage2"]}
+DIVERGING = {f"diverging{n}": STAGES[f"stage{n}"] for n in range(4)}
 
 
 def write_run(root: Path, name: str, deepspeed: dict | None, **trainer) -> Path:
     folder = root / name
-    checkpoints = {"base_path": str(folder / "checkpoints"), "keep": [{"every": 5}]}
+    every = 100 if "diverging" in name else 5
+    checkpoints = {"base_path": str(folder / "checkpoints"), "keep": [{"every": every}]}
     if name == "file":
         checkpoints["format"] = "file"
     mp = "p=f32,c=bf16" if "shipped" in name else "f32"
@@ -186,10 +187,9 @@ def make_runs(root: Path) -> None:
         start = root / name / "checkpoints" / "tiny" / "step-5"
         if given is not None and name != "file":
             paths.append(write_run(root, f"{name}-on", given, load_checkpoint_path=str(start)))
-    for name, given in DIVERGING.items():
-        path = write_run(root, name, given)
-        path.write_text(path.read_text().replace("learning_rate: 0.01", "learning_rate: 1.0e+30"))
-        paths.append(path)
+    for name, given in DIVERGING.items():  # nothing is flushed between the bad step and the end
+        quiet = {"log_interval": 10, "steps_per_eval": None}
+        paths.append(write_run(root, name, given, **quiet))
     done = run_all(2, paths)
     assert "[INFO]" not in done.stdout, "DeepSpeed is silent"
     assert "error:" not in done.stdout, done.stdout
@@ -254,12 +254,13 @@ def check_weights_are_those_of_torch(runs):
 
 
 def check_a_divergence_spoils_no_weights(runs):
-    for name in DIVERGING:
-        losses = read_metrics(runs / name)
+    for stage, name in enumerate(DIVERGING):
+        assert not math.isfinite(read_metrics(runs / name)[6])
         saved = find_latest(str(runs / name / "checkpoints"))
-        assert saved.values["step"] < 10, losses
-        assert all(tensor.isfinite().all() for tensor in saved.tensors("model").values())
-        assert all(math.isfinite(losses[step]) for step in range(saved.values["step"]))
+        assert saved.values["step"] == 6
+        before = find_latest(str(runs / f"stage{stage}" / "checkpoints" / "tiny" / "step-5"))
+        for key, tensor in saved.tensors("model").items():
+            assert torch.equal(tensor, before.tensors("model")[key]), (name, key)
 
 
 def check_the_file_points_to_the_newest_folder(runs):

@@ -246,7 +246,7 @@ class DeepSpeedEngine(Engine):
         diverged = not is_made
         if self.engine.fp16_enabled():  # too large a loss scale overflows the gradient alone
             diverged = diverged and not bool(torch.isfinite(loss))
-            figures["optim/loss_scale"] = _scalar(self.engine.optimizer.cur_scale, loss)
+            figures["optim/loss_scale"] = _scalar(self.engine.optimizer.loss_scale, loss)
         self._halted |= diverged and self.state.crash_on_nan
         self._tell()
         return figures | {
