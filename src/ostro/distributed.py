@@ -143,7 +143,7 @@ def joined(config: DistributedConfig, device: str, require_accelerator: bool) ->
     try:
         yield world
     finally:
-        if world.num_ranks > 1:
+        if dist.is_initialized():  # DeepSpeed makes a group even of one process
             dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import shlex
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import torch
 
 from ostro.allocator import keep_freed_memory
 from ostro.callbacks import StepInfo, is_due
-from ostro.checkpoint import Checkpointer, State, which_checkpoint
+from ostro.checkpoint import Checkpointer, State
+from ostro.checkpoint.storage import PARTIAL
 from ostro.config import check, dump_yaml, encode
 from ostro.data.loader import Loader
 from ostro.data.text import LMData
@@ -31,9 +33,6 @@ from ostro.lm_config import (
     vocab_size,
     with_hf_model,
 )
-from ostro.models.lm_model import initialize
-from ostro.nn import axes_of
-from ostro.optim import LossScaler
 from ostro.run_log import logging_to
 from ostro.sample import complete_all
 from ostro.signals import Interrupted, Signals
@@ -47,10 +46,14 @@ from ostro.tracker import (
 )
 from ostro.trainer import (
     BatchPlan,
-    TorchEngine,
+    Engine,
     Trainer,
     TrainingDivergedError,
     TrainState,
+    build_state,
+    choose_engine,
+    find_start,
+    restore,
 )
 from ostro.trainer.state import load_weights
 from ostro.units import format_bytes, format_count
@@ -115,6 +118,7 @@ def build_session(
     config: TrainLmConfig, plan: BatchPlan, world: World, paths: RunPaths, signals: Signals
 ) -> "Session":
     """Everything a run needs, resumed where there is something to resume from."""
+    make_engine = choose_engine(config.trainer, config.optimizer, plan, world)
     tokenizer = config.data.build_tokenizer()
     data = build_data(config, tokenizer)
     config = _with_epochs(config, plan, data)
@@ -122,16 +126,26 @@ def build_session(
         paths.config.write_text(dump_yaml(config))
 
     num_tokens = vocab_size(config, tokenizer)
-    state = build_state(config, num_tokens, world)
+    trainer = config.trainer
+    state = build_state(config.model, config.optimizer, trainer, num_tokens, world.device)
     throughput = Throughput(
         config.model.seq_len,
         config.model.flops_per_token(num_tokens),
         device_peak(world.device, getattr(torch, config.trainer.mp.compute)),
         world.num_ranks,
     )
-    assert config.trainer.id is not None, "the run id is chosen before"
-    checkpointer = config.trainer.checkpointer.build(config.trainer.id, run_name(config))
-    restore(config, checkpointer, state)
+    assert trainer.id is not None, "the run id is chosen before"
+    checkpointer = trainer.checkpointer.build(
+        trainer.id, run_name(config), in_folders=trainer.deepspeed is not None
+    )
+    start = find_start(trainer, checkpointer)
+    if start.saved is None and config.initialize_from_hf is not None:
+        log.info("starting from the weights of %s", config.initialize_from_hf)
+        weights = read_weights(config.initialize_from_hf, config.model, num_tokens)
+        load_weights(state.model, weights, config.initialize_from_hf)
+    engine = make_engine(state)
+    if start.saved is not None:
+        restore(trainer, engine, start.saved)
     _announce(config, plan, state, throughput)
     info = RunInfo(
         config.trainer.id,
@@ -148,6 +162,7 @@ def build_session(
         data=data,
         tokenizer=tokenizer,
         state=state,
+        engine=engine,
         tracker=build_trackers(trackers(config) if world.is_first else [], info),
         checkpointer=checkpointer,
         throughput=throughput,
@@ -170,62 +185,6 @@ def build_data(config: TrainLmConfig, tokenizer: Tokenizer) -> LMData:
     return config.data.build(tokenizer, config.model.seq_len, seed, progress=progress)
 
 
-def build_state(config: TrainLmConfig, num_tokens: int, world: World) -> TrainState:
-    """The model with its initial weights, its optimizer and guards, on this rank's device."""
-    precision = config.trainer.mp
-    compute_dtype = getattr(torch, precision.compute)
-    with torch.device(world.device):
-        model = config.model.build(num_tokens, compute_dtype=compute_dtype)
-    initialize(model, config.trainer.seed)
-    if precision.params != "float32":
-        model.to(getattr(torch, precision.params))
-    axes = axes_of(model)
-    parameters = {name: (p, axes[name]) for name, p in model.named_parameters()}
-    if config.trainer.compile:
-        for block in model.blocks:
-            block.compile()
-    skip_step = config.optimizer.skip_step
-    return TrainState(
-        model,
-        config.optimizer.build(parameters),
-        seed=config.trainer.seed,
-        device=world.device,
-        skip_step=skip_step.build(world.device) if skip_step else None,
-        loss_scaler=LossScaler(world.device) if precision.compute == "float16" else None,
-        crash_on_nan=config.trainer.crash_on_nan,
-    )
-
-
-def restore(config: TrainLmConfig, checkpointer: Checkpointer, state: TrainState) -> None:
-    """Load the checkpoint this run should go on from, if there is one."""
-    trainer = config.trainer
-    decision = which_checkpoint(
-        checkpointer.folder,
-        load_checkpoint=trainer.load_checkpoint,
-        load_checkpoint_path=trainer.load_checkpoint_path,
-        initialize_from=trainer.initialize_from,
-    )
-    for warning in decision.warnings:
-        log.warning("%s", warning)
-    saved, hf_name = decision.saved, config.initialize_from_hf
-    if saved is None and hf_name is not None:
-        log.info("starting from the weights of %s", hf_name)
-        weights = read_weights(hf_name, config.model, len(state.model.head_weight()))
-        return load_weights(state.model, weights, hf_name)
-    log.info("%s", decision.message)
-    if saved is None:
-        return
-    if saved.values.get("is_foreign"):
-        log.warning("%s holds no random state, loss scale or skip window: these start anew", saved)
-    tensors = {group: saved.tensors(group) for group in ("model", "optimizer", "state")}
-    state.load(tensors, saved.values, str(saved.path))
-    if state.step >= trainer.num_train_steps:
-        raise CheckpointError(
-            f"trainer.num_train_steps = {trainer.num_train_steps} - {saved.path} has made"
-            f" {state.step} updates already - raise it to train on, or take another trainer.id"
-        )
-
-
 @dataclass
 class Session:
     """A run in progress: the loop with its hooks, and the way out of it."""
@@ -236,6 +195,7 @@ class Session:
     data: LMData
     tokenizer: Tokenizer
     state: TrainState
+    engine: Engine
     tracker: Tracker
     checkpointer: Checkpointer
     throughput: Throughput
@@ -246,7 +206,7 @@ class Session:
         self.trainer = Trainer(
             config.trainer,
             self.plan,
-            TorchEngine(self.state, self.world),
+            self.engine,
             config.optimizer.schedule(config.trainer.num_train_steps),
             max_grad_norm=config.optimizer.max_grad_norm,
             tracker=self.tracker,
@@ -325,7 +285,8 @@ class Session:
             loss = self._eval_metrics.get("eval/loss", math.nan)
             self._improved = loss < self.state.best_eval_loss
             self.state.best_eval_loss = min(self.state.best_eval_loss, loss)
-        if (prompts := self.config.sample_prompts) and self.world.is_first:
+        writes = self.world.is_first or self.engine.is_collective
+        if (prompts := self.config.sample_prompts) and writes:
             texts = complete_all(self.state.model, self.tokenizer, prompts, self.config.sampling)
             for index, text in enumerate(texts):
                 self.tracker.log_text(f"sample/{index}", text, step=step)
@@ -336,30 +297,37 @@ class Session:
         Where a save on the way fails, the run goes on: older checkpoints are intact.
         """
         improved, self._improved = self._improved, None
-        if not self.world.is_first:
+        due = self.checkpointer.due(step, force=force, improved=improved, interrupted=interrupted)
+        if self.engine.is_collective:
+            due = self.world.from_first(due)  # the clocks of the others may say something else
+        if due is None or not (self.world.is_first or self.engine.is_collective):
             return
+        shards = Path(self.checkpointer.folder).expanduser() / f"{PARTIAL}shards-{step}"
         try:
-            report = self.checkpointer.on_step(
-                step, self._make_state, force=force, improved=improved, interrupted=interrupted
-            )
+            if self.world.is_first:
+                report = self.checkpointer.save(step, due, lambda: self._make_state(shards))
+                log.info("saved %s (%s, %.1f s)", report.path, report.kind, report.seconds)
+            else:
+                self._make_state(shards)
         except CheckpointError as error:
             if force or interrupted:
                 raise
             log.error("%s; training goes on", error)
-            return
-        if report is not None:
-            log.info("saved %s (%s, %.1f s)", report.path, report.kind, report.seconds)
+        finally:
+            if self.world.is_first:
+                shutil.rmtree(shards, ignore_errors=True)
 
-    def _make_state(self) -> State:
+    def _make_state(self, shards: Path) -> State:
         self.trainer.flush()
-        values = self.state.values() | {
+        values = self.engine.values() | {
             "tracker": self.tracker.state(),
             "data": self.data.fingerprint,
             "eos_id": self.tokenizer.eos_id,
             "run_id": self.config.trainer.id,
             "num_ranks": self.world.num_ranks,
         }
-        return State(self.state.tensors(), values, self._texts)
+        tensors = self.engine.tensors()
+        return State(tensors, values, self._texts, self.engine.write_shards(shards))
 
 
 def _with_epochs(config: TrainLmConfig, plan: BatchPlan, data: LMData) -> TrainLmConfig:

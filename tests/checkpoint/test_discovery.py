@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from checkpoint_states import small_state
 
 from ostro.checkpoint import find_latest, scan, which_checkpoint, write
+from ostro.checkpoint.single_file import point_to_folder
 from ostro.errors import CheckpointError
 
 
@@ -183,3 +185,22 @@ def test_decision_on_real_folders(folder):
     save(f"{folder}/me", 4)
     decision = which_checkpoint(f"{folder}/me", load_checkpoint_path=f"{folder}/other")
     assert (decision.source, decision.saved.metadata.step) == ("own", 4)
+
+
+def test_a_file_may_point_to_a_folder(tmp_path):
+    for step in (10, 20):
+        point_to_folder(Path(save(str(tmp_path), step)))
+    pointer = tmp_path / "latest_checkpoint.pt"
+    assert found(str(pointer)) == 20
+    assert found(str(tmp_path)) == 20
+    shutil.rmtree(tmp_path / "step-20")
+    with pytest.raises(CheckpointError, match="step-20 - not found"):
+        find_latest(str(pointer))
+
+
+@pytest.mark.parametrize("text", ["{", '{"folder": 3}', '{"folder": "../step-10"}'])
+def test_a_file_that_points_nowhere(tmp_path, text):
+    path = tmp_path / "latest_checkpoint.pt"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"latest_checkpoint\.pt.*damaged"):
+        find_latest(str(path))

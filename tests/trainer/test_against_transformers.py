@@ -7,9 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ostro.cli.arguments import load_run
 from ostro.data.loader import Loader
-from ostro.distributed import World
 from ostro.hf import to_hf
-from ostro.train_lm import build_state, run
+from ostro.train_lm import run
+from ostro.trainer import build_state
 
 CHANGES = {
     "model": {"seq_len": 32, "hidden_dim": 32, "num_heads": 4},
@@ -40,7 +40,8 @@ def test_losses_and_gradient_norms_are_those_of_plain_torch(tmp_path):
     path = write_config(tmp_path, **CHANGES)
     config = load_run(str(path), []).config
     run(config)
-    ours = build_state(config, 257, World(torch.device("cpu"))).model
+    cpu = torch.device("cpu")
+    ours = build_state(config.model, config.optimizer, config.trainer, 257, cpu).model
     theirs = theirs_like(ours)
 
     decay = [p for p in theirs.parameters() if p.ndim == 2]

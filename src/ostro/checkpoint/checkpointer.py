@@ -38,7 +38,8 @@ class CheckpointerConfig:
     format: Literal["folder", "file", "nanogpt"] = "folder"
     """folder: `step-<k>/` of safetensors files. file: `step_<k>.pt`, with `latest_checkpoint.pt`
     always the newest, for `torch.load`. nanogpt: `ckpt.pt`, as nanoGPT reads and writes it; each
-    save replaces the one before. Files are local only."""
+    save replaces the one before. Files are local only. With DeepSpeed all but nanogpt are folders,
+    and `latest_checkpoint.pt` names the newest."""
 
     def problems(self) -> Iterator[Problem]:
         """Mistakes in these settings."""
@@ -63,14 +64,24 @@ class CheckpointerConfig:
         return in_run_folder(self.base_path, run_id)
 
     def build(
-        self, run_id: str, run_name: str, clock: Callable[[], float] = time.monotonic
+        self,
+        run_id: str,
+        run_name: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        in_folders: bool = False,
     ) -> "Checkpointer":
-        """The checkpointer of one run; touches no file yet. `clock` gives seconds."""
+        """The checkpointer of one run; touches no file yet. `clock` gives seconds.
+
+        `in_folders`: one file cannot hold a state; `format: file` then is a file that points to
+        the newest folder.
+        """
         folder = self.folder(run_id)
-        if self.format != "folder":
+        if self.format != "folder" and not in_folders:
             only_best = self.save_after_eval == "improved"
             return Checkpointer(self, FileStore(folder, self.format, only_best), clock)
-        store = FolderStore(folder, run_id, run_name, self.delete_old_temp_checkpoints)
+        delete_old = self.delete_old_temp_checkpoints
+        store = FolderStore(folder, run_id, run_name, delete_old, points=in_folders)
         return Checkpointer(self, store, clock)
 
 
@@ -88,6 +99,10 @@ class Store(Protocol):
 
     folder: str
 
+    def prepare(self) -> None:
+        """Called before anything of a state is written."""
+        ...
+
     def save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
         """Write a checkpoint atomically; returns its path and size in bytes."""
         ...
@@ -102,6 +117,14 @@ class SaveReport:
     kind: Kind
     seconds: float  # how long training waited for it
     bytes: int
+
+
+@dataclass(frozen=True)
+class Due:
+    """A save to be made."""
+
+    kind: Kind
+    best: bool  # its evaluation was the best so far
 
 
 class Checkpointer:
@@ -123,14 +146,23 @@ class Checkpointer:
         improved: bool | None = None,
         interrupted: bool = False,
     ) -> SaveReport | None:
-        """Save after update `step` if that is due. Call it once a step, after the evaluation.
+        """Save after update `step` if that is `due`; returns what was saved."""
+        due = self.due(step, force=force, improved=improved, interrupted=interrupted)
+        return None if due is None else self.save(step, due, make_state)
 
-        `make_state` is called only when a save is due. `force` asks for a permanent checkpoint
-        (the end of training), `interrupted` for one now, temporary unless a permanent one is
-        due. `improved` is None where no evaluation took place, else whether its loss was the
-        lowest so far. Returns what was saved. Raises `CheckpointError` where that failed:
-        older checkpoints are intact then, training can go on, and the next attempt is made
-        when the next save is due.
+    def due(
+        self,
+        step: int,
+        *,
+        force: bool = False,
+        improved: bool | None = None,
+        interrupted: bool = False,
+    ) -> Due | None:
+        """What is to be saved after update `step`. Call it once a step, after the evaluation.
+
+        `force` asks for a permanent checkpoint (the end of training), `interrupted` for one now,
+        temporary unless a permanent one is due. `improved` is None where no evaluation took
+        place, else whether its loss was the lowest so far.
         """
         now = self._clock()
         if step == 0:  # the first step compiles and fills caches: it does not count
@@ -145,13 +177,19 @@ class Checkpointer:
             return None
         if self.last and self.last.step == step and self.last.kind in (kind, "permanent"):
             return None  # it is there already; only a temporary one has to become permanent
+        return Due(kind, best)
+
+    def save(self, step: int, due: Due, make_state: Callable[[], State]) -> SaveReport:
+        """Save what is due.
+
+        Raises `CheckpointError` where that failed: older checkpoints are intact then, training can
+        go on, and the next attempt is made when the next save is due.
+        """
+        start = time.perf_counter()
         try:
-            return self._save(step, kind, best, make_state())
+            self._store.prepare()
+            path, num_bytes = self._store.save(make_state(), step, due.kind, due.best)
         finally:  # also after a failure: a full disk is not asked again at every step
             self._last_save = self._clock()
-
-    def _save(self, step: int, kind: Kind, best: bool, state: State) -> SaveReport:
-        start = time.perf_counter()
-        path, num_bytes = self._store.save(state, step, kind, best)
-        self.last = SaveReport(path, step, kind, time.perf_counter() - start, num_bytes)
+        self.last = SaveReport(path, step, due.kind, time.perf_counter() - start, num_bytes)
         return self.last

@@ -8,7 +8,7 @@ from typing import Generic, Literal, TypeVar
 
 from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import Metadata
-from ostro.checkpoint.single_file import SavedFile, files_below, load_file
+from ostro.checkpoint.single_file import SavedFile, files_below, load_file, pointed_folder
 from ostro.checkpoint.store import Saved, load, read_metadata
 from ostro.errors import CheckpointError
 
@@ -39,7 +39,8 @@ def find_latest(path: str) -> Saved | SavedFile | None:
     """
     path = path.rstrip("/") or path
     if storage.is_local(path) and Path(path).expanduser().is_file():
-        return load_file(path)
+        folder = pointed_folder(Path(path).expanduser())
+        return load_file(path) if folder is None else load(folder)
     for candidate in _candidates(path):
         try:
             if candidate.endswith(".pt"):

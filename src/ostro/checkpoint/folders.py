@@ -2,10 +2,12 @@
 
 import logging
 import time
+from pathlib import Path
 
 from ostro.checkpoint import storage
 from ostro.checkpoint.discovery import scan
 from ostro.checkpoint.policy import Kind
+from ostro.checkpoint.single_file import point_to_folder
 from ostro.checkpoint.store import State, read_metadata, step_folder, write
 from ostro.errors import CheckpointError
 
@@ -15,16 +17,24 @@ _log = logging.getLogger(__name__)
 class FolderStore:
     """Saves each state as `<folder>/step-<k>` and deletes the temporary ones before it."""
 
-    def __init__(self, folder: str, run_id: str, run_name: str, delete_old: bool):
+    def __init__(
+        self, folder: str, run_id: str, run_name: str, delete_old: bool, points: bool = False
+    ):
+        """`points`: `latest_checkpoint.pt` names the newest one."""
         self.folder = folder
+        self._points = points
         self._run_id, self._run_name, self._delete_old = run_id, run_name, delete_old
         self._newest = 0.0  # commit time of the newest checkpoint in the folder
         self._temporaries: list[str] | None = None  # None: the folder was not looked at yet
 
-    def save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
-        """Write a checkpoint; returns its path and size in bytes."""
+    def prepare(self) -> None:
+        """Tidy up what earlier attempts left, before the first save."""
         if self._temporaries is None:
             self._temporaries = self._tidy_up()
+
+    def save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
+        """Write a checkpoint; returns its path and size in bytes."""
+        assert self._temporaries is not None, "prepare comes before save"
         # Later than what is there, whatever this machine's clock says: newest wins on resume.
         timestamp = max(time.time(), self._newest + 1e-3)
         metadata = write(
@@ -39,6 +49,8 @@ class FolderStore:
         )
         self._newest = timestamp
         path = step_folder(self.folder, step)
+        if self._points:
+            point_to_folder(Path(path).expanduser())
         kept = [old for old in self._temporaries if old != path and not self._drop(old, best)]
         self._temporaries = [*kept, path] if kind == "temporary" else kept
         return path, metadata.num_bytes

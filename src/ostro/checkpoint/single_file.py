@@ -3,12 +3,15 @@
     experiments/x/checkpoints/step_1000.pt  latest_checkpoint.pt     format: file
     out/ckpt.pt                                                      format: nanogpt
 
+Where one file cannot hold a state, `latest_checkpoint.pt` is a text that names the newest folder.
+
 Files are written under another name, flushed, and renamed into place. Nothing but tensors and
 plain values is ever read from one.
 """
 
 import contextlib
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ostro.checkpoint import storage
+from ostro.checkpoint.metadata import is_plain_name, read_json
 from ostro.checkpoint.policy import Kind
 from ostro.checkpoint.store import State
 from ostro.errors import CheckpointError
@@ -86,6 +90,9 @@ class FileStore:
         self._format_name, self._only_best = format_name, only_best
         self._temporary: Path | None = None  # goes once its successor is complete
 
+    def prepare(self) -> None:
+        """Nothing is to be done before a save."""
+
     def save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
         """Write a checkpoint; returns its path and size in bytes."""
         folder = Path(self.folder).expanduser()
@@ -116,6 +123,25 @@ def point_to(path: Path) -> None:
         shutil.copyfile(path, new)
     os.replace(new, path.parent / LATEST)
     storage.flush_folder(str(path.parent))
+
+
+def point_to_folder(path: Path) -> None:
+    """Make `latest_checkpoint.pt` beside a checkpoint's folder a small text that names it."""
+    new = path.parent / f"{storage.PARTIAL}{LATEST}-{os.getpid()}"
+    new.write_text(json.dumps({"format": "ostro", "folder": path.name}) + "\n")
+    os.replace(new, path.parent / LATEST)
+    storage.flush_folder(str(path.parent))
+
+
+def pointed_folder(path: Path) -> str | None:
+    """The folder that such a file names; None where it is another kind of file."""
+    with open(path, "rb") as file:
+        if file.read(1) != b"{":
+            return None
+    name = read_json(path.read_bytes(), str(path)).get("folder")
+    if not isinstance(name, str) or not is_plain_name(name):
+        raise CheckpointError(f"{path} - is damaged: it names no folder")
+    return str(path.parent / name)
 
 
 def write_file(path: Path, content: Mapping[str, Any]) -> int:

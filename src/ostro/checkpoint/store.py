@@ -4,10 +4,12 @@
       model.safetensors  optimizer.safetensors  state.safetensors   one per group of tensors
       values.json                                                   step, position, tracker ids ...
       config.yaml                                                   texts
+      deepspeed/                                                    folders that a backend wrote
       metadata.json                                                 written last: the commit marker
 
 A local folder is written under another name, flushed, and renamed into place, so a crash or a
-full disk at any moment leaves the checkpoints that were there. Nothing is ever pickled.
+full disk at any moment leaves the checkpoints that were there. Nothing is pickled but
+what DeepSpeed puts into its folder.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import time
 from typing import Any
 
@@ -41,6 +44,7 @@ class State:
     tensors: Mapping[str, Mapping[str, Tensor]]  # group, which is one file, to name to tensor
     values: Mapping[str, Any] = field(default_factory=dict)  # what JSON can hold
     texts: Mapping[str, str] = field(default_factory=dict)  # file name to content
+    folders: Mapping[str, Path] = field(default_factory=dict)  # name to a folder to be moved in
 
 
 def step_folder(folder: str, step: int) -> str:
@@ -128,6 +132,8 @@ def _write_files(folder: str, state: State) -> dict[str, FileRecord]:
         group + _SUFFIX: named for group, named in state.tensors.items()
     }
     contents |= _small_files(state.values, state.texts)
+    for name, ready in state.folders.items():
+        os.rename(ready, f"{path}/{name}")  # on this machine, and on the same disk
     return {name: _write_file(f"{folder}/{name}", content) for name, content in contents.items()}
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ostro.checkpoint import CheckpointerConfig
 from ostro.data.mixture import BatchSchedule
@@ -98,6 +98,9 @@ class TrainerConfig:
     """Logical axis to mesh axis, during computation."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How the processes of a run meet."""
+    deepspeed: dict[str, Any] | None = None
+    """Train with DeepSpeed: the content of its JSON, where "auto" takes the value from here. Null:
+    plain PyTorch."""
     ray: RayConfig = field(default_factory=RayConfig)
     """The cluster that tokenises a corpus when a run spans hosts."""
 

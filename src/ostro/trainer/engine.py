@@ -2,13 +2,17 @@
 
 import contextlib
 from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ostro.checkpoint import Saved, SavedFile
 from ostro.data.sequences import Batch
 from ostro.distributed import World
+from ostro.errors import CheckpointError
 from ostro.optim import apply_update, clip_scale, global_norm, set_learning_rate
 from ostro.trainer.state import TrainState
 
@@ -19,6 +23,9 @@ class Engine(ABC):
     The loss and the gradient are means over the target tokens of the whole batch, on all ranks
     and in all micro-batches. Nothing waits for the device unless a backend says so.
     """
+
+    is_collective: ClassVar[bool] = False
+    """Whether all ranks together have to call the model, and to make what a checkpoint holds."""
 
     def __init__(self, state: TrainState, world: World):
         self.state = state
@@ -47,6 +54,22 @@ class Engine(ABC):
         `loss` is the sum of this rank's parts. Returns figures as device scalars, `train/loss`,
         `grad/norm/total` and `diverged` among them.
         """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint, by group; the weights are `model`."""
+
+    def values(self) -> dict[str, Any]:
+        """The numbers of a checkpoint that are not tensors."""
+        return self.state.values()
+
+    def write_shards(self, folder: Path) -> dict[str, Path]:
+        """Write below `folder` what a backend keeps in files of its own; folders by name."""
+        return {}
+
+    @abstractmethod
+    def load(self, saved: Saved | SavedFile) -> None:
+        """Take over the state of a checkpoint; `CheckpointError` when it does not fit."""
 
 
 class TorchEngine(Engine):
@@ -92,3 +115,18 @@ class TorchEngine(Engine):
         apply_update(state.optimizer, grad_scale=clip * scale, found_inf=hold)
         state.optimizer.zero_grad(set_to_none=True)
         return {"train/loss": loss, "grad/norm/total": norm} | figures
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """See `Engine.tensors`."""
+        return self.state.tensors()
+
+    def load(self, saved: Saved | SavedFile) -> None:
+        """See `Engine.load`."""
+        if "deepspeed" in saved.values:
+            raise CheckpointError(
+                f"{saved} - was saved by DeepSpeed, which keeps the optimizer state in a form of"
+                " its own - set trainer.deepspeed as its config.yaml does, or start a run with"
+                " another trainer.id"
+            )
+        tensors = {group: saved.tensors(group) for group in ("model", "optimizer", "state")}
+        self.state.load(tensors, saved.values, str(saved))

@@ -43,12 +43,9 @@ class TrainState:
         self.best_eval_loss = inf
         """The lowest `eval/loss` so far."""
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.num_parameters = sum(parameter.numel() for parameter in self.parameters)
+        """Trained parameters, a shared one counted once, before any are split over ranks."""
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
-
-    @property
-    def num_parameters(self) -> int:
-        """Trained parameters, a shared one counted once."""
-        return sum(parameter.numel() for parameter in self.parameters)
 
     def seed_dropout(self, step: int, micro_batch: int) -> None:
         """Make dropout of this micro-batch a function of (seed, step, micro-batch)."""
@@ -122,6 +119,10 @@ class TrainState:
             torch.set_rng_state(state["random.torch"])
         if "random.cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random.cuda"], self.device)
+        self.load_values(values)
+
+    def load_values(self, values: Mapping[str, Any]) -> None:
+        """Take over the numbers of a checkpoint."""
         self.step = int(values["step"])
         best = values.get("best_eval_loss")
         self.best_eval_loss = inf if best is None else float(best)

@@ -1,0 +1,92 @@
+"""Where a run starts: its model with the first weights, its engine, and what it resumes from."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from ostro.checkpoint import Checkpointer, Decision, Saved, SavedFile, which_checkpoint
+from ostro.distributed import World
+from ostro.errors import CheckpointError
+from ostro.models.lm_model import LmConfig, initialize
+from ostro.nn import axes_of
+from ostro.optim import LossScaler, OptimizerConfig
+from ostro.trainer.config import BatchPlan, TrainerConfig
+from ostro.trainer.deepspeed import DeepSpeedEngine, deepspeed_settings
+from ostro.trainer.engine import Engine, TorchEngine
+from ostro.trainer.state import TrainState
+
+log = logging.getLogger("ostro")
+
+
+def choose_engine(
+    trainer: TrainerConfig, optimizer: OptimizerConfig, plan: BatchPlan, world: World
+) -> Callable[[TrainState], Engine]:
+    """What makes the engine of a run, its settings checked: `ConfigError` comes before the data."""
+    if trainer.deepspeed is None:
+        return lambda state: TorchEngine(state, world)
+    has_fp16 = world.device.type != "cpu"
+    settings, notices = deepspeed_settings(trainer, optimizer, plan, has_fp16=has_fp16)
+    for notice in notices:
+        log.warning("%s", notice)
+    return lambda state: DeepSpeedEngine(state, world, settings)
+
+
+def build_state(
+    model_config: LmConfig,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
+    num_tokens: int,
+    device: torch.device,
+) -> TrainState:
+    """The model with its initial weights, its optimizer and guards, on a device."""
+    precision = trainer.mp
+    compute_dtype = getattr(torch, precision.compute)
+    with torch.device(device):
+        model = model_config.build(num_tokens, compute_dtype=compute_dtype)
+    initialize(model, trainer.seed)
+    if precision.params != "float32":
+        model.to(getattr(torch, precision.params))
+    axes = axes_of(model)
+    parameters = {name: (p, axes[name]) for name, p in model.named_parameters()}
+    if trainer.compile:
+        for block in model.blocks:
+            block.compile()
+    skip_step = optimizer.skip_step
+    scales = precision.compute == "float16" and trainer.deepspeed is None  # it scales by itself
+    return TrainState(
+        model,
+        optimizer.build(parameters),
+        seed=trainer.seed,
+        device=device,
+        skip_step=skip_step.build(device) if skip_step else None,
+        loss_scaler=LossScaler(device) if scales else None,
+        crash_on_nan=trainer.crash_on_nan,
+    )
+
+
+def find_start(trainer: TrainerConfig, checkpointer: Checkpointer) -> Decision:
+    """The checkpoint this run should go on from, if there is one; says why."""
+    decision = which_checkpoint(
+        checkpointer.folder,
+        load_checkpoint=trainer.load_checkpoint,
+        load_checkpoint_path=trainer.load_checkpoint_path,
+        initialize_from=trainer.initialize_from,
+    )
+    for warning in decision.warnings:
+        log.warning("%s", warning)
+    log.info("%s", decision.message)
+    return decision
+
+
+def restore(trainer: TrainerConfig, engine: Engine, saved: Saved | SavedFile) -> None:
+    """Load a checkpoint; `CheckpointError` where nothing is left to do."""
+    if saved.values.get("is_foreign"):
+        log.warning("%s holds no random state, loss scale or skip window: these start anew", saved)
+    engine.load(saved)
+    step = engine.state.step
+    if step >= trainer.num_train_steps and not trainer.eval_only:
+        raise CheckpointError(
+            f"trainer.num_train_steps = {trainer.num_train_steps} - {saved.path} has made"
+            f" {step} updates already - raise it to train on, or take another trainer.id"
+        )
