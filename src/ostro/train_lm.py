@@ -395,5 +395,5 @@ def _report(
     log.info("  sample:      %s", sample)
     for tracker in trackers(config):
         if isinstance(tracker, TensorboardConfig):
-            folder = tracker.logdir.partition("${run_id}")[0] or "."
+            folder = tracker.logdir.partition("${run_id}")[0].removesuffix("/.") or "."
             log.info("  TensorBoard: tensorboard --logdir %s", folder)

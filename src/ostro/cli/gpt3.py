@@ -36,11 +36,13 @@ def train(argv: list[str], signals: Signals, environ: Mapping[str, str] = os.env
             print(f"{title}\n{help_text(cls)}\n")
         return
     is_dry = "--dry_run" in argv
-    loaded, made, parts = load_gpt3([word for word in argv if word != "--dry_run"])
+    words = [word for word in argv if word != "--dry_run"]
+    loaded, made, (num_local, num_nodes) = load_gpt3(words, environ)
     if environ.get("RANK", "0") == "0":
         for notice in [*made.notices, *loaded.notices]:
             print(f"note: {notice}", file=sys.stderr)
-    num_local, num_nodes = processes(parts.flags.config, environ)
+    if is_dry and environ.get("RANK", "0") != "0":
+        return
     if is_dry:
         lines = explained(loaded, lambda: list(describe(loaded.config, num_local * num_nodes)))
         print(format_tree(loaded))
@@ -53,8 +55,10 @@ def train(argv: list[str], signals: Signals, environ: Mapping[str, str] = os.env
         explained(loaded, lambda: run(loaded.config, signals))
 
 
-def load_gpt3(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translation, gpt3.Gpt3Run]:
-    """The native configuration of a command line, how it was translated, and its parts."""
+def load_gpt3(
+    argv: Sequence[str], environ: Mapping[str, str] = os.environ
+) -> tuple[Loaded[TrainLmConfig], Translation, tuple[int, int]]:
+    """The native configuration of a command line, how it was translated, and its `processes`."""
     words = [word.replace("--local-rank", "--local_rank") for word in argv]
     words, native = split_native(words)
     flags = load(gpt3.Gpt3Flags, [], words)
@@ -68,10 +72,11 @@ def load_gpt3(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translation, 
     model = load(gpt3.Gpt3ModelConfig, [model_file], search=search)
     training = load(gpt3.Gpt3TrainingConfig, [training_file], search=search)
     parts = gpt3.Gpt3Run(model, training, flags, Path(model_file).name.removesuffix(".yaml"))
-    made = gpt3.translate(parts)
+    num_local, num_nodes = processes(flags.config, environ)
+    made = gpt3.translate(parts, num_local * num_nodes)
     made.notices += notices
     whole = load(TrainLmConfig, [], native, layers=[made.layer], aliases=NATIVE, search=search)
-    return whole, made, parts
+    return whole, made, (num_local, num_nodes)
 
 
 def _model_file(flags: gpt3.Gpt3Flags, search: Sequence[Path]) -> str:

@@ -19,7 +19,8 @@ commands:
   sample      let a checkpoint write
   export      write a checkpoint as another program reads it
   cache       tokenise the data of a configuration, and stop
-  config      show: the resolved settings and where each came from; schema: for editors
+  config      show: the resolved settings and where each came from; schema: for editors;
+              translate: a configuration of nanoGPT or GPT-3 style files
   schedule    the learning rate, evaluations and permanent checkpoints by step
 
 `ostro <command> --help` lists what it takes. `--debug` shows tracebacks.

@@ -4,6 +4,7 @@ import ast
 import operator
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def load_nanogpt(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translatio
 
 
 def split_native(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words as those of the dialect, and native settings: names with a dot, and their values."""
+    """Words as those of the dialect, and native settings: names with a dot or of the top level."""
+    top = {field.name for field in fields(TrainLmConfig)}
     own, native, rest = [], [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -82,7 +84,7 @@ def split_native(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         group = [word]
         if not equals and rest and not rest[0].startswith("--") and "=" not in rest[0]:
             group.append(rest.pop(0))
-        is_native = "." in name
+        is_native = "." in name or name[2:] in top
         (native if is_native else own).extend(group)
     return own, [f"--{w}" if "=" in w and not w.startswith("--") else w for w in native]
 

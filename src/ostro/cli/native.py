@@ -7,6 +7,7 @@ from pathlib import Path
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, SavedFile, find_latest
 from ostro.cli.arguments import Parser, explained, load_run, unexpected
+from ostro.cli.translate import translate
 from ostro.config import format_tree, json_schema, load
 from ostro.distributed import World, pick_device
 from ostro.dry_run import describe, draw
@@ -46,9 +47,12 @@ def cache(argv: list[str], signals: Signals) -> None:
 
 
 def config(argv: list[str], signals: Signals) -> None:
-    """`ostro config show | schema`."""
-    parser = Parser("config", "show: the resolved settings with origins; schema: a JSON schema.")
-    parser.add_argument("what", choices=["show", "schema"])
+    """`ostro config show | schema | translate`."""
+    if argv[:1] == ["translate"]:
+        return translate(argv[1:])
+    about = "show: the resolved settings with origins; schema: for editors; translate: from others."
+    parser = Parser("config", about)
+    parser.add_argument("what", choices=["show", "schema", "translate"])
     parser.add_config_path(required=False)
     options, flags = parser.parse(argv)
     if options.what == "schema":

@@ -197,8 +197,11 @@ _ALWAYS = {
 }
 
 
-def translate(run: Gpt3Run) -> Translation:
-    """The native settings of a GPT-3 style command line; raises `ConfigError`."""
+def translate(run: Gpt3Run, num_ranks: int = 1) -> Translation:
+    """The native settings of a GPT-3 style command line on so many processes.
+
+    Raises `ConfigError`.
+    """
     made = Translation(run.merged)
     training, flags = run.training.config, run.flags.config
     for path, value in _ALWAYS.items():
@@ -211,7 +214,7 @@ def translate(run: Gpt3Run) -> Translation:
     _outputs(run, made)
     _model(run, made)
     _optimizer(run, made)
-    _batch(run, made)
+    _batch(run, made, num_ranks)
     _precision(run, made)
     if flags.distributed_backend is not None:
         made.set("trainer.distributed.backend", flags.distributed_backend, "distributed_backend")
@@ -275,14 +278,14 @@ def _optimizer(run: Gpt3Run, made: Translation) -> None:
     made.set("optimizer.min_lr_ratio", ratio(schedule.eta_min, peak), "scheduler.eta_min")
 
 
-def _batch(run: Gpt3Run, made: Translation) -> None:
+def _batch(run: Gpt3Run, made: Translation, num_ranks: int) -> None:
     training, model = run.training.config, run.model.config
     size = model.batch_size if training.batch_size is None else training.batch_size
     made.set("trainer.train_batch_size", size, "batch_size")
     micro = training.micro_batch_size
     if micro is None:
         length = training.sequence_length or model.context_length
-        micro = micro_batch(size, max(1, MICRO_BATCH_TOKENS // length))
+        micro = micro_batch(size // num_ranks, max(1, MICRO_BATCH_TOKENS // length))
     made.set("trainer.per_device_parallelism", micro, "micro_batch_size", "batch_size")
     made.set("trainer.per_device_eval_parallelism", micro, "micro_batch_size", "batch_size")
 
@@ -290,7 +293,7 @@ def _batch(run: Gpt3Run, made: Translation) -> None:
 def micro_batch(batch_size: int, largest: int) -> int:
     """The largest power of two up to `largest` that divides the batch."""
     size = 1
-    while size * 2 <= largest and batch_size % (size * 2) == 0:
+    while batch_size and size * 2 <= largest and batch_size % (size * 2) == 0:
         size *= 2
     return size
 

@@ -179,12 +179,7 @@ def translate(
     made.set("trainer.num_train_steps", max(config.max_iters, 1), "max_iters")
     clip = config.grad_clip if config.grad_clip else None
     made.set("optimizer.max_grad_norm", clip, "grad_clip")
-    device = _device(config, made)
-    dtype = config.dtype
-    if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported():
-        dtype = "float16"
-        made.notices.append("this GPU has no bfloat16; computing in float16")
-    made.set("trainer.mp", f"p=float32,c={dtype}", "dtype")
+    _device(config, made)
     return made
 
 
@@ -261,32 +256,36 @@ def _learning_rate(config: NanoGptConfig, made: Translation) -> None:
     made.set("optimizer.min_lr_ratio", lowest, "min_lr", "learning_rate")
 
 
-def _device(config: NanoGptConfig, made: Translation) -> str:
-    """Set device and backend; those nobody typed give way to what the machine has."""
+def _device(config: NanoGptConfig, made: Translation) -> None:
+    """Set device and backend; those nobody typed are what the machine has."""
     device, backend = config.device, config.backend
-    kind = device.partition(":")[0]
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    has_cuda = torch.cuda.is_available()
     advice = "type device=cpu backend=gloo"
     problems = []
-    if kind == "cuda" and not has_cuda:
-        if made.is_default("device", DEFAULT_FILE):
-            device = kind = "mps" if has_mps else "cpu"
-            made.notices.append(f"no CUDA device here; using device={device} backend=gloo")
-        else:
-            origin = made.loaded.origins["device"]
-            problems.append(Problem("device", "this machine has no CUDA", advice, device, origin))
-    if backend == "nccl" and (kind != "cuda" or not has_cuda):
-        if made.is_default("backend", DEFAULT_FILE):
-            backend = "gloo"
-        else:
-            rule = f"nccl joins CUDA devices only, and device = {device}"
-            origin = made.loaded.origins["backend"]
-            problems.append(Problem("backend", rule, advice, backend, origin))
+    if device == "cuda" and made.is_default("device", DEFAULT_FILE):
+        device = "auto"
+        if not has_cuda:
+            other = "mps" if torch.backends.mps.is_available() else "cpu"
+            made.notices.append(f"no CUDA device here; using device={other} backend=gloo")
+    if device.startswith("cuda") and not has_cuda:
+        origin = made.loaded.origins["device"]
+        problems.append(Problem("device", "this machine has no CUDA", advice, device, origin))
+    uses_cuda = has_cuda and device.startswith(("cuda", "auto"))
+    if backend == "nccl" and made.is_default("backend", DEFAULT_FILE):
+        backend = "auto"
+    if backend == "nccl" and not uses_cuda:
+        rule = f"nccl joins CUDA devices only, and device = {config.device}"
+        origin = made.loaded.origins["backend"]
+        problems.append(Problem("backend", rule, advice, backend, origin))
     if problems:
         raise ConfigError(problems)
     made.set("trainer.device", device, "device")
     made.set("trainer.distributed.backend", backend, "backend")
-    return kind
+    dtype = config.dtype
+    if dtype == "bfloat16" and uses_cuda and not torch.cuda.is_bf16_supported():
+        dtype = "float16"
+        made.notices.append("this GPU has no bfloat16; computing in float16")
+    made.set("trainer.mp", f"p=float32,c={dtype}", "dtype")
 
 
 def names() -> list[str]:
