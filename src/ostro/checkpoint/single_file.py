@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,9 @@ def _tensors(value: Any) -> list[Tensor]:
 def read_file(path: Path) -> dict[str, Any]:
     """The mapping in a file, on the CPU; anything but tensors and plain values is refused."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch reads past damage without a word
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"{path} - is damaged: {damaged} differs from its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -193,7 +197,7 @@ def read_file(path: Path) -> dict[str, Any]:
         ) from error
     except FileNotFoundError:
         raise CheckpointError(f"{path} - not found") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} - is damaged or no checkpoint: {reason}") from error
     if not isinstance(content, dict):

@@ -102,7 +102,8 @@ def _model_file(flags: gpt3.Gpt3Flags, search: Sequence[Path]) -> str:
 
 def processes(flags: gpt3.Gpt3Flags, environ: Mapping[str, str]) -> tuple[int, int]:
     """Processes on each machine, and machines; must be what a launcher has started."""
-    num_local, num_nodes = flags.gpus_per_node or 1, flags.num_nodes or 1
+    num_local = 1 if flags.gpus_per_node is None else flags.gpus_per_node
+    num_nodes = 1 if flags.num_nodes is None else flags.num_nodes
     for name, count in (("gpus_per_node", num_local), ("num_nodes", num_nodes)):
         if count < 1:
             raise ConfigError(Problem(name, "must be at least 1", "", str(count), f"--{name}"))

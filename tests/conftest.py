@@ -1,0 +1,7 @@
+"""Settings for all tests."""
+
+import os
+
+# Before torch is imported, here and in the processes that tests start: workers of pytest-xdist
+# share the cores, and threads that wait for one another make tiny runs several times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

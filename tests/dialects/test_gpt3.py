@@ -1,0 +1,178 @@
+"""`src/train.py`: model file, training file, flags; what each becomes natively."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_run import write_text
+
+from ostro.checkpoint import find_latest
+from ostro.cli.gpt3 import load_gpt3, train
+from ostro.dialects import gpt3
+from ostro.errors import CheckpointError, ConfigError
+from ostro.launch import launch
+from ostro.signals import Signals
+
+ROOT = Path(__file__).parents[2]
+MODEL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "context_length": 32, "vocab_size": 257,
+         "learning_rate": 1e-2, "batch_size": 8}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "train.txt")
+    data = {"train_urls": [str(tmp_path / "train.txt")], "tokenizer": "bytes", "cache_dir": "cache",
+            "num_validation_sequences": 4}  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(MODEL))
+    training = {"data": data, "max_steps": 6, "sequence_length": 16, "save_interval": 3,
+                "eval_interval": 3, "log_interval": 1}  # fmt: skip
+    (tmp_path / "training.yaml").write_text(yaml.safe_dump(training))
+    return tmp_path
+
+
+FILES = ["--config", "tiny.yaml", "--training_config", "training.yaml"]
+
+
+def native(*words: str, **environ: str):
+    return load_gpt3([*FILES, *words], environ)[0].config
+
+
+def run(*words: str) -> None:
+    train([*FILES, *words], Signals(), {})
+
+
+def test_settings_become_native_ones(folder):
+    config = native("--seed", "3", "--gradient_checkpointing")
+    trainer, model, optimizer = config.trainer, config.model, config.optimizer
+    assert (model.num_layers, model.hidden_dim, model.num_heads, model.seq_len) == (2, 16, 2, 16)
+    assert model.gradient_checkpointing and config.vocab_size == 257
+    assert (trainer.seed, trainer.num_train_steps, trainer.train_batch_size) == (3, 6, 8)
+    assert optimizer.learning_rate == 1e-2, "the model file's, where the training file says null"
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.1)
+    assert trainer.log_dir == "experiments/tiny/logs/."
+    assert trainer.checkpointer.folder("any") == "experiments/tiny/checkpoints"
+    assert native("--output_dir", "here").trainer.log_dir == "here/logs/."
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "length", "micro"),
+    [(512, 1, 2048, 8), (512, 8, 2048, 8), (8, 4, 256, 2), (24, 1, 256, 8), (7, 1, 256, 1)],
+)
+def test_micro_batches_hold_16k_tokens_at_most(folder, batch, ranks, length, micro):
+    size = gpt3.micro_batch(batch // ranks, max(1, gpt3.MICRO_BATCH_TOKENS // length))
+    assert size == micro and batch // ranks % size == 0
+
+
+@pytest.mark.parametrize("size", ["125M", "350M", "760M", "1.3B", "2.7B", "6.7B", "13B", "175B"])
+def test_every_size_loads(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_gpt3(["--model_size", size], {})[0].config
+    assert config.model.hidden_dim % config.model.num_heads == 0
+    large = "configs/training_configs/large_scale.yaml"
+    config = load_gpt3(["--model_size", size, "--training_config", large], {})[0].config
+    assert config.model.seq_len == 2048 and config.trainer.mp.compute == "float16"
+
+
+def test_train_resume_and_latest(folder):
+    run()
+    kept = folder / "experiments" / "tiny" / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "latest_checkpoint.pt", "step_3.pt", "step_5.pt"
+    ]  # fmt: skip
+    content = torch.load(kept / "latest_checkpoint.pt", weights_only=True)
+    assert content["values"]["step"] == 6
+    whole = content["model"]
+    # From the older one, by name: the newest beside it must not win.
+    run("--resume_from_checkpoint", str(kept / "step_3.pt"), "--output_dir", "again")
+    saved = find_latest(str(folder / "again" / "checkpoints"))
+    for name, tensor in saved.tensors("model").items():
+        assert torch.equal(tensor, whole[name]), "resuming is exact"
+    run("--resume_from_checkpoint", str(kept), "--output_dir", "more", "--trainer.num_train_steps",
+        "8")  # fmt: skip
+    assert find_latest(str(folder / "more")).values["step"] == 8
+
+
+def test_float16_keeps_its_scaler(folder):
+    run("--fp16")
+    saved = find_latest(str(folder / "experiments"))
+    assert "loss_scaler.scale" in saved.tensors("state")
+
+
+def test_a_damaged_checkpoint_is_skipped_and_a_foreign_pickle_refused(folder, capsys):
+    run()
+    kept = folder / "experiments" / "tiny" / "checkpoints"
+    newest = kept / "step_5.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    newest.write_bytes(data)
+    saved = find_latest(str(kept))
+    assert saved.path.endswith("step_3.pt")
+    torch.save({"model": Path("x")}, kept / "evil.pt")
+    with pytest.raises(CheckpointError, match="can run code"):
+        run("--resume_from_checkpoint", str(kept / "evil.pt"))
+    (kept / "other.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match=r"other\.pt"):
+        run("--resume_from_checkpoint", str(kept / "other.pt"))
+
+
+@pytest.mark.parametrize(
+    ("words", "environ", "parts"),
+    [
+        (["--sed", "3"], {}, ["sed", "did you mean seed?"]),
+        (["--model_size", "1.3B"], {}, ["model_size = 1.3B", "tiny.yaml"]),
+        (["--gpus_per_node", "0"], {}, ["gpus_per_node = 0", "at least 1"]),
+        (["--gpus_per_node", "4"], {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+         ["gpus_per_node = 4", "has started 2"]),
+        (["--num_nodes", "2"], {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+         ["num_nodes = 2", "has started 1"]),
+        (["--distributed_backend", "mpi"], {}, ["distributed_backend = mpi"]),
+        (["--trainer.sed", "1"], {}, ["trainer.sed", "seed"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(folder, words, environ, parts):
+    with pytest.raises(ConfigError) as caught:
+        native(*words, **environ)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"sequence_length": 64}, "context_length = 32"),
+        ({"scheduler": {"eta_min": 0.5}}, "scheduler.eta_min = 0.5"),
+        ({"optimizer": {"type": "SGD"}}, "optimizer.type = SGD"),
+        ({"optimizer": {"betas": [0.9]}}, "must be two numbers"),
+        ({"max_step": 3}, "did you mean max_steps?"),
+    ],
+)
+def test_mistakes_in_the_training_file_are_named(folder, change, part):
+    training = yaml.safe_load((folder / "training.yaml").read_text())
+    (folder / "training.yaml").write_text(yaml.safe_dump(training | change))
+    with pytest.raises(ConfigError, match=part.replace("?", r"\?")):
+        native()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed's CPU device has no float16")
+def test_float16_under_deepspeed_on_a_cpu(folder):
+    (folder / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    with pytest.raises(ConfigError, match="no float16"):
+        native("--deepspeed_config", "ds.json", "--fp16")
+    training = yaml.safe_load((folder / "training.yaml").read_text())
+    (folder / "training.yaml").write_text(yaml.safe_dump(training | {"fp16": True}))
+    loaded, made, _ = load_gpt3([*FILES, "--deepspeed_config", "ds.json"], {})
+    assert loaded.config.trainer.mp.compute == "bfloat16"
+    assert "bfloat16" in made.notices[0]
+    assert loaded.config.trainer.deepspeed == {"zero_optimization": {"stage": 1}}
+    (folder / "ds.json").write_text("{nonsense")
+    with pytest.raises(ConfigError, match=r"ds\.json.*cannot be read"):
+        native("--deepspeed_config", "ds.json")
+
+
+def test_several_machines_need_an_address_and_a_number():
+    with pytest.raises(ConfigError) as caught:
+        launch(["src/train.py", "--num_nodes", "2"], 4, 2, {})
+    assert "NODE_RANK=0 python3 src/train.py --num_nodes 2" in str(caught.value)
+    assert "NODE_RANK=1" in str(caught.value)
