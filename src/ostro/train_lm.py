@@ -227,6 +227,7 @@ class Session:
         num_steps = trainer.num_train_steps
         if trainer.eval_only or (trainer.eval_when == "before" and first_step == 0):
             self.evaluate(first_step)
+            self._improved = None  # it sets the mark; the first weights are not saved
         if trainer.eval_only:
             return self._eval_metrics
         loader = Loader(

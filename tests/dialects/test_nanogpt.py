@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from nanogpt_reference import Gpt
-from tiny_run import write_text
+from tiny_run import torchrun_words, write_text
 
 from ostro.checkpoint import find_latest
 from ostro.cli import nanogpt
@@ -23,6 +23,8 @@ from ostro.cli.native import saved_config
 from ostro.dialects.nanogpt import NanoGptConfig, names
 from ostro.errors import CheckpointError, ConfigError
 from ostro.inference import load_model, load_tokenizer
+from ostro.signals import Interrupted, Signals
+from ostro.train_lm import run
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -345,3 +347,92 @@ def test_bad_data_and_checkpoints_are_one_message(tmp_path):
     assert "they can run code" in done.stderr
     (tmp_path / "out" / "ckpt.pt").write_bytes(b"PK\x03\x04 torn")
     assert "ckpt.pt" in train(tmp_path, *SMALL, "init_from=resume", code=2).stderr
+
+
+@pytest.mark.dist
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    """The same effective batch: half the accumulation on each of two processes."""
+    make_data(tmp_path)
+    words = [word for word in SMALL if "accumulation" not in word]
+    train(tmp_path, *words, "gradient_accumulation_steps=4", "out_dir=one")
+    more = ["gradient_accumulation_steps=2", "out_dir=two", "device=cpu", "backend=gloo"]
+    command = torchrun_words(2, ROOT / "train.py", *words, *more)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=1e-5)
+    assert read(tmp_path, "two")["config"]["gradient_accumulation_steps"] == 2
+
+
+def test_starting_from_hugging_face_weights(tmp_path):
+    """A folder of transformers: its sizes, its weights, a shorter context."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    make_data(tmp_path)
+    vocab = json.loads((tmp_path / "data/tiny/meta.json").read_text())["vocab_size"]
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, **sizes)).eval()
+    model.save_pretrained(tmp_path / "hf")
+    words = [w for w in SMALL if not w.startswith(("n_", "learning_rate", "min_lr", "max_iters"))]
+    words += ["init_from=hf", "learning_rate=0", "decay_lr=False", "max_iters=1"]
+    done = train(tmp_path, *words)
+    assert "starting from the weights of hf" in done.stdout
+    tokens = torch.randint(vocab, (2, 16))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    ours = our_logits(tmp_path / "out", tokens)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    error = train(tmp_path, *words, "n_layer=3", code=2).stderr
+    assert "n_layer = 3" in error and "init_from = hf has n_layer = 2" in error
+
+
+def test_without_a_compiler_it_runs_eager(tmp_path, monkeypatch):
+    make_data(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    done = train(tmp_path, *SMALL, "compile=True", "max_iters=1")
+    assert done.stdout.count("no C++ compiler here") == 1
+
+
+def test_an_interrupted_run_leaves_the_best_weights_alone(tmp_path):
+    """The state of a stopped run lies beside `ckpt.pt`, and is what a resumed run goes on from."""
+    make_data(tmp_path)
+    words = [*SMALL, "always_save_checkpoint=False"]
+
+    def stop(signals: Signals) -> None:
+        loaded, _ = load_nanogpt([*words, "--trainer.progress=false"])
+
+        class Stopping(Signals):
+            polls = 0
+
+            def poll(self) -> None:
+                self.polls += 1
+                if self.polls == 25:
+                    raise Interrupted(15)
+
+        run(loaded.config, Stopping())
+
+    with contextlib.chdir(tmp_path):
+        with pytest.raises(Interrupted):
+            stop(Signals())
+        assert Path("out/ckpt_interrupted.pt").exists()
+        stopped = torch.load("out/ckpt_interrupted.pt", weights_only=True)["iter_num"]
+    assert 4 < stopped < 8
+    done = train(tmp_path, *words, "init_from=resume")
+    assert f"made {8 - stopped} updates" in done.stdout
+
+
+def test_sample_script(trained):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "num_samples=2", "max_new_tokens=5", "start=fox"],
+        cwd=trained, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("---------------") == 2 and done.stdout.startswith("fox")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "num_sample=2"],
+        cwd=trained, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "did you mean num_samples?" in done.stderr

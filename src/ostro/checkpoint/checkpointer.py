@@ -171,7 +171,8 @@ class Checkpointer:
         kind = self._policy.due(step, now - self._last_save, force=force)
         best = bool(improved) and self._config.save_after_eval != "never"
         after_eval = best or (improved is not None and self._config.save_after_eval == "always")
-        if kind is None and (interrupted or (after_eval and step > 0)):
+        counts = step > 0 or self._config.format == "nanogpt"  # which evaluates before updates
+        if kind is None and (interrupted or (after_eval and counts)):
             kind = "temporary"
         if kind is None:
             return None

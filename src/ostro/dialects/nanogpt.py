@@ -11,6 +11,7 @@ import torch
 from ostro.config import Loaded
 from ostro.dialects.translation import Translation, ratio
 from ostro.errors import ConfigError, Problem
+from ostro.hf import read_settings
 
 DEFAULT_FILE = "train_config.yaml"
 GPT2_SIZES = {
@@ -211,6 +212,8 @@ def _model_and_data(
     if start == "resume":
         given, source = saved or {}, f"the checkpoint in {config.out_dir}"
         vocab_size = given.get("vocab_size", vocab_size)
+        if "activation_function" in given:
+            made.set("model.activation_function", given["activation_function"], "init_from")
     elif start in GPT2_SIZES:
         layers, heads, width = GPT2_SIZES[start]
         given = {"n_layer": layers, "n_head": heads, "n_embd": width, "bias": True}
@@ -224,7 +227,13 @@ def _model_and_data(
                 Problem("init_from", rule, "", start, made.loaded.origins["init_from"])
             )
         made.set("initialize_from_hf", start, "init_from")
-        vocab_size = None if has_meta else 50257
+        described, vocab_size = read_settings(start)
+        given = {key: getattr(described, path[6:]) for key, path in _MODEL.items()}
+        del given["block_size"]  # a shorter one cuts the table of positions
+        source = f"init_from = {start}"
+    if start in GPT2_SIZES or Path(start).is_dir():
+        # What these weights were trained with; nanoGPT's own code takes the exact GELU here too.
+        made.set("model.activation_function", "gelu_new", "init_from")
     made.set("trainer.load_checkpoint", start == "resume", "init_from")
     made.set("vocab_size", vocab_size, "dataset")
     problems = []

@@ -186,6 +186,14 @@ def _texts(content: Mapping[str, Any]) -> dict[str, str]:
     return {"config.yaml": dump_yaml(config)} | tokenizer_text(config.data.tokenizer)
 
 
+def own_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What nanoGPT's settings do not say of the model, where we wrote the file."""
+    text = ((content.get("ostro") or {}).get("texts") or {}).get("config.yaml")
+    if text is None:
+        return {}
+    return {"activation_function": yaml.safe_load(text)["model"]["activation_function"]}
+
+
 def tokenizer_text(tokenizer: TokenizerConfig) -> dict[str, str]:
     """The file of a tokenizer; empty where it is not on this machine."""
     try:

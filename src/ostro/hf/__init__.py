@@ -1,6 +1,13 @@
 """Weights as Hugging Face keeps them: read from a folder or the hub, written for transformers."""
 
-from ostro.hf.files import is_library_tokenizer, read_hf, read_model, read_weights, write_hf
+from ostro.hf.files import (
+    is_library_tokenizer,
+    read_hf,
+    read_model,
+    read_settings,
+    read_weights,
+    write_hf,
+)
 from ostro.hf.layout import HfParameter, from_hf, gpt2_parameters, to_hf
 from ostro.hf.settings import hf_config, lm_config
 
@@ -13,6 +20,7 @@ __all__ = [
     "lm_config",
     "read_hf",
     "read_model",
+    "read_settings",
     "read_weights",
     "to_hf",
     "write_hf",

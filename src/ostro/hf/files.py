@@ -108,9 +108,14 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
 
 def read_model(name: str, gradient_checkpointing: bool) -> LmConfig:
     """The settings of the model that `initialize_from_hf` names."""
-    with _named(name):
-        model, _ = lm_config(read_hf_config(name))
+    model, _ = read_settings(name)
     return replace(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def read_settings(name: str) -> tuple[LmConfig, int]:
+    """The model that a `config.json` describes, and its vocabulary."""
+    with _named(name):
+        return lm_config(read_hf_config(name))
 
 
 def read_weights(name: str, config: LmConfig, vocab_size: int) -> dict[str, Tensor]:

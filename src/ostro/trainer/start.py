@@ -1,6 +1,8 @@
 """Where a run starts: its model with the first weights, its engine, and what it resumes from."""
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -49,7 +51,7 @@ def build_state(
         model.to(getattr(torch, precision.params))
     axes = axes_of(model)
     parameters = {name: (p, axes[name]) for name, p in model.named_parameters()}
-    if trainer.compile:
+    if trainer.compile and has_compiler():
         for block in model.blocks:
             block.compile()
     skip_step = optimizer.skip_step
@@ -63,6 +65,15 @@ def build_state(
         loss_scaler=LossScaler(device) if scales else None,
         crash_on_nan=trainer.crash_on_nan,
     )
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds the C++ compiler it needs; says so where it does not."""
+    names = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
+    if any(name and shutil.which(name) for name in names):
+        return True
+    log.warning("trainer.compile: no C++ compiler here, so nothing is compiled - install g++")
+    return False
 
 
 def find_start(trainer: TrainerConfig, checkpointer: Checkpointer) -> Decision:
