@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ostro.tracker import RunInfo, WandbConfig
+from ostro.cli.arguments import load_run
+from ostro.tracker import RunInfo, WandbConfig, build_trackers
 from ostro.tracker.wandb import code_folder, tracked_files
 
 
@@ -114,6 +115,24 @@ def test_set_fields_are_passed_verbatim(fake):
     assert tracker.state() == {"id": "own"}
     WandbConfig(resume=False, save_code=False).build(RUN)
     assert fake.calls[1]["resume"] is False
+
+
+def test_flags_of_the_command_line_reach_init(fake, tmp_path):
+    """The settings of `--trainer.wandb.*` over a file with two trackers."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "data: {source: stdlib}\n"
+        "trainer: {tracker: [{type: wandb, project: old, save_code: false}, {type: noop}]}\n"
+    )
+    words = ["project my_project", "name my_run", "id asdf1234", "group my_group", "resume True"]
+    flags = [part for word in words for part in f"--trainer.wandb.{word}".split()]
+    config = load_run(str(path), flags).config
+    build_trackers(config.trainer.tracker, RUN)
+    (call,) = fake.calls
+    assert {key: call[key] for key in ("project", "name", "id", "group", "resume")} == {
+        "project": "my_project", "name": "my_run", "id": "asdf1234", "group": "my_group",
+        "resume": True,
+    }  # fmt: skip
 
 
 def test_a_resumed_run_is_continued(fake):

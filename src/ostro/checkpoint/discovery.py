@@ -99,6 +99,11 @@ def which_checkpoint(
                 f"load_checkpoint_path = {load_checkpoint_path} - not used, for load_checkpoint is "
                 "false"
             )
+        if initialize_from is None and find is find_latest and _candidates(own):
+            warnings.append(
+                f"{own} holds checkpoints of an earlier run; this one starts anew and replaces"
+                " those of the same name"
+            )
     else:
         if (saved := find(own)) is not None:
             return Decision(saved, "own", f"resuming from {saved}")
