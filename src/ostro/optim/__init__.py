@@ -11,19 +11,3 @@ from ostro.optim.update import (
     optimizer_tensors,
     set_learning_rate,
 )
-
-__all__ = [
-    "AdamConfig",
-    "LossScaler",
-    "LrScheduleConfig",
-    "OptimizerConfig",
-    "Phase",
-    "Schedule",
-    "SkipStep",
-    "SkipStepConfig",
-    "apply_update",
-    "clip_scale",
-    "global_norm",
-    "optimizer_tensors",
-    "set_learning_rate",
-]

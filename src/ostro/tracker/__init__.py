@@ -14,18 +14,3 @@ from ostro.tracker.tracker import (
     run_folder,
 )
 from ostro.tracker.wandb import WandbConfig
-
-__all__ = [
-    "CompositeTracker",
-    "ConsoleConfig",
-    "JsonLoggerConfig",
-    "NoopConfig",
-    "NoopTracker",
-    "RunInfo",
-    "TensorboardConfig",
-    "Tracker",
-    "TrackerConfig",
-    "WandbConfig",
-    "build_trackers",
-    "run_folder",
-]
