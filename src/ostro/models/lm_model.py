@@ -2,17 +2,26 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ostro.axes import EMBED, MLP
 from ostro.config import Choice
 from ostro.errors import Problem, did_you_mean
-from ostro.nn import ACTIVATIONS, KeyValueCache, TiedGradient, initialize, linear_cross_entropy
+from ostro.nn import (
+    ACTIVATIONS,
+    KeyValueCache,
+    Linear,
+    TiedGradient,
+    initialize,
+    linear_cross_entropy,
+)
 
-__all__ = ["LmConfig", "LmModel", "count_parameters", "initialize"]
+__all__ = ["LmConfig", "LmModel", "initialize"]
 
 
 class LmConfig(Choice):
@@ -87,18 +96,48 @@ class LmModel(nn.Module, ABC):
         return F.linear(hidden, self.head_weight().to(hidden.dtype))
 
 
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised copy and added back."""
+
+    def __init__(
+        self, norms: Sequence[nn.Module], attention: nn.Module, mlp: nn.Module, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.norm_1, self.attention = norms[0], attention
+        self.norm_2, self.mlp = norms[1], mlp
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, *rest) -> Tensor:
+        """(batch, position, embed) -> the same; `rest` goes to the attention."""
+        attended = self.attention(self.norm_1(x), *rest)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm_2(x)), self.dropout, self.training)
+
+
+class Mlp(nn.Module):
+    """`down(activation(up(x)))`, or with a gate `down(activation(gate(x)) * up(x))`."""
+
+    def __init__(self, config: Any, width: int, *, gated: bool):
+        super().__init__()
+        embed, mlp = (EMBED, config.hidden_dim), (MLP, width)
+        std, bias = config.initializer_range, config.use_bias
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.gate = Linear(embed, mlp, bias, deviation=std) if gated else None
+        self.up = Linear(embed, mlp, bias, deviation=std)
+        self.down = Linear(mlp, embed, bias, deviation=std / (2 * config.num_layers) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, position, embed) -> the same."""
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
 def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
     """Run a block; with `recompute` its activations are computed again in the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
-
-
-def count_parameters(config: LmConfig, vocab_size: int) -> int:
-    """Parameters of the model, shared ones counted once, without allocating any."""
-    with torch.device("meta"):
-        model = config.build(vocab_size)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def size_problems(config: LmConfig, names: Sequence[str]) -> Iterator[Problem]:
