@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -138,6 +139,18 @@ def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Inside, no gradients and no dropout; the model's mode is restored behind it."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():  # inference mode would taint tensors that training reuses
+            yield
+    finally:
+        model.train(was_training)
 
 
 def size_problems(config: LmConfig, names: Sequence[str]) -> Iterator[Problem]:
