@@ -152,10 +152,6 @@ def compression_of(path: str) -> str | None:
 def make_shard(path: str, format: str) -> Shard:
     """Describe a file that exists: size and fingerprint."""
     try:
-        if is_local(path):
-            with open(_local(path), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                return Shard(path, size, _content_hash(file, size), format)
         system, inner = fsspec.core.url_to_fs(path)
         info = system.info(inner)
         size = int(info.get("size") or 0)
@@ -186,8 +182,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
     """A file's decompressed bytes."""
     compression = compression_of(path)
     by_arrow = compression in ("gzip", "zstd")  # several frames too; notices truncation
-    target = _local(path) if is_local(path) else path
-    with fsspec.open(target, "rb", compression=None if by_arrow else compression) as file:
+    with fsspec.open(path, "rb", compression=None if by_arrow else compression) as file:
         if by_arrow:
             stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), compression)
             file = io.BufferedReader(stream, 1 << 18)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
 from torch import Tensor
 
 from ostro.checkpoint.metadata import is_plain_name, read_json
+from ostro.checkpoint.single_file import read_file
 from ostro.checkpoint.storage import flush_folder
 from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
 from ostro.errors import CheckpointError
@@ -31,20 +30,20 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = "pytorch_model.bin"
 
 
-def read_hf_config(name: str, revision: str | None = None) -> dict[str, Any]:
+def read_hf_config(name: str) -> dict[str, Any]:
     """The `config.json` of a local folder or of a model on the hub."""
-    path = _folder(name, revision, ["config.json"]) / "config.json"
+    path = _folder(name, ["config.json"]) / "config.json"
     return read_json(_bytes(path), str(path))
 
 
-def read_hf(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_hf(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights of a local folder, or of `organisation/name[@revision]` on the hub.
 
     Nothing but `config.json` and safetensors is fetched. A local folder that has only
     `pytorch_model.bin` is read by torch's loader of plain weights.
     """
     patterns = ["config.json", _WEIGHTS, _INDEX, "model-*.safetensors"]
-    folder = _folder(name, revision, patterns)
+    folder = _folder(name, patterns)
     config = read_json(_bytes(folder / "config.json"), f"{folder}/config.json")
     if (path := folder / _WEIGHTS).exists():
         return config, read_tensors(str(path), str(path))
@@ -55,7 +54,7 @@ def read_hf(name: str, revision: str | None = None) -> tuple[dict[str, Any], dic
     raise CheckpointError(f"{name} - has neither {_WEIGHTS} nor {_INDEX} - give another model")
 
 
-def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _folder(name: str, patterns: list[str]) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -63,9 +62,7 @@ def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        fetched = snapshot_download(
-            repository, revision=revision or at or None, allow_patterns=patterns
-        )
+        fetched = snapshot_download(repository, revision=at or None, allow_patterns=patterns)
     except Exception as error:  # network, name and access errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -94,14 +91,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} - cannot be read safely: {reason} - convert it to {_WEIGHTS}"
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    found = read_file(path)
+    if not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{path} - holds no named tensors - convert it to {_WEIGHTS}")
     return found
 

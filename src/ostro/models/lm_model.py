@@ -74,7 +74,6 @@ class LmModel(nn.Module, ABC):
         targets: Tensor | None = None,
         *,
         segments: Tensor | None = None,
-        reduction: str = "sum",
         scale: float | Tensor = 1.0,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
@@ -83,15 +82,12 @@ class LmModel(nn.Module, ABC):
         tokens and targets are int64 (batch, position); a target of -100 means nothing to predict.
         Without targets: logits (batch, position, vocab); with a `cache` only those of each row's
         last real token, (batch, 1, vocab). With targets: the sum over predicted positions times
-        `scale` (`reduction="sum"`), or (batch, position) with 0 where ignored, without a graph
-        ("none"). Attention stays inside equal `segments` (batch, position).
+        `scale`. Attention stays inside equal `segments` (batch, position).
         """
-        tie = TiedGradient() if targets is not None and reduction == "sum" else None
+        tie = TiedGradient() if targets is not None else None
         hidden = self.hidden(tokens, segments=segments, cache=cache, tie=tie)
         if targets is not None:
-            return linear_cross_entropy(
-                hidden, self.head_weight(), targets, reduction=reduction, scale=scale, tie=tie
-            )
+            return linear_cross_entropy(hidden, self.head_weight(), targets, scale=scale, tie=tie)
         if cache is not None:
             hidden = cache.last(hidden)
         return F.linear(hidden, self.head_weight().to(hidden.dtype))

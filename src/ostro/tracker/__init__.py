@@ -6,7 +6,6 @@ from ostro.tracker.tensorboard import TensorboardConfig
 from ostro.tracker.tracker import (
     CompositeTracker,
     NoopConfig,
-    NoopTracker,
     RunInfo,
     Tracker,
     TrackerConfig,
