@@ -99,21 +99,17 @@ class FileStore:
 
 
 def point_to(path: Path) -> None:
-    """Make `latest_checkpoint.pt` beside it the same file; a copy where there are no links."""
+    """Make `latest_checkpoint.pt` beside a checkpoint the same file, a copy where there are no
+    links; beside a folder a small text that names it."""
     new = path.parent / f"{storage.PARTIAL}{LATEST}-{os.getpid()}"
     new.unlink(missing_ok=True)
-    try:
-        os.link(path, new)
-    except OSError:
-        shutil.copyfile(path, new)
-    os.replace(new, path.parent / LATEST)
-    storage.flush_folder(str(path.parent))
-
-
-def point_to_folder(path: Path) -> None:
-    """Make `latest_checkpoint.pt` beside a checkpoint's folder a small text that names it."""
-    new = path.parent / f"{storage.PARTIAL}{LATEST}-{os.getpid()}"
-    new.write_text(json.dumps({"format": "ostro", "folder": path.name}) + "\n")
+    if path.is_dir():
+        new.write_text(json.dumps({"format": "ostro", "folder": path.name}) + "\n")
+    else:
+        try:
+            os.link(path, new)
+        except OSError:
+            shutil.copyfile(path, new)
     os.replace(new, path.parent / LATEST)
     storage.flush_folder(str(path.parent))
 
