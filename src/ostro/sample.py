@@ -51,13 +51,9 @@ def complete_all(
     written = generate(
         model,
         [tokenizer.encode(prompt) or start for prompt in prompts],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
+        **vars(config),
     )
     pairs = zip(prompts, written, strict=True)
     return [prompt + tokenizer.decode(tokens) for prompt, tokens in pairs]

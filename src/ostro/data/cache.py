@@ -29,8 +29,7 @@ from ostro.errors import DataError
 logger = logging.getLogger("ostro.data")
 
 FORMAT = 1
-_PROGRESS, _TOKENS = "progress.json", "tokens-00000.bin"
-_DOCUMENTS, _QUARANTINE = "documents.bin", "quarantine.jsonl"
+_PROGRESS, _TOKENS, _QUARANTINE = "progress.json", "tokens-00000.bin", "quarantine.jsonl"
 
 Progress = Callable[[str, int, int], None]
 """Called with (name, done, total), in stored bytes; total 0 where unknown."""
@@ -188,8 +187,8 @@ class _Build:
         settings = (request.tokenizer, request.eos_id, request.dtype, request.num_workers)
         try:
             with encoder(*settings) as run:
-                for batch, tokens, ends in run(self._batches(), _Batch.texts):
-                    writer.append(batch, tokens, ends)
+                for batch, tokens in run(self._batches(), _Batch.texts):
+                    writer.append(batch, tokens)
                     since += batch.chars
                     if since >= self._commit_chars:
                         writer.commit()
@@ -260,7 +259,6 @@ class _Writer:
         """Bytes of each file that a state counts on."""
         return {
             _TOKENS: state["tokens"] * np.dtype(self._request.dtype).itemsize,
-            _DOCUMENTS: state["documents"] * 8,
             _QUARANTINE: state["quarantine_bytes"],
         }
 
@@ -275,18 +273,18 @@ class _Writer:
         shard, skip = self._state["position"]
         return shard, skip
 
-    def append(self, batch: _Batch, tokens: np.ndarray, ends: np.ndarray) -> None:
+    def append(self, batch: _Batch, tokens: np.ndarray) -> None:
         """Add a batch; nothing counts before the next `commit`."""
         self._torn, state = True, self._state
-        self._files[_DOCUMENTS].write((ends + state["tokens"]).astype("<i8").tobytes())
         self._files[_TOKENS].write(tokens.astype(tokens.dtype.newbyteorder("<")).tobytes())
         for item in batch.items:
             if isinstance(item, BadRecord):
                 line = json.dumps(vars(item), ensure_ascii=False) + "\n"
                 state["quarantine_bytes"] += self._files[_QUARANTINE].write(line.encode())
                 state["bad_records"] += 1
+            else:
+                state["documents"] += item[1]
         state["tokens"] += len(tokens)
-        state["documents"] += len(ends)
         state["position"] = [batch.shard, batch.skip]
         self._torn = False
 
@@ -328,6 +326,6 @@ class _Writer:
             )
         kept = {k: state[k] for k in ("tokens", "documents", "bad_records")}
         kept["shards"] = [{"file": _TOKENS, "tokens": state["tokens"]}]
-        kept["stored"] = [_TOKENS, _DOCUMENTS, *([_QUARANTINE] if bad else [])]
+        kept["stored"] = [_TOKENS, *([_QUARANTINE] if bad else [])]
         write_json(self._folder / LEDGER, {"key": self._key, "dtype": request.dtype, **kept})
         (self._folder / _PROGRESS).unlink()
