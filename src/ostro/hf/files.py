@@ -30,12 +30,6 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = "pytorch_model.bin"
 
 
-def read_hf_config(name: str) -> dict[str, Any]:
-    """The `config.json` of a local folder or of a model on the hub."""
-    path = _folder(name, ["config.json"]) / "config.json"
-    return read_json(_bytes(path), str(path))
-
-
 def read_hf(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights of a local folder, or of `organisation/name[@revision]` on the hub.
 
@@ -44,7 +38,7 @@ def read_hf(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     patterns = ["config.json", _WEIGHTS, _INDEX, "model-*.safetensors"]
     folder = _folder(name, patterns)
-    config = read_json(_bytes(folder / "config.json"), f"{folder}/config.json")
+    config = _json(folder / "config.json")
     if (path := folder / _WEIGHTS).exists():
         return config, read_tensors(str(path), str(path))
     if (path := folder / _INDEX).exists():
@@ -72,15 +66,15 @@ def _folder(name: str, patterns: list[str]) -> Path:
     return Path(fetched)
 
 
-def _bytes(path: Path) -> bytes:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return path.read_bytes()
+        return read_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path} - cannot be read: {error.strerror}") from error
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    where = read_json(_bytes(index), str(index)).get("weight_map")
+    where = _json(index).get("weight_map")
     if not isinstance(where, dict) or not all(is_plain_name(str(file)) for file in where.values()):
         raise CheckpointError(f"{index} - is damaged: it has no weight_map of names to files")
     found: dict[str, Tensor] = {}
@@ -100,7 +94,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
 def read_model(name: str, gradient_checkpointing: bool) -> LmConfig:
     """The settings of the model that `initialize_from_hf` names."""
     with _named(name):
-        model, _ = lm_config(read_hf_config(name))
+        model, _ = lm_config(_json(_folder(name, ["config.json"]) / "config.json"))
     return replace(model, gradient_checkpointing=gradient_checkpointing)
 
 
