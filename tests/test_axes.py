@@ -1,10 +1,10 @@
 """Axis names of parameters: their order, and which of them are matrices."""
 
-from ostro.axes import EMBED, HEAD_SIZE, HEADS, MLP, VOCAB, ParameterAxes
+from ostro.axes import EMBED, HEADS, MLP, VOCAB, ParameterAxes
 
 
 def test_a_weight_lists_its_outputs_first():
-    weight = ParameterAxes((HEADS, HEAD_SIZE), (EMBED,))
+    weight = ParameterAxes((HEADS, "head_size"), (EMBED,))
     assert weight.names == ("heads", "head_size", "embed")
     assert weight.is_matrix
 

@@ -9,10 +9,14 @@ of text, so that no part seems to go on with the next one.
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ostro.data.prepare import (
+from ostro.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from token_files import (
     cut_in_two,
     download,
     gpt2_for_text,
@@ -21,7 +25,6 @@ from ostro.data.prepare import (
     run_script,
     write_token_files,
 )
-from ostro.errors import DataError
 
 BOOKS = {
     "Emma": 158,

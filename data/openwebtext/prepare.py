@@ -10,12 +10,15 @@ Needs `pip install "ostro[gpt2,hf]"`, and 54 GB in the Hugging Face cache for th
 
 import argparse
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ostro.data.prepare import Document, gpt2_for_text, report, run_script, write_token_files
 from ostro.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from token_files import Document, gpt2_for_text, report, run_script, write_token_files
 
 HUB_NAME = "Skylion007/openwebtext"
 OFFLINE = "give a copy of the data set with --dataset_dir DIR"

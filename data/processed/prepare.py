@@ -9,20 +9,16 @@ every n-th goes to validation, of a text file its end; every document ends with 
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from ostro.data.files import BadRecord
-from ostro.data.prepare import (
-    Document,
-    cut_in_two,
-    gpt2_for_text,
-    report,
-    run_script,
-    write_token_files,
-)
 from ostro.data.source import StdlibSource, UrlsSource
 from ostro.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from token_files import Document, cut_in_two, gpt2_for_text, report, run_script, write_token_files
 
 
 def from_files(source: UrlsSource, val_fraction: float) -> Iterator[Document]:

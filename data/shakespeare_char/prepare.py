@@ -10,18 +10,14 @@ The first 90 % are for training, the rest for validation.
 import argparse
 import json
 import pickle
+import sys
 from pathlib import Path
 
-from ostro.data.prepare import (
-    cut_in_two,
-    download,
-    read_text,
-    report,
-    run_script,
-    write_token_files,
-)
 from ostro.data.tokenizer import CharTokenizer
 from ostro.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from token_files import cut_in_two, download, read_text, report, run_script, write_token_files
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 

@@ -9,12 +9,9 @@ a module tree.
 
 from dataclasses import dataclass
 
-BATCH = "batch"
 POSITION = "position"
 EMBED = "embed"
 HEADS = "heads"
-KV_HEADS = "kv_heads"
-HEAD_SIZE = "head_size"
 MLP = "mlp"
 VOCAB = "vocab"
 

@@ -7,7 +7,6 @@ the batch size. Sets carry tags; `wiki/en` also counts towards `wiki`.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 
 from ostro.data.sequences import EvalData
 from ostro.distributed import World
-from ostro.models.lm_model import LmModel
+from ostro.models.lm_model import LmModel, inference
 
 
 @dataclass
@@ -142,15 +141,3 @@ def _macro(prefix: str, totals: list[Totals]) -> dict[str, float]:
         bits = [total.bits_per_byte for total in totals]
         macro[f"{prefix}/macro_bpb"] = sum(bits) / len(bits)
     return macro
-
-
-@contextmanager
-def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, no gradients and no dropout; the model's mode is restored behind it."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():  # inference mode would taint tensors that training reuses
-            yield
-    finally:
-        model.train(was_training)

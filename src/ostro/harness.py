@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ostro import squad
+from ostro.data.tokenizer import Tokenizer
 from ostro.errors import ConfigError, DataError, Problem, did_you_mean
-from ostro.evaluate import inference
-from ostro.models.lm_model import LmModel
-from ostro.sample import TextTokenizer, generate
+from ostro.models.lm_model import LmModel, inference
+from ostro.sample import generate
 
 logger = logging.getLogger("ostro.harness")
 
@@ -28,7 +28,6 @@ ALIASES = {"superglue": "super-glue-lm-eval-v1"}
 
 _CHUNK_ELEMENTS = 2**26  # logits held at once, at most
 _RESAMPLINGS = 1000  # behind the standard errors of perplexities and F1: one process does it
-_DEFAULT_NEW_TOKENS = 256  # the harness's own
 
 
 def load_benchmarks(names: Sequence[str], task_folder: str | None = None) -> dict[str, list[Any]]:
@@ -82,7 +81,7 @@ def _tasks(manager: Any, name: str) -> list[Any]:
 
 def run_harness(
     model: LmModel,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     benchmarks: Mapping[str, list[Any]],
     *,
     limit: int | None = None,
@@ -121,7 +120,7 @@ def run_harness(
     return scores
 
 
-def _adapter(model: LmModel, tokenizer: TextTokenizer, batch_size: int) -> Any:
+def _adapter(model: LmModel, tokenizer: Tokenizer, batch_size: int) -> Any:
     """The model as the harness wants it."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -158,7 +157,7 @@ def _adapter(model: LmModel, tokenizer: TextTokenizer, batch_size: int) -> Any:
     return Adapter()
 
 
-def _prefix(tokenizer: TextTokenizer) -> int:
+def _prefix(tokenizer: Tokenizer) -> int:
     """What stands before a text that has nothing before it."""
     return tokenizer.encode("\n")[-1] if tokenizer.eos_id is None else tokenizer.eos_id
 
@@ -229,7 +228,7 @@ def _scores(
 
 def write_until(
     model: LmModel,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     requests: Sequence[tuple[str, dict[str, Any]]],
     batch_size: int,
 ) -> list[str]:
@@ -251,17 +250,22 @@ def write_until(
 
 def _write_group(
     model: LmModel,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     contexts: list[str],
     settings: dict[str, Any],
     batch_size: int,
 ) -> list[str]:
+    from lm_eval.models.utils import normalize_gen_kwargs
     from tqdm import tqdm
 
-    num_new = _new_tokens(settings, model.config.seq_len)
-    until = settings.get("until") or []
-    stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-    start, room = [_prefix(tokenizer)], model.config.seq_len - num_new
+    settings = dict(normalize_gen_kwargs(settings))  # tasks name the same in several ways
+    temperature = settings.get("temperature", 1.0) if settings["do_sample"] else 0.0
+    seq_len = model.config.seq_len
+    num_new, stops = settings["max_gen_toks"], [stop for stop in settings["until"] if stop]
+    if num_new >= seq_len:
+        logger.warning("answers of %d tokens leave no room in seq_len = %d: half", num_new, seq_len)
+        num_new = max(1, seq_len // 2)
+    start, room = [_prefix(tokenizer)], seq_len - num_new
     prompts = [(tokenizer.encode(context) or start)[-room:] for context in contexts]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
@@ -272,7 +276,7 @@ def _write_group(
                 model,
                 [prompts[index] for index in batch],
                 max_new_tokens=num_new,
-                temperature=_temperature(settings),
+                temperature=temperature,
                 top_k=settings.get("top_k") or None,
                 top_p=settings.get("top_p"),
                 seed=first,  # a question that is asked again in another batch draws anew
@@ -286,23 +290,3 @@ def _write_group(
                     texts[index] = texts[index].split(stop)[0]
             bar.update(len(batch))
     return texts
-
-
-def _new_tokens(settings: Mapping[str, Any], seq_len: int) -> int:
-    """How many tokens to write at most; tasks name it in several ways."""
-    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    given = [int(settings[name]) for name in names if settings.get(name) is not None]
-    num_new = given[0] if given else _DEFAULT_NEW_TOKENS
-    if num_new < seq_len:
-        return num_new
-    logger.warning("answers of %d tokens leave no room in seq_len = %d: half", num_new, seq_len)
-    return max(1, seq_len // 2)
-
-
-def _temperature(settings: Mapping[str, Any]) -> float:
-    """0, which always takes the likeliest token, unless the task asks for draws."""
-    temperature = settings.get("temperature")
-    drawn = settings.get("do_sample")
-    if drawn is None:
-        drawn = bool(temperature)
-    return float(1.0 if temperature is None else temperature) if drawn else 0.0

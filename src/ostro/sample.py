@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ostro.data.tokenizer import Tokenizer
 from ostro.errors import Problem
-from ostro.models.lm_model import LmModel
+from ostro.models.lm_model import LmModel, inference
 from ostro.nn import KeyValueCache
 
 
@@ -40,21 +40,8 @@ class SamplingConfig:
             yield Problem("top_p", "must be above 0 and at most 1", "null takes all tokens")
 
 
-class TextTokenizer(Protocol):
-    """What is needed of a tokenizer here."""
-
-    vocab_size: int
-    eos_id: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text."""
-
-
 def complete_all(
-    model: LmModel, tokenizer: TextTokenizer, prompts: Sequence[str], config: SamplingConfig
+    model: LmModel, tokenizer: Tokenizer, prompts: Sequence[str], config: SamplingConfig
 ) -> list[str]:
     """Each prompt and what the model writes after it, in one batch.
 
@@ -64,13 +51,9 @@ def complete_all(
     written = generate(
         model,
         [tokenizer.encode(prompt) or start for prompt in prompts],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
+        **vars(config),
     )
     pairs = zip(prompts, written, strict=True)
     return [prompt + tokenizer.decode(tokens) for prompt, tokens in pairs]
@@ -102,9 +85,7 @@ def generate(
     assert all(prompts), "a prompt has at least one token"
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
+    with inference(model):
         rows = _Rows(model, prompts, max_new_tokens, eos_id, ended)
         for _ in range(max_new_tokens):
             if not any(rows.active):
@@ -113,9 +94,7 @@ def generate(
             uniform = torch.stack([torch.rand((), generator=each) for each in generators])
             drawn = choose(logits, uniform.to(device), temperature, top_k, top_p)
             rows.extend(drawn.tolist())  # waits for the device
-        return rows.written
-    finally:
-        model.train(was_training)
+    return rows.written
 
 
 class _Rows:

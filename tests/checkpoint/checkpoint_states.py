@@ -5,6 +5,12 @@ import torch
 from ostro.checkpoint import State
 
 
+def on_step(checkpointer, step, make_state, **fields):
+    """Save after update `step` if that is due, as a run does."""
+    due = checkpointer.due(step, **fields)
+    return None if due is None else checkpointer.save(step, due, make_state)
+
+
 def small_state(number: int) -> State:
     """A state whose every part is recognisable by `number`."""
     return State(

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import fsspec
 import pytest
-from checkpoint_states import small_state
+from checkpoint_states import on_step, small_state
 
 from ostro.checkpoint import (
     CheckpointerConfig,
@@ -41,7 +41,7 @@ class Run:
             self.asked += 1
             return small_state(step)
 
-        report = self.checkpointer.on_step(step, make_state, **fields)
+        report = on_step(self.checkpointer, step, make_state, **fields)
         return None if report is None else (report.step, report.kind)
 
     def kinds(self):

@@ -8,7 +8,7 @@ import pytest
 from checkpoint_states import small_state
 
 from ostro.checkpoint import find_latest, scan, which_checkpoint, write
-from ostro.checkpoint.single_file import point_to_folder
+from ostro.checkpoint.single_file import point_to
 from ostro.errors import CheckpointError
 
 
@@ -189,7 +189,7 @@ def test_decision_on_real_folders(folder):
 
 def test_a_file_may_point_to_a_folder(tmp_path):
     for step in (10, 20):
-        point_to_folder(Path(save(str(tmp_path), step)))
+        point_to(Path(save(str(tmp_path), step)))
     pointer = tmp_path / "latest_checkpoint.pt"
     assert found(str(pointer)) == 20
     assert found(str(tmp_path)) == 20

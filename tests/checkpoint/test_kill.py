@@ -7,7 +7,7 @@ import textwrap
 SCRIPT = """
 import os, shutil, signal, sys
 
-from checkpoint_states import small_state
+from checkpoint_states import on_step, small_state
 
 from ostro.checkpoint import CheckpointerConfig, find_latest, storage, store
 
@@ -32,14 +32,14 @@ def attempt(step, value, die_before):
     for module, name in OPERATIONS:
         setattr(module, name, counted(getattr(module, name)))
     checkpointer = CheckpointerConfig(root).build("me", "me")
-    checkpointer.on_step(step, lambda: small_state(value), interrupted=True)
+    on_step(checkpointer, step, lambda: small_state(value), interrupted=True)
     os._exit(0)
 
 
 def killed_at(step, value, die_before):
     shutil.rmtree(root, ignore_errors=True)
-    CheckpointerConfig(root).build("me", "me").on_step(
-        7, lambda: small_state(7), interrupted=True)
+    on_step(
+        CheckpointerConfig(root).build("me", "me"), 7, lambda: small_state(7), interrupted=True)
     child = os.fork()
     if child == 0:
         attempt(step, value, die_before)
@@ -51,8 +51,8 @@ def killed_at(step, value, die_before):
         saved.tensors(group)
     assert (saved.tensors("model")["weight"] == saved.values["step"]).all()
     survivor = saved.values["step"]
-    CheckpointerConfig(root).build("me", "me").on_step(
-        20, lambda: small_state(20), interrupted=True)
+    on_step(
+        CheckpointerConfig(root).build("me", "me"), 20, lambda: small_state(20), interrupted=True)
     assert os.listdir(os.path.join(root, "me")) == ["step-20"], os.listdir(os.path.join(root, "me"))
     return os.WIFSIGNALED(status), survivor
 

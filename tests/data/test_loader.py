@@ -95,15 +95,14 @@ def test_prefetching_gives_the_same_batches_from_any_step():
     loader = Loader(train(), BatchSchedule(((0, 4),)))
     for start, batch in zip(range(3, 9), loader.batches(3, 9), strict=True):
         assert torch.equal(batch.tokens, loader.batch(start).tokens)
-    plain = Loader(train(), BatchSchedule(((0, 4),)), prefetch=0)
-    assert torch.equal(next(plain.batches(7, 8)).tokens, loader.batch(7).tokens)
+    assert torch.equal(next(loader.batches(7, 8)).tokens, loader.batch(7).tokens)
 
 
 def test_the_thread_ends_with_the_iterator():
     batches = Loader(train(), BatchSchedule(((0, 4),))).batches(0, 1000)
     list(itertools.islice(batches, 2))
     batches.close()
-    assert not any(thread.name == "loader" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
 
 
 def test_errors_of_the_thread_reach_the_trainer(monkeypatch):

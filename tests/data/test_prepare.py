@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from token_files import gpt2_for_text, write_token_files
 
-from ostro.data.prepare import gpt2_for_text, write_token_files
 from ostro.data.tokenizer import CharTokenizer, Gpt2Tokenizer, MetaTokenizer
 from ostro.errors import DataError
 
@@ -189,7 +189,7 @@ def test_an_error_midway_leaves_the_files_of_before(tmp_path):
 
 
 def test_order_is_kept_across_batches_of_long_texts(tmp_path, gpt2, monkeypatch):
-    monkeypatch.setattr("ostro.data.prepare._BATCH_CHARS", 1000)
+    monkeypatch.setattr("token_files._BATCH_CHARS", 1000)
     long = "A line of some length, repeated.\n" * 3000
     texts = [("train", "first"), ("val", "one"), ("train", long), ("val", "two"), ("train", "end")]
     write_token_files(tmp_path, texts, gpt2_for_text())

@@ -131,16 +131,13 @@ def test_long_documents_are_cut_without_a_trace(by_name, name):
     cut = list(pieces([long, "", "class"], tokenizer.splittable))
     assert [last for _, last in cut].count(True) == 2 and len(cut) > 3
     assert "".join(text for text, _ in cut) == long + "class"
-    tokens, ends = encode(tokenizer, None, "uint32", cut)
-    whole = tokenizer.encode(long)
-    assert tokens.tolist() == whole + tokenizer.encode("class")
-    assert ends.tolist() == [len(whole), len(tokens)]
+    tokens = encode(tokenizer, None, "uint32", cut)
+    assert tokens.tolist() == tokenizer.encode(long) + tokenizer.encode("class")
 
 
 def test_end_of_document_is_the_id_alone(gpt2):
-    tokens, ends = encode(gpt2, 50256, "uint16", [("hello", True), ("hello", True)])
+    tokens = encode(gpt2, 50256, "uint16", [("hello", True), ("hello", True)])
     assert tokens.tolist() == [31373, 50256, 31373, 50256] and tokens.dtype == np.uint16
-    assert ends.tolist() == [2, 4]
 
 
 def test_chars_names_what_it_does_not_know():
@@ -176,7 +173,7 @@ def test_a_local_tokenizer_and_its_named_end_of_document(tmp_path):
 
 def test_a_template_that_adds_the_end_of_document_adds_it_once(tmp_path):
     built = PretrainedTokenizer(write_word_level(tmp_path, template=True)).build()
-    tokens, _ = encode(built, built.eos_id, "uint16", [("a b", True)])
+    tokens = encode(built, built.eos_id, "uint16", [("a b", True)])
     assert tokens.tolist() == [1, 4, 5, 2]
 
 

@@ -64,17 +64,12 @@ def test_rewarmup_table():
         {100: 1e-2, 300: 6e-3, 499: 2.02e-3, 500: 2e-3, 512: 5.84e-3, 524: 9.68e-3, 525: 1e-2}
         | {526: 9.98316e-3, 999: 2.01684e-3},
     )
-    assert [(phase.kind, phase.cycle) for phase in found.phases] == [
-        ("warmup", 0),
-        ("decay", 0),
-        ("rewarmup", 1),
-        ("decay", 1),
-    ]
+    kinds = [phase.kind for phase in found.phases]
+    assert kinds == ["warmup", "decay", "rewarmup", "decay"]
 
 
 def test_cycle_length_fraction_table():
     found = schedule(1000, "linear", learning_rate=1e-3, cycle_length=0.25, warmup=0.01)
-    assert found.boundaries == (0, 250, 500, 750, 1000)
     assert_values(
         found,
         {0: 0, 1: 5e-4, 2: 1e-3, 249: 1.03629e-4, 250: 1e-3, 499: 1.036e-4, 500: 1e-3, 750: 1e-3},
@@ -130,7 +125,8 @@ def test_schedule_steps():
 def test_cycle_boundaries(cycles, cycle_length, expected):
     assert cycle_boundaries(cycles, cycle_length, 1000) == expected
     found = AdamConfig(cycles=cycles, cycle_length=cycle_length).schedule(1000)
-    assert list(found.boundaries) == expected
+    ends = [phase.stop for phase in found.phases if phase.kind == "decay"]
+    assert [0, *ends] == expected
 
 
 def test_each_cycle_ends_near_its_minimum_and_the_next_starts_at_the_boundary():

@@ -6,26 +6,3 @@ from ostro.checkpoint.metadata import Metadata
 from ostro.checkpoint.policy import CheckpointInterval, Policy
 from ostro.checkpoint.single_file import SavedFile, read_file, register_format, write_file
 from ostro.checkpoint.store import Saved, State, checkpoint_bytes, load, write
-
-__all__ = [
-    "CheckpointInterval",
-    "Checkpointer",
-    "CheckpointerConfig",
-    "Decision",
-    "Metadata",
-    "Policy",
-    "SaveReport",
-    "Saved",
-    "SavedFile",
-    "State",
-    "checkpoint_bytes",
-    "disk_bytes",
-    "find_latest",
-    "load",
-    "read_file",
-    "register_format",
-    "scan",
-    "which_checkpoint",
-    "write",
-    "write_file",
-]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, Protocol
+from typing import Literal
 
 from ostro.checkpoint.folders import FolderStore
 from ostro.checkpoint.policy import CheckpointInterval, Kind, Policy, keep_problems
@@ -94,20 +94,6 @@ def disk_bytes(config: CheckpointerConfig, num_steps: int, size: int) -> tuple[i
     return kept, (kept + (config.save_interval is not None) + best) * size
 
 
-class Store(Protocol):
-    """Where and in which form states are kept."""
-
-    folder: str
-
-    def prepare(self) -> None:
-        """Called before anything of a state is written."""
-        ...
-
-    def save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
-        """Write a checkpoint atomically; returns its path and size in bytes."""
-        ...
-
-
 @dataclass(frozen=True)
 class SaveReport:
     """One save that succeeded."""
@@ -130,25 +116,17 @@ class Due:
 class Checkpointer:
     """Saves the state of one run when it is due, on the one rank that writes."""
 
-    def __init__(self, config: CheckpointerConfig, store: Store, clock: Callable[[], float]):
+    def __init__(
+        self,
+        config: CheckpointerConfig,
+        store: FolderStore | FileStore,
+        clock: Callable[[], float],
+    ):
         self.folder = store.folder
         self.last: SaveReport | None = None
         self._config, self._policy, self._store = config, config.policy, store
         self._clock = clock
         self._last_save = clock()
-
-    def on_step(
-        self,
-        step: int,
-        make_state: Callable[[], State],
-        *,
-        force: bool = False,
-        improved: bool | None = None,
-        interrupted: bool = False,
-    ) -> SaveReport | None:
-        """Save after update `step` if that is `due`; returns what was saved."""
-        due = self.due(step, force=force, improved=improved, interrupted=interrupted)
-        return None if due is None else self.save(step, due, make_state)
 
     def due(
         self,

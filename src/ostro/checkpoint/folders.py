@@ -7,7 +7,7 @@ from pathlib import Path
 from ostro.checkpoint import storage
 from ostro.checkpoint.discovery import scan
 from ostro.checkpoint.policy import Kind
-from ostro.checkpoint.single_file import point_to_folder
+from ostro.checkpoint.single_file import point_to
 from ostro.checkpoint.store import State, read_metadata, step_folder, write
 from ostro.errors import CheckpointError
 
@@ -50,7 +50,7 @@ class FolderStore:
         self._newest = timestamp
         path = step_folder(self.folder, step)
         if self._points:
-            point_to_folder(Path(path).expanduser())
+            point_to(Path(path).expanduser())
         kept = [old for old in self._temporaries if old != path and not self._drop(old, best)]
         self._temporaries = [*kept, path] if kind == "temporary" else kept
         return path, metadata.num_bytes

@@ -51,14 +51,7 @@ class Policy:
 
     def permanent_steps(self, last: int) -> list[int]:
         """The steps from 1 to `last` inclusive that the keep intervals want."""
-        steps: list[int] = []
-        start = 1
-        for interval in self.keep:
-            stop = last if interval.until is None else min(interval.until, last)
-            first = -(-start // interval.every) * interval.every
-            steps.extend(range(first, stop + 1, interval.every))
-            start = stop + 1
-        return steps
+        return [step for step in range(1, last + 1) if self.is_permanent(step)]
 
     def kept_steps(self, num_steps: int) -> list[int]:
         """The steps whose checkpoints a run of `num_steps` leaves: the last one is always kept."""

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,32 +37,17 @@ INTERRUPTED = "ckpt_interrupted.pt"
 _RESERVE = 1 << 20  # bytes of a file beside its tensors, generously
 
 
-class FileFormat(Protocol):
-    """How a state lies in the mapping that is saved."""
+class FileFormat:
+    """How a state lies in the mapping that is saved: here the groups of a state as they are,
+    `model`, `optimizer`, `state`, `values`, `texts`. Others have the same methods."""
 
     def pack(self, state: State, step: int) -> dict[str, Any]:
         """The mapping for a state after update `step`: tensors and plain values."""
-        ...
-
-    def unpack(self, content: Mapping[str, Any], where: str) -> State:
-        """The state in such a mapping; `CheckpointError` when something is missing."""
-        ...
-
-    def fits(self, content: Mapping[str, Any]) -> bool:
-        """Whether the mapping looks like this format."""
-        ...
-
-
-class PlainFormat:
-    """The groups of a state as they are: `model`, `optimizer`, `state`, `values`, `texts`."""
-
-    def pack(self, state: State, step: int) -> dict[str, Any]:
-        """See `FileFormat.pack`."""
         groups = {name: dict(tensors) for name, tensors in state.tensors.items()}
         return {"format": "ostro", **groups, "values": state.values, "texts": dict(state.texts)}
 
     def unpack(self, content: Mapping[str, Any], where: str) -> State:
-        """See `FileFormat.unpack`."""
+        """The state in such a mapping; `CheckpointError` when something is missing."""
         rest = {name: value for name, value in content.items() if name != "format"}
         values, texts = rest.pop("values", None), rest.pop("texts", None)
         if values is None or texts is None or "model" not in rest:
@@ -70,14 +55,14 @@ class PlainFormat:
         return State(rest, values, texts)
 
     def fits(self, content: Mapping[str, Any]) -> bool:
-        """See `FileFormat.fits`."""
+        """Whether the mapping looks like this format."""
         return content.get("format") == "ostro"
 
 
-FORMATS: dict[str, FileFormat] = {"file": PlainFormat()}
+FORMATS: dict[str, Any] = {"file": FileFormat()}
 
 
-def register_format(name: str, file_format: FileFormat) -> None:
+def register_format(name: str, file_format: Any) -> None:
     """Make a format known under the name that `checkpointer.format` gives it."""
     FORMATS[name] = file_format
 
@@ -115,21 +100,17 @@ class FileStore:
 
 
 def point_to(path: Path) -> None:
-    """Make `latest_checkpoint.pt` beside it the same file; a copy where there are no links."""
+    """Make `latest_checkpoint.pt` beside a checkpoint the same file, a copy where there are no
+    links; beside a folder a small text that names it."""
     new = path.parent / f"{storage.PARTIAL}{LATEST}-{os.getpid()}"
     new.unlink(missing_ok=True)
-    try:
-        os.link(path, new)
-    except OSError:
-        shutil.copyfile(path, new)
-    os.replace(new, path.parent / LATEST)
-    storage.flush_folder(str(path.parent))
-
-
-def point_to_folder(path: Path) -> None:
-    """Make `latest_checkpoint.pt` beside a checkpoint's folder a small text that names it."""
-    new = path.parent / f"{storage.PARTIAL}{LATEST}-{os.getpid()}"
-    new.write_text(json.dumps({"format": "ostro", "folder": path.name}) + "\n")
+    if path.is_dir():
+        new.write_text(json.dumps({"format": "ostro", "folder": path.name}) + "\n")
+    else:
+        try:
+            os.link(path, new)
+        except OSError:
+            shutil.copyfile(path, new)
     os.replace(new, path.parent / LATEST)
     storage.flush_folder(str(path.parent))
 

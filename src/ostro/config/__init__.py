@@ -9,19 +9,3 @@ from ostro.config.help import format_tree, help_text
 from ostro.config.loading import Loaded, check, load
 from ostro.config.main import main
 from ostro.config.schema import json_schema
-
-__all__ = [
-    "Alias",
-    "Choice",
-    "Loaded",
-    "check",
-    "dump_yaml",
-    "encode",
-    "field_docs",
-    "format_tree",
-    "help_text",
-    "json_schema",
-    "load",
-    "main",
-    "script_folders",
-]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -29,9 +29,7 @@ from ostro.errors import DataError
 logger = logging.getLogger("ostro.data")
 
 FORMAT = 1
-SHARD_TOKENS = 1 << 28
-"""A token file is closed at the first end of a document past this many tokens."""
-_PROGRESS, _DOCUMENTS, _QUARANTINE = "progress.json", "documents.bin", "quarantine.jsonl"
+_PROGRESS, _TOKENS, _QUARANTINE = "progress.json", "tokens-00000.bin", "quarantine.jsonl"
 
 Progress = Callable[[str, int, int], None]
 """Called with (name, done, total), in stored bytes; total 0 where unknown."""
@@ -50,7 +48,6 @@ class CacheRequest:
     on_bad_record: Literal["error", "skip"] = "error"
     rebuild: bool = False
     num_workers: int | None = None
-    shard_tokens: int = SHARD_TOKENS
 
     @property
     def eos_id(self) -> int | None:
@@ -190,8 +187,8 @@ class _Build:
         settings = (request.tokenizer, request.eos_id, request.dtype, request.num_workers)
         try:
             with encoder(*settings) as run:
-                for batch, tokens, ends in run(self._batches(), _Batch.texts):
-                    writer.append(batch, tokens, ends)
+                for batch, tokens in run(self._batches(), _Batch.texts):
+                    writer.append(batch, tokens)
                     since += batch.chars
                     if since >= self._commit_chars:
                         writer.commit()
@@ -239,13 +236,12 @@ class _Writer:
     def __init__(self, request: CacheRequest, folder: Path, key: dict[str, Any]):
         self._request, self._folder, self._key = request, folder, key
         print_ = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        self._itemsize = np.dtype(request.dtype).itemsize
         self._state = {
-            "key": print_, "dtype": request.dtype, "position": [0, 0], "shards": [], "open": False,
-            "documents": 0, "bad_records": 0, "quarantine_bytes": 0,
+            "key": print_, "position": [0, 0], "tokens": 0, "documents": 0, "bad_records": 0,
+            "quarantine_bytes": 0,
         }  # fmt: skip
         saved = read_json(folder / _PROGRESS)
-        if saved is not None and saved["key"] == print_ and self._is_whole(saved):
+        if saved and saved.keys() == self._state.keys() and self._goes_on(saved):
             self._state = saved
         else:
             if saved is not None:
@@ -253,25 +249,23 @@ class _Writer:
             for path in folder.iterdir():
                 if path.name != ".lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._tokens = sum(shard["tokens"] for shard in self._state["shards"])
-        self._documents = self._open(_DOCUMENTS, self._state["documents"] * 8)
-        self._quarantine = self._open(_QUARANTINE, self._state["quarantine_bytes"])
-        self._file = None
-        if self._state["open"]:
-            last = self._state["shards"][-1]
-            self._file = self._open(last["file"], last["tokens"] * self._itemsize)
+        self._files: dict[str, BinaryIO] = {}
+        for name, size in self._sizes(self._state).items():
+            self._files[name] = open(folder / name, "ab")  # noqa: SIM115 - closed by finish
+            self._files[name].truncate(size)
         self._torn = False
 
-    def _is_whole(self, state: dict[str, Any]) -> bool:
-        sizes = {shard["file"]: shard["tokens"] * self._itemsize for shard in state["shards"]}
-        sizes |= {_DOCUMENTS: state["documents"] * 8, _QUARANTINE: state["quarantine_bytes"]}
-        paths = {self._folder / name: size for name, size in sizes.items()}
-        return all(p.exists() and p.stat().st_size >= size for p, size in paths.items())
+    def _sizes(self, state: dict[str, Any]) -> dict[str, int]:
+        """Bytes of each file that a state counts on."""
+        return {
+            _TOKENS: state["tokens"] * np.dtype(self._request.dtype).itemsize,
+            _QUARANTINE: state["quarantine_bytes"],
+        }
 
-    def _open(self, name: str, size: int):
-        file = open(self._folder / name, "ab")  # noqa: SIM115 - closed by finish
-        file.truncate(size)
-        return file
+    def _goes_on(self, saved: dict[str, Any]) -> bool:
+        paths = {self._folder / name: size for name, size in self._sizes(saved).items()}
+        whole = all(p.exists() and p.stat().st_size >= size for p, size in paths.items())
+        return whole and saved["key"] == self._state["key"]
 
     @property
     def position(self) -> tuple[int, int]:
@@ -279,58 +273,34 @@ class _Writer:
         shard, skip = self._state["position"]
         return shard, skip
 
-    def append(self, batch: _Batch, tokens: np.ndarray, ends: np.ndarray) -> None:
+    def append(self, batch: _Batch, tokens: np.ndarray) -> None:
         """Add a batch; nothing counts before the next `commit`."""
-        self._torn = True
-        self._documents.write((ends + self._tokens).astype("<i8").tobytes())
-        start = 0
-        while start < len(tokens):
-            if self._file is None:
-                self._next_file()
-            current = self._state["shards"][-1]
-            room = max(self._request.shard_tokens - current["tokens"], 1)
-            index = int(np.searchsorted(ends, start + room))
-            stop = int(ends[index]) if index < len(ends) else len(tokens)
-            self._file.write(tokens[start:stop].astype(tokens.dtype.newbyteorder("<")).tobytes())
-            current["tokens"] += stop - start
-            if index < len(ends):
-                self._close_file()
-            start = stop
+        self._torn, state = True, self._state
+        self._files[_TOKENS].write(tokens.astype(tokens.dtype.newbyteorder("<")).tobytes())
         for item in batch.items:
             if isinstance(item, BadRecord):
                 line = json.dumps(vars(item), ensure_ascii=False) + "\n"
-                self._state["quarantine_bytes"] += self._quarantine.write(line.encode())
-                self._state["bad_records"] += 1
-        self._tokens += len(tokens)
-        self._state["documents"] += len(ends)
-        self._state["position"] = [batch.shard, batch.skip]
+                state["quarantine_bytes"] += self._files[_QUARANTINE].write(line.encode())
+                state["bad_records"] += 1
+            else:
+                state["documents"] += item[1]
+        state["tokens"] += len(tokens)
+        state["position"] = [batch.shard, batch.skip]
         self._torn = False
-
-    def _next_file(self) -> None:
-        name = f"tokens-{len(self._state['shards']):05d}.bin"
-        self._state["shards"].append({"file": name, "tokens": 0})
-        self._state["open"] = True
-        self._file = self._open(name, 0)
-
-    def _close_file(self) -> None:
-        _sync(self._file)
-        self._file.close()
-        self._file, self._state["open"] = None, False
 
     def commit(self) -> None:
         """Make what was appended durable and note the position behind it."""
-        for file in (self._file, self._documents, self._quarantine):
-            if file is not None:
-                _sync(file)
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
         write_json(self._folder / _PROGRESS, self._state)
 
     def commit_quietly(self) -> None:
         """Commit on the way out of an error, if the last batch is whole and the disk lets us."""
-        files = [file for file in (self._file, self._documents, self._quarantine) if file]
         with suppress(OSError):
             if not self._torn:
                 self.commit()
-        for file in files:
+        for file in self._files.values():
             with suppress(OSError):
                 file.close()
 
@@ -339,9 +309,8 @@ class _Writer:
         request, state = self._request, self._state
         self.commit()
         self._torn = True  # from here on there is nothing to commit
-        for file in (self._file, self._documents, self._quarantine):
-            if file is not None:
-                file.close()
+        for file in self._files.values():
+            file.close()
         bad = state["bad_records"]
         if bad:
             logger.warning(
@@ -350,21 +319,13 @@ class _Writer:
             )  # fmt: skip
         else:
             (self._folder / _QUARANTINE).unlink()
-        if not self._tokens:
+        if not state["tokens"]:
             raise DataError(
                 f"{request.name} - the corpus is empty: {len(self._key['files'])} files hold "
                 "no text - check the files and text_key"
             )
-        names = [shard["file"] for shard in state["shards"]]
-        names += [_DOCUMENTS, _QUARANTINE] if bad else [_DOCUMENTS]
-        kept = {k: state[k] for k in ("dtype", "shards", "documents", "bad_records")}
-        write_json(
-            self._folder / LEDGER,
-            {"key": self._key, **kept, "tokens": self._tokens, "stored": names},
-        )
+        kept = {k: state[k] for k in ("tokens", "documents", "bad_records")}
+        kept["shards"] = [{"file": _TOKENS, "tokens": state["tokens"]}]
+        kept["stored"] = [_TOKENS, *([_QUARANTINE] if bad else [])]
+        write_json(self._folder / LEDGER, {"key": self._key, "dtype": request.dtype, **kept})
         (self._folder / _PROGRESS).unlink()
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())

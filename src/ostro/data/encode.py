@@ -45,21 +45,17 @@ def pieces(records: Iterable[str | BadRecord], splittable: bool) -> Iterator[Pie
 
 def encode(
     tokenizer: Tokenizer, eos_id: int | None, dtype: str, texts: Sequence[Piece]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the pieces, and the positions in them at which documents end."""
+) -> np.ndarray:
+    """Tokens of the pieces, with the end of document behind each last one."""
     eos = np.array([] if eos_id is None else [eos_id], dtype=dtype)
-    parts, ends, length = [eos[:0]], [], 0
+    parts = [eos[:0]]
     for ids, (_, is_last) in zip(
         tokenizer.encode_batch([text for text, _ in texts]), texts, strict=True
     ):
         parts.append(ids)
-        length += len(ids)
-        if is_last:
-            if not (len(ids) and ids[-1] == eos_id):  # the tokenizer's template may have added it
-                parts.append(eos)
-                length += len(eos)
-            ends.append(length)
-    return np.concatenate(parts).astype(dtype, copy=False), np.array(ends, dtype=np.int64)
+        if is_last and not (len(ids) and ids[-1] == eos_id):  # the template may have added it
+            parts.append(eos)
+    return np.concatenate(parts).astype(dtype, copy=False)
 
 
 def usable_cores() -> int:
@@ -71,7 +67,7 @@ def usable_cores() -> int:
 def encoder(
     tokenizer: Tokenizer, eos_id: int | None, dtype: str, num_workers: int | None
 ) -> Iterator[Callable[[Iterable[Any], Callable], Iterator[tuple]]]:
-    """Yields `run(batches, texts_of)`, an iterator of (batch, tokens, ends) in order.
+    """Yields `run(batches, texts_of)`, an iterator of (batch, tokens) in order.
 
     Threads serve up to a dozen cores, as the library lets go of Python's lock while it encodes;
     beyond that, turning ids into arrays would hold them up, so processes are taken. The library's
@@ -98,9 +94,9 @@ def encoder(
             pending.append((batch, executor.submit(function, texts_of(batch))))
             if len(pending) > 2 * count:
                 done, future = pending.popleft()
-                yield done, *future.result()
+                yield done, future.result()
         for done, future in pending:
-            yield done, *future.result()
+            yield done, future.result()
 
     try:
         yield run
@@ -130,6 +126,6 @@ def _start_worker(*setup: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _encode_in_worker(texts: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+def _encode_in_worker(texts: Sequence[Piece]) -> np.ndarray:
     assert _setup is not None, "the worker was started"
     return encode(*_setup, texts)

@@ -6,7 +6,6 @@ caller decides what happens with it.
 """
 
 import glob
-import gzip
 import hashlib
 import io
 import json
@@ -21,7 +20,6 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow
 import pyarrow.parquet
-import zstandard
 from fsspec.utils import infer_compression
 
 from ostro.errors import DataError, did_you_mean
@@ -154,10 +152,6 @@ def compression_of(path: str) -> str | None:
 def make_shard(path: str, format: str) -> Shard:
     """Describe a file that exists: size and fingerprint."""
     try:
-        if is_local(path):
-            with open(_local(path), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                return Shard(path, size, _content_hash(file, size), format)
         system, inner = fsspec.core.url_to_fs(path)
         info = system.info(inner)
         size = int(info.get("size") or 0)
@@ -183,46 +177,16 @@ def _content_hash(file: BinaryIO, size: int) -> str:
     return digest.hexdigest()[:32]
 
 
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of all frames; unlike the library's reader it notices truncation."""
-
-    def __init__(self, raw: BinaryIO):
-        self._raw, self._frame, self._ready, self._rest = raw, None, b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            block = self._rest or self._raw.read(1 << 18)
-            self._rest = b""
-            if not block:
-                if self._frame is not None:
-                    raise EOFError("the last frame is cut off")
-                return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(block)
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
     """A file's decompressed bytes."""
     compression = compression_of(path)
-    if compression in ("gzip", "zstd"):
-        with fsspec.open(_local(path) if is_local(path) else path, "rb") as raw:
-            stream = gzip.GzipFile(fileobj=raw) if compression == "gzip" else _ZstdFile(raw)
-            yield io.BufferedReader(stream, 1 << 18)  # type: ignore[arg-type]
-    else:
-        target = _local(path) if is_local(path) else path
-        with fsspec.open(target, "rb", compression=compression) as file:
-            yield file
+    by_arrow = compression in ("gzip", "zstd")  # several frames too; notices truncation
+    with fsspec.open(path, "rb", compression=None if by_arrow else compression) as file:
+        if by_arrow:
+            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), compression)
+            file = io.BufferedReader(stream, 1 << 18)  # type: ignore[arg-type]
+        yield file
 
 
 def read_file(path: str, format: str, text_key: str) -> Iterator[str | BadRecord]:
@@ -235,7 +199,7 @@ def read_file(path: str, format: str, text_key: str) -> Iterator[str | BadRecord
         if isinstance(error, OSError) and error.errno is None:
             raise _damaged(path, error) from error
         raise Unreachable(f"{path} - cannot be opened: {_reason(error)}") from error
-    except (EOFError, zlib.error, zstandard.ZstdError, ValueError) as error:
+    except (EOFError, zlib.error, ValueError) as error:
         raise _damaged(path, error) from error
 
 

@@ -47,7 +47,7 @@ def alphabet_of(meta: Any) -> str:
 def read_alphabet(path: Path) -> str:
     """The alphabet of a data set's folder, or of one of its meta files."""
     if path.is_dir():
-        found = [path / name for name in ("meta.json", "meta.pkl") if (path / name).exists()]
+        found = [path / name for name in META_FILES if (path / name).exists()]
         if not found:
             raise DataError(
                 f"tokenizer.path = {path} - has neither meta.json nor meta.pkl - name a data set "

@@ -10,7 +10,6 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +27,8 @@ from ostro.data.files import (
 from ostro.errors import DataError, Problem
 
 SPLITS = ("train", "validation")
+_STDLIB = Path(sysconfig.get_path("stdlib"))
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-@cache
-def _stdlib() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
 
 
 class SourceConfig(Choice):
@@ -56,7 +51,7 @@ class SourceConfig(Choice):
 
     def settings(self, split: str) -> dict[str, Any]:
         """What the documents depend on beside the files' content; recorded in the cache."""
-        raise NotImplementedError
+        return {}
 
     def places(self, split: str) -> list[str]:
         """Where the files are said to be: what is compared while they cannot be reached."""
@@ -64,7 +59,7 @@ class SourceConfig(Choice):
 
     def has_validation(self) -> bool:
         """Whether there are documents for validation."""
-        raise NotImplementedError
+        return bool(self.places("validation"))
 
 
 @SourceConfig.register_subclass("urls")
@@ -87,11 +82,11 @@ class UrlsSource(SourceConfig):
         if not self.train_urls and not self.validation_urls:
             yield Problem("train_urls", "names no file", "list at least one path or URL")
 
-    def _urls(self, split: str) -> list[str]:
+    def places(self, split: str) -> list[str]:
         return self.train_urls if split == "train" else self.validation_urls
 
     def list_shards(self, split: str) -> list[Shard]:
-        paths = find_files(self._urls(split), f"{split}_urls")
+        paths = find_files(self.places(split), f"{split}_urls")
         return [make_shard(path, guess_format(path, self.format)) for path in paths]
 
     def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
@@ -99,12 +94,6 @@ class UrlsSource(SourceConfig):
 
     def settings(self, split: str) -> dict[str, Any]:
         return {"text_key": self.text_key, "format": self.format}
-
-    def places(self, split: str) -> list[str]:
-        return self._urls(split)
-
-    def has_validation(self) -> bool:
-        return bool(self.validation_urls)
 
 
 @SourceConfig.register_subclass("stdlib")
@@ -120,22 +109,21 @@ class StdlibSource(SourceConfig):
     """Labels under which evaluation losses are averaged."""
 
     def list_shards(self, split: str) -> list[Shard]:
-        root, files = _stdlib(), {}
-        for folder, subfolders, names in os.walk(root):
+        found: list[Path] = []
+        for folder, subfolders, names in os.walk(_STDLIB):
             subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
-            paths = (Path(folder, name) for name in names if name.endswith(".py"))
-            files |= {path.relative_to(root).as_posix(): path for path in paths}
+            found += (Path(folder, name) for name in names if name.endswith(".py"))
         shards = []
-        for name in sorted(files):
+        for name in sorted(path.relative_to(_STDLIB).as_posix() for path in found):
             held_out = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 50 == 0
             if held_out == (split == "validation"):
-                shards.append(replace(make_shard(str(files[name]), "text"), name=name))
+                shards.append(replace(make_shard(str(_STDLIB / name), "text"), name=name))
         if not shards:
-            raise Unreachable(f"stdlib - {root} holds no .py files - use another source")
+            raise Unreachable(f"stdlib - {_STDLIB} holds no .py files - use another source")
         return shards
 
     def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
-        path = _stdlib() / shard.name
+        path = _STDLIB / shard.name
         try:
             with open(path, "rb") as file:
                 encoding, _ = tokenize.detect_encoding(file.readline)
@@ -146,14 +134,8 @@ class StdlibSource(SourceConfig):
         except OSError as error:
             raise DataError(f"{path} - cannot be read: {error.strerror}") from error
 
-    def settings(self, split: str) -> dict[str, Any]:
-        return {}
-
     def places(self, split: str) -> list[str]:
         return ["stdlib"]
-
-    def has_validation(self) -> bool:
-        return True
 
 
 @SourceConfig.register_subclass("hf")
@@ -298,4 +280,4 @@ class TokensSource(SourceConfig):
     def has_validation(self) -> bool:
         if self.dir is not None:
             return os.path.exists(os.path.expanduser(self.places("validation")[0]))
-        return bool(self.val_bin)
+        return super().has_validation()

@@ -26,7 +26,6 @@ from ostro.data.tokenizer import (
     tokenizer_from_text,
 )
 from ostro.errors import DataError, Problem
-from ostro.units import format_count
 
 logger = logging.getLogger("ostro.data")
 
@@ -238,12 +237,6 @@ class LMData:
     fingerprint: str
     """Equal for equal data in an equal order; recorded in checkpoints."""
     tokenizer: Tokenizer
-    info: tuple[str, ...]
-    """A line on every set."""
-
-    def describe(self) -> str:
-        """Tokens, documents, cache and bad records of every set, one a line."""
-        return "\n".join(self.info)
 
 
 class _Builder:
@@ -255,7 +248,6 @@ class _Builder:
         self._progress = progress
         self._where = CacheDir(config.cache_dir)
         self._prints: list[str] = [tokenizer.fingerprint]
-        self._info: list[str] = []
 
     def build(self) -> LMData:
         config, trained = self._config, self._config._trained()
@@ -290,7 +282,6 @@ class _Builder:
             validation,
             hashlib.sha256(text.encode()).hexdigest()[:32],
             self._tokenizer,
-            tuple(self._info),
         )  # fmt: skip
 
     def _has_validation(self, name: str, source: SourceConfig) -> bool:
@@ -333,20 +324,15 @@ class _Builder:
             raise DataError(f"{folder} - there are no training files - name some, or give the "
                             "data set the weight 0")  # fmt: skip
         if isinstance(source, TokensSource):
-            store, note = self._token_files(request, source)
+            store = self._token_files(request, source)
         else:
             cache = open_cache(request, self._where, self._progress)
             self._prints.append(cache.fingerprint)
             store = cache.store
-            note = f" in {format_count(cache.num_documents)} documents, {cache.folder}"
-            if cache.num_bad_records:
-                note += f", {cache.num_bad_records} bad records left out"
-        windows = cut(store, self._seq_len, folder,
-                      self._tokenizer.eos_id if config.document_mask else None)  # fmt: skip
-        self._info.append(f"{folder}: {format_count(store.num_tokens)} tokens{note}")
-        return windows
+        segment_id = self._tokenizer.eos_id if config.document_mask else None
+        return cut(store, self._seq_len, folder, segment_id)
 
-    def _token_files(self, request: CacheRequest, source: TokensSource) -> tuple[TokenStore, str]:
+    def _token_files(self, request: CacheRequest, source: TokensSource) -> TokenStore:
         """Map token files; their largest id is looked for once and remembered in the cache."""
         size = np.dtype(source.dtype).itemsize
         shards = source.list_shards(request.split)
@@ -372,4 +358,4 @@ class _Builder:
                 "file, or dtype"
             )
         self._prints.append(json.dumps(key, sort_keys=True))
-        return store, f" in {len(names)} token files"
+        return store

@@ -10,18 +10,3 @@ from ostro.hf.files import (
 )
 from ostro.hf.layout import HfParameter, from_hf, gpt2_parameters, to_hf
 from ostro.hf.settings import hf_config, lm_config
-
-__all__ = [
-    "HfParameter",
-    "from_hf",
-    "gpt2_parameters",
-    "hf_config",
-    "is_library_tokenizer",
-    "lm_config",
-    "read_hf",
-    "read_model",
-    "read_settings",
-    "read_weights",
-    "to_hf",
-    "write_hf",
-]

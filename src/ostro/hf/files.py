@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
 from torch import Tensor
 
 from ostro.checkpoint.metadata import is_plain_name, read_json
+from ostro.checkpoint.single_file import read_file
 from ostro.checkpoint.storage import flush_folder
 from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
 from ostro.errors import CheckpointError
@@ -31,21 +30,15 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = "pytorch_model.bin"
 
 
-def read_hf_config(name: str, revision: str | None = None) -> dict[str, Any]:
-    """The `config.json` of a local folder or of a model on the hub."""
-    path = _folder(name, revision, ["config.json"]) / "config.json"
-    return read_json(_bytes(path), str(path))
-
-
-def read_hf(name: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_hf(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights of a local folder, or of `organisation/name[@revision]` on the hub.
 
     Nothing but `config.json` and safetensors is fetched. A local folder that has only
     `pytorch_model.bin` is read by torch's loader of plain weights.
     """
     patterns = ["config.json", _WEIGHTS, _INDEX, "model-*.safetensors"]
-    folder = _folder(name, revision, patterns)
-    config = read_json(_bytes(folder / "config.json"), f"{folder}/config.json")
+    folder = _folder(name, patterns)
+    config = _json(folder / "config.json")
     if (path := folder / _WEIGHTS).exists():
         return config, read_tensors(str(path), str(path))
     if (path := folder / _INDEX).exists():
@@ -55,7 +48,7 @@ def read_hf(name: str, revision: str | None = None) -> tuple[dict[str, Any], dic
     raise CheckpointError(f"{name} - has neither {_WEIGHTS} nor {_INDEX} - give another model")
 
 
-def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _folder(name: str, patterns: list[str]) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -63,9 +56,7 @@ def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        fetched = snapshot_download(
-            repository, revision=revision or at or None, allow_patterns=patterns
-        )
+        fetched = snapshot_download(repository, revision=at or None, allow_patterns=patterns)
     except Exception as error:  # network, name and access errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -75,15 +66,15 @@ def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(fetched)
 
 
-def _bytes(path: Path) -> bytes:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return path.read_bytes()
+        return read_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path} - cannot be read: {error.strerror}") from error
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    where = read_json(_bytes(index), str(index)).get("weight_map")
+    where = _json(index).get("weight_map")
     if not isinstance(where, dict) or not all(is_plain_name(str(file)) for file in where.values()):
         raise CheckpointError(f"{index} - is damaged: it has no weight_map of names to files")
     found: dict[str, Tensor] = {}
@@ -94,14 +85,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} - cannot be read safely: {reason} - convert it to {_WEIGHTS}"
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    found = read_file(path)
+    if not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{path} - holds no named tensors - convert it to {_WEIGHTS}")
     return found
 
@@ -115,7 +100,7 @@ def read_model(name: str, gradient_checkpointing: bool) -> LmConfig:
 def read_settings(name: str) -> tuple[LmConfig, int]:
     """The model that a `config.json` describes, and its vocabulary."""
     with _named(name):
-        return lm_config(read_hf_config(name))
+        return lm_config(_json(_folder(name, ["config.json"]) / "config.json"))
 
 
 def read_weights(name: str, config: LmConfig, vocab_size: int) -> dict[str, Tensor]:

@@ -2,13 +2,4 @@
 
 from ostro.models.gpt2 import Gpt2Config
 from ostro.models.llama import LlamaConfig
-from ostro.models.lm_model import LmConfig, LmModel, count_parameters, initialize
-
-__all__ = [
-    "Gpt2Config",
-    "LlamaConfig",
-    "LmConfig",
-    "LmModel",
-    "count_parameters",
-    "initialize",
-]
+from ostro.models.lm_model import LmConfig, LmModel, initialize

@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ostro.axes import EMBED, HEADS, MLP, POSITION, VOCAB
+from ostro.axes import EMBED, HEADS, POSITION, VOCAB
 from ostro.errors import Problem
 from ostro.models.lm_model import (
+    Block,
     LmConfig,
     LmModel,
+    Mlp,
     activation_problems,
     run_block,
     size_problems,
 )
 from ostro.nn import (
-    ACTIVATIONS,
     Embedding,
     KeyValueCache,
     LayerNorm,
@@ -104,8 +105,17 @@ class Gpt2Model(LmModel):
         embed, std = (EMBED, config.hidden_dim), config.initializer_range
         self.token_embedding = Embedding((VOCAB, vocab_size), embed, deviation=std)
         self.position_embedding = Embedding((POSITION, config.seq_len), embed, deviation=std)
-        self.blocks = nn.ModuleList(Gpt2Block(config, i) for i in range(config.num_layers))
-        self.final_norm = LayerNorm(embed, eps=config.layer_norm_epsilon, bias=config.use_bias)
+
+        def norm() -> LayerNorm:
+            return LayerNorm(embed, eps=config.layer_norm_epsilon, bias=config.use_bias)
+
+        def block(layer: int) -> Block:
+            mlp = Mlp(config, config.mlp_scale * config.hidden_dim, gated=False)
+            attention = Gpt2Attention(config, layer)
+            return Block((norm(), norm()), attention, mlp, config.resid_pdrop)
+
+        self.blocks = nn.ModuleList(block(layer) for layer in range(config.num_layers))
+        self.final_norm = norm()
 
     def hidden(
         self,
@@ -133,25 +143,6 @@ class Gpt2Model(LmModel):
     def head_weight(self) -> Tensor:
         """The token embedding: the head is tied to it."""
         return self.token_embedding.weight
-
-
-class Gpt2Block(nn.Module):
-    """Attention and MLP, each on a normalised copy and added back."""
-
-    def __init__(self, config: Gpt2Config, layer: int):
-        super().__init__()
-        embed = (EMBED, config.hidden_dim)
-        self.dropout = config.resid_pdrop
-        self.norm_1 = LayerNorm(embed, eps=config.layer_norm_epsilon, bias=config.use_bias)
-        self.attention = Gpt2Attention(config, layer)
-        self.norm_2 = LayerNorm(embed, eps=config.layer_norm_epsilon, bias=config.use_bias)
-        self.mlp = Gpt2Mlp(config)
-
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        """(batch, position, embed) -> the same."""
-        attended = self.attention(self.norm_1(x), mask, cache)
-        x = x + F.dropout(attended, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm_2(x)), self.dropout, self.training)
 
 
 class Gpt2Attention(nn.Module):
@@ -195,19 +186,3 @@ class Gpt2Attention(nn.Module):
             upcast=self.upcast,
         )
         return self.out(attended.transpose(1, 2).reshape(batch, position, -1))
-
-
-class Gpt2Mlp(nn.Module):
-    """Up, activation, down."""
-
-    def __init__(self, config: Gpt2Config):
-        super().__init__()
-        embed, mlp = (EMBED, config.hidden_dim), (MLP, config.mlp_scale * config.hidden_dim)
-        std, bias = config.initializer_range, config.use_bias
-        self.activation = ACTIVATIONS[config.activation_function]
-        self.up = Linear(embed, mlp, bias, deviation=std)
-        self.down = Linear(mlp, embed, bias, deviation=std / (2 * config.num_layers) ** 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, position, embed) -> the same."""
-        return self.down(self.activation(self.up(x)))

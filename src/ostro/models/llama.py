@@ -6,17 +6,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ostro.axes import EMBED, HEADS, MLP, VOCAB
+from ostro.axes import EMBED, HEADS, VOCAB
 from ostro.errors import Problem
 from ostro.models.lm_model import (
+    Block,
     LmConfig,
     LmModel,
+    Mlp,
     activation_problems,
     run_block,
     size_problems,
 )
 from ostro.nn import (
-    ACTIVATIONS,
     Embedding,
     KeyValueCache,
     Linear,
@@ -120,8 +121,16 @@ class LlamaModel(LmModel):
             config.initializer_range,
         )
         self.token_embedding = Embedding(vocab, embed, deviation=std)
-        self.blocks = nn.ModuleList(LlamaBlock(config, i) for i in range(config.num_layers))
-        self.final_norm = RMSNorm(embed, eps=config.layer_norm_epsilon)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(embed, eps=config.layer_norm_epsilon)
+
+        def block(layer: int) -> Block:
+            mlp = Mlp(config, config.intermediate_dim, gated=True)
+            return Block((norm(), norm()), LlamaAttention(config, layer), mlp)
+
+        self.blocks = nn.ModuleList(block(layer) for layer in range(config.num_layers))
+        self.final_norm = norm()
         tied = config.tie_word_embeddings
         self.head = None if tied else Linear(embed, vocab, bias=False, deviation=std)
 
@@ -154,25 +163,6 @@ class LlamaModel(LmModel):
     def head_weight(self) -> Tensor:
         """The head's own weight, or the token embedding when tied."""
         return self.token_embedding.weight if self.head is None else self.head.weight
-
-
-class LlamaBlock(nn.Module):
-    """Attention and gated MLP, each on a normalised copy and added back."""
-
-    def __init__(self, config: LlamaConfig, layer: int):
-        super().__init__()
-        embed = (EMBED, config.hidden_dim)
-        self.norm_1 = RMSNorm(embed, eps=config.layer_norm_epsilon)
-        self.attention = LlamaAttention(config, layer)
-        self.norm_2 = RMSNorm(embed, eps=config.layer_norm_epsilon)
-        self.mlp = LlamaMlp(config)
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
-        """(batch, position, embed) -> the same."""
-        x = x + self.attention(self.norm_1(x), cos, sin, mask, cache)
-        return x + self.mlp(self.norm_2(x))
 
 
 class LlamaAttention(nn.Module):
@@ -212,20 +202,3 @@ class LlamaAttention(nn.Module):
         scale = size**-0.5
         attended = causal_attention(query, key, value, scale=scale, mask=mask, upcast=self.upcast)
         return self.out(attended.transpose(1, 2).reshape(batch, position, -1))
-
-
-class LlamaMlp(nn.Module):
-    """`down(activation(gate(x)) * up(x))`."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        embed, mlp = (EMBED, config.hidden_dim), (MLP, config.intermediate_dim)
-        std, bias = config.initializer_range, config.use_bias
-        self.activation = ACTIVATIONS[config.activation_function]
-        self.gate = Linear(embed, mlp, bias, deviation=std)
-        self.up = Linear(embed, mlp, bias, deviation=std)
-        self.down = Linear(mlp, embed, bias, deviation=std / (2 * config.num_layers) ** 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, position, embed) -> the same."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))

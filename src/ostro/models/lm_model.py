@@ -2,17 +2,27 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ostro.axes import EMBED, MLP
 from ostro.config import Choice
 from ostro.errors import Problem, did_you_mean
-from ostro.nn import ACTIVATIONS, KeyValueCache, TiedGradient, initialize, linear_cross_entropy
+from ostro.nn import (
+    ACTIVATIONS,
+    KeyValueCache,
+    Linear,
+    TiedGradient,
+    initialize,
+    linear_cross_entropy,
+)
 
-__all__ = ["LmConfig", "LmModel", "count_parameters", "initialize"]
+__all__ = ["LmConfig", "LmModel", "initialize"]
 
 
 class LmConfig(Choice):
@@ -64,7 +74,6 @@ class LmModel(nn.Module, ABC):
         targets: Tensor | None = None,
         *,
         segments: Tensor | None = None,
-        reduction: str = "sum",
         scale: float | Tensor = 1.0,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
@@ -73,18 +82,52 @@ class LmModel(nn.Module, ABC):
         tokens and targets are int64 (batch, position); a target of -100 means nothing to predict.
         Without targets: logits (batch, position, vocab); with a `cache` only those of each row's
         last real token, (batch, 1, vocab). With targets: the sum over predicted positions times
-        `scale` (`reduction="sum"`), or (batch, position) with 0 where ignored, without a graph
-        ("none"). Attention stays inside equal `segments` (batch, position).
+        `scale`. Attention stays inside equal `segments` (batch, position).
         """
-        tie = TiedGradient() if targets is not None and reduction == "sum" else None
+        tie = TiedGradient() if targets is not None else None
         hidden = self.hidden(tokens, segments=segments, cache=cache, tie=tie)
         if targets is not None:
-            return linear_cross_entropy(
-                hidden, self.head_weight(), targets, reduction=reduction, scale=scale, tie=tie
-            )
+            return linear_cross_entropy(hidden, self.head_weight(), targets, scale=scale, tie=tie)
         if cache is not None:
             hidden = cache.last(hidden)
         return F.linear(hidden, self.head_weight().to(hidden.dtype))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised copy and added back."""
+
+    def __init__(
+        self, norms: Sequence[nn.Module], attention: nn.Module, mlp: nn.Module, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.norm_1, self.attention = norms[0], attention
+        self.norm_2, self.mlp = norms[1], mlp
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, *rest) -> Tensor:
+        """(batch, position, embed) -> the same; `rest` goes to the attention."""
+        attended = self.attention(self.norm_1(x), *rest)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm_2(x)), self.dropout, self.training)
+
+
+class Mlp(nn.Module):
+    """`down(activation(up(x)))`, or with a gate `down(activation(gate(x)) * up(x))`."""
+
+    def __init__(self, config: Any, width: int, *, gated: bool):
+        super().__init__()
+        embed, mlp = (EMBED, config.hidden_dim), (MLP, width)
+        std, bias = config.initializer_range, config.use_bias
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.gate = Linear(embed, mlp, bias, deviation=std) if gated else None
+        self.up = Linear(embed, mlp, bias, deviation=std)
+        self.down = Linear(mlp, embed, bias, deviation=std / (2 * config.num_layers) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, position, embed) -> the same."""
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
@@ -94,11 +137,16 @@ def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
     return block(*args)
 
 
-def count_parameters(config: LmConfig, vocab_size: int) -> int:
-    """Parameters of the model, shared ones counted once, without allocating any."""
-    with torch.device("meta"):
-        model = config.build(vocab_size)
-    return sum(parameter.numel() for parameter in model.parameters())
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Inside, no gradients and no dropout; the model's mode is restored behind it."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():  # inference mode would taint tensors that training reuses
+            yield
+    finally:
+        model.train(was_training)
 
 
 def size_problems(config: LmConfig, names: Sequence[str]) -> Iterator[Problem]:

@@ -12,20 +12,3 @@ from ostro.nn.linear import Linear
 from ostro.nn.loss import IGNORE, linear_cross_entropy
 from ostro.nn.norm import LayerNorm, RMSNorm
 from ostro.nn.rotary import RotaryConfig, apply_rotary
-
-__all__ = [
-    "ACTIVATIONS",
-    "IGNORE",
-    "Embedding",
-    "KeyValueCache",
-    "LayerNorm",
-    "Linear",
-    "RMSNorm",
-    "RotaryConfig",
-    "TiedGradient",
-    "apply_rotary",
-    "axes_of",
-    "causal_attention",
-    "initialize",
-    "linear_cross_entropy",
-]

@@ -30,27 +30,21 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
-    reduction: str = "sum",
     scale: float | Tensor = 1.0,
     tie: TiedGradient | None = None,
 ) -> Tensor:
     """The cross-entropy in nats of `hidden @ weight.T` against `targets`, in float32.
 
     `hidden` is (..., embed) in the compute dtype, `weight` (vocab, embed) in any dtype, cast to
-    that of `hidden`; `targets` int64 (...), `IGNORE` where nothing is predicted. `reduction` is
-    "sum" (a scalar over the predicted positions; its graph can be walked back once) or "none"
-    (one value each, 0 where ignored, without a graph). The sum is multiplied with `scale`: doing it
-    here saves a pass over the gradients. `tie` takes the gradient of a weight that is also looked
-    up.
+    that of `hidden`; `targets` int64 (...), `IGNORE` where nothing is predicted. Summed
+    over the predicted positions; the graph can be walked back once. The sum is multiplied with
+    `scale`: doing it here saves a pass over the gradients. `tie` takes the gradient of a weight
+    that is also looked up.
     """
-    assert reduction in ("sum", "none"), f"unknown reduction {reduction!r}"
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    if reduction == "none":
-        with torch.no_grad():
-            return _losses(rows, weight.to(rows.dtype), flat).view(targets.shape)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(rows, weight, flat, scale, tie)
-    return _losses(rows, weight.to(rows.dtype), flat).sum() * scale
+    return _loss(rows, weight.to(rows.dtype), flat) * scale
 
 
 def _chunk_rows(num_rows: int, vocab: int) -> int:
@@ -76,13 +70,14 @@ def _row_blocks(start: int, stop: int, weight: Tensor) -> list[slice]:
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
-def _losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Per-row losses without gradients."""
+def _loss(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum without gradients."""
     size = max(1, CHUNK_ELEMENTS // 4 // weight.shape[0])
-    return torch.cat([
+    losses = [
         F.cross_entropy((part @ weight.T).float(), target, ignore_index=IGNORE, reduction="none")
         for part, target in zip(rows.split(size), targets.split(size), strict=True)
-    ])  # fmt: skip
+    ]
+    return torch.cat(losses).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """Rotary position embeddings (Su et al. 2021) and the scalings that stretch them."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,15 +12,25 @@ from ostro.config import Choice
 from ostro.errors import Problem
 
 
+@dataclass(frozen=True)
 class RotaryConfig(Choice):
     """How positions turn the queries and keys; `type` picks the scaling of frequencies."""
 
-    default_type = "default"
-    theta: float
+    default_type: ClassVar[str | None] = "default"
 
-    @abstractmethod
+    theta: float = 10000.0
+    """Base of the geometric series of wavelengths."""
+    factor: float = 1.0
+    """How many times longer than in the first training sequences may be: frequencies are divided
+    by it, and 1 leaves them."""
+
     def frequencies(self, head_size: int) -> tuple[Tensor, float]:
         """Angle per position of each pair of dims, (head_size / 2,); factor on cos and sin."""
+        return self._base(head_size) / self.factor, 1.0
+
+    def _base(self, head_size: int) -> Tensor:
+        dims = torch.arange(0, head_size, 2, device="cpu").float()
+        return 1.0 / self.theta ** (dims / head_size)
 
     def tables(self, positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
         """float32 cos and sin for int positions (...), each (..., head_size / 2)."""
@@ -32,13 +42,8 @@ class RotaryConfig(Choice):
         """Rules that every scaling shares."""
         if self.theta <= 0:
             yield Problem("theta", "must be positive")
-        factor = getattr(self, "factor", 1.0)
-        if factor <= 0:
+        if self.factor <= 0:
             yield Problem("factor", "must be positive")
-
-
-def _base_frequencies(theta: float, head_size: int) -> Tensor:
-    return 1.0 / theta ** (torch.arange(0, head_size, 2, device="cpu").float() / head_size)
 
 
 @RotaryConfig.register_subclass("default")
@@ -46,29 +51,11 @@ def _base_frequencies(theta: float, head_size: int) -> Tensor:
 class DefaultRotaryConfig(RotaryConfig):
     """Frequencies as in the paper, without scaling unless a factor is given."""
 
-    theta: float = 10000.0
-    """Base of the geometric series of wavelengths."""
-    factor: float = 1.0
-    """Frequencies are divided by this; 1 leaves them."""
-
-    def frequencies(self, head_size: int) -> tuple[Tensor, float]:
-        """See `RotaryConfig.frequencies`."""
-        return _base_frequencies(self.theta, head_size) / self.factor, 1.0
-
 
 @RotaryConfig.register_subclass("linear")
 @dataclass(frozen=True)
 class LinearRotaryConfig(RotaryConfig):
     """Position interpolation (Chen et al. 2023): every frequency divided by `factor`."""
-
-    theta: float = 10000.0
-    """Base of the geometric series of wavelengths."""
-    factor: float = 1.0
-    """How many times longer than in the first training sequences may be."""
-
-    def frequencies(self, head_size: int) -> tuple[Tensor, float]:
-        """See `RotaryConfig.frequencies`."""
-        return _base_frequencies(self.theta, head_size) / self.factor, 1.0
 
 
 @RotaryConfig.register_subclass("llama3")
@@ -89,7 +76,7 @@ class Llama3RotaryConfig(RotaryConfig):
 
     def frequencies(self, head_size: int) -> tuple[Tensor, float]:
         """See `RotaryConfig.frequencies`."""
-        base = _base_frequencies(self.theta, head_size)
+        base = self._base(head_size)
         turns = self.original_max_position_embeddings * base / (2 * math.pi)
         span = self.high_freq_factor - self.low_freq_factor
         kept = ((turns - self.low_freq_factor) / span).clamp(0, 1)
@@ -109,10 +96,6 @@ class Llama3RotaryConfig(RotaryConfig):
 class YarnRotaryConfig(RotaryConfig):
     """YaRN (Peng et al. 2023): a ramp over dims, and cos and sin scaled with the factor's log."""
 
-    theta: float = 10000.0
-    """Base of the geometric series of wavelengths."""
-    factor: float = 1.0
-    """How many times longer than in the first training sequences may be."""
     beta_fast: float = 32.0
     """Dims that turn more often than this over the original length are kept."""
     beta_slow: float = 1.0
@@ -124,7 +107,7 @@ class YarnRotaryConfig(RotaryConfig):
 
     def frequencies(self, head_size: int) -> tuple[Tensor, float]:
         """See `RotaryConfig.frequencies`."""
-        base = _base_frequencies(self.theta, head_size)
+        base = self._base(head_size)
 
         def dim_of(turns: float) -> float:
             wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)

@@ -1,7 +1,7 @@
 """Optimizers, learning-rate schedules, clipping and the skipping of bad steps."""
 
 from ostro.optim.config import AdamConfig, OptimizerConfig
-from ostro.optim.schedule import LrScheduleConfig, Phase, Schedule
+from ostro.optim.schedule import LrScheduleConfig, Schedule
 from ostro.optim.skip_step import SkipStep, SkipStepConfig
 from ostro.optim.update import (
     LossScaler,
@@ -11,19 +11,3 @@ from ostro.optim.update import (
     optimizer_tensors,
     set_learning_rate,
 )
-
-__all__ = [
-    "AdamConfig",
-    "LossScaler",
-    "LrScheduleConfig",
-    "OptimizerConfig",
-    "Phase",
-    "Schedule",
-    "SkipStep",
-    "SkipStepConfig",
-    "apply_update",
-    "clip_scale",
-    "global_norm",
-    "optimizer_tensors",
-    "set_learning_rate",
-]

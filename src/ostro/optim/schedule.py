@@ -106,8 +106,6 @@ class Phase:
     """Steps `start` to `stop - 1` of a run."""
 
     kind: PhaseKind
-    cycle: int
-    """0-based number of the cycle the phase belongs to."""
     start: int
     stop: int
     first: float
@@ -135,8 +133,6 @@ class Schedule:
     warmup_offset: int
     phases: tuple[Phase, ...]
     """All phases in order, without gaps; empty ones are left out."""
-    boundaries: tuple[int, ...]
-    """Where cycles begin, then the number of steps: `(0, 500, 1000)` for two cycles."""
     warnings: tuple[str, ...]
     """What the user may not have meant, one sentence each."""
 
@@ -221,7 +217,7 @@ def make_schedule(
         ]
         for kind, first_step, last_step, first in layout:
             if last_step > first_step:
-                phases.append(Phase(kind, cycle, first_step, last_step, first, num_warmup))
+                phases.append(Phase(kind, first_step, last_step, first, num_warmup))
 
         end = last = peak
         if num_decay:
@@ -231,7 +227,7 @@ def make_schedule(
             flat.append(cycle)
 
     warnings = _warnings(cut, flat, num_cycles=len(boundaries) - 1)
-    return Schedule(peak, minimum, shape, warmup_offset, tuple(phases), tuple(boundaries), warnings)
+    return Schedule(peak, minimum, shape, warmup_offset, tuple(phases), warnings)
 
 
 def _warnings(cut: list[str], flat: list[int], num_cycles: int) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ from ostro.tracker.tensorboard import TensorboardConfig
 from ostro.tracker.tracker import (
     CompositeTracker,
     NoopConfig,
-    NoopTracker,
     RunInfo,
     Tracker,
     TrackerConfig,
@@ -14,18 +13,3 @@ from ostro.tracker.tracker import (
     run_folder,
 )
 from ostro.tracker.wandb import WandbConfig
-
-__all__ = [
-    "CompositeTracker",
-    "ConsoleConfig",
-    "JsonLoggerConfig",
-    "NoopConfig",
-    "NoopTracker",
-    "RunInfo",
-    "TensorboardConfig",
-    "Tracker",
-    "TrackerConfig",
-    "WandbConfig",
-    "build_trackers",
-    "run_folder",
-]

@@ -86,24 +86,6 @@ class TrackerConfig(Choice, ABC):
         """Start tracking. Raises whatever the service raises."""
 
 
-class NoopTracker(Tracker):
-    """Forgets everything."""
-
-    name = "noop"
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
-
-
-@TrackerConfig.register_subclass("noop")
-@dataclass(frozen=True)
-class NoopConfig(TrackerConfig):
-    """No tracking."""
-
-    def build(self, run: RunInfo) -> Tracker:
-        return NoopTracker()
-
-
 class CompositeTracker(Tracker):
     """Hands everything to several trackers. One that fails is named in one warning; the others
     and the run go on, and the failing one is still tried, for it may recover.
@@ -150,6 +132,15 @@ class CompositeTracker(Tracker):
                 self._failures[name] += 1
                 if self._failures[name] == 1:
                     _warn(name, error)
+
+
+@TrackerConfig.register_subclass("noop")
+@dataclass(frozen=True)
+class NoopConfig(TrackerConfig):
+    """No tracking."""
+
+    def build(self, run: RunInfo) -> Tracker:
+        return CompositeTracker([])
 
 
 def build_trackers(

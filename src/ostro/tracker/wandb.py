@@ -1,18 +1,15 @@
 """Weights & Biases."""
 
 import logging
-import netrc
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import yaml
 
@@ -170,15 +167,11 @@ def _settings() -> dict[str, int]:
 
 
 def _has_login(settings: Any) -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    if settings.api_key:
-        return True
-    hosts: set[str] = set()
-    for path in (os.environ["NETRC"],) if "NETRC" in os.environ else ("~/.netrc", "~/_netrc"):
-        with suppress(OSError, netrc.NetrcParseError):
-            hosts |= netrc.netrc(os.path.expanduser(path)).hosts.keys()
-    return bool(hosts & {urlsplit(settings.base_url).netloc, "api.wandb.ai"})
+    from requests.utils import get_netrc_auth  # as wandb itself does
+
+    keys = (os.environ.get("WANDB_API_KEY"), os.environ.get("WANDB_IDENTITY_TOKEN_FILE"))
+    servers = (settings.base_url, "https://api.wandb.ai")
+    return any((*keys, settings.api_key)) or any(map(get_netrc_auth, servers))
 
 
 def _dump_folder() -> str:

@@ -6,17 +6,3 @@ from ostro.trainer.start import build_state, choose_engine, find_start, restore
 from ostro.trainer.state import TrainState
 from ostro.trainer.trainer import Trainer, TrainingDivergedError
 
-__all__ = [
-    "BatchPlan",
-    "BatchStage",
-    "Engine",
-    "TorchEngine",
-    "TrainState",
-    "Trainer",
-    "TrainerConfig",
-    "TrainingDivergedError",
-    "build_state",
-    "choose_engine",
-    "find_start",
-    "restore",
-]
