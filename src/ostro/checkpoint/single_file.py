@@ -227,4 +227,4 @@ def files_below(path: str) -> list[tuple[float, str]]:
     """Time and path of the checkpoint files at or below a local folder."""
     root = Path(path).expanduser()
     found = [file for name in (NANOGPT, INTERRUPTED, "step_*.pt") for file in root.rglob(name)]
-    return [(file.stat().st_mtime, str(file)) for file in found]
+    return [(file.stat().st_mtime, str(file)) for file in found if file.is_file()]

@@ -43,7 +43,10 @@ def cache(argv: list[str], signals: Signals) -> None:
     options, flags = parser.parse(argv)
     config = load_run(options.config_path, flags).config
     with logging_to_terminal():
-        build_data(config, config.data.build_tokenizer())
+        data = build_data(config, config.data.build_tokenizer())
+    for name, part in {**data.train.sources, **data.validation}.items():
+        windows = getattr(part, "windows", part)
+        print(f"{name}: {windows.num_tokens} tokens, {windows.num_windows} windows")
 
 
 def config(argv: list[str], signals: Signals) -> None:

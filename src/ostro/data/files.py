@@ -9,7 +9,9 @@ import glob
 import hashlib
 import io
 import json
+import lzma
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -199,7 +201,7 @@ def read_file(path: str, format: str, text_key: str) -> Iterator[str | BadRecord
         if isinstance(error, OSError) and error.errno is None:
             raise _damaged(path, error) from error
         raise Unreachable(f"{path} - cannot be opened: {_reason(error)}") from error
-    except (EOFError, zlib.error, ValueError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ValueError) as error:
         raise _damaged(path, error) from error
 
 

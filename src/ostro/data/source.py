@@ -218,7 +218,7 @@ class HfSource(SourceConfig):
                     continue
                 reason = f"has no text under {self.text_key!r} (it has {', '.join(record)})"
                 yield BadRecord(shard.name, f"row {row}", reason, repr(record)[:200])
-        except (OSError, ValueError, EOFError, RuntimeError) as error:
+        except Exception as error:  # DatasetGenerationError and others share no base class
             raise DataError(f"id = {self.id} - reading stopped after row {row}: {error}") from error
 
     def settings(self, split: str) -> dict[str, Any]:

@@ -161,7 +161,9 @@ def write_hf(
     try:
         work.mkdir(parents=True)
         for name, value in texts.items():
-            (work / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            (work / name).write_text(
+                json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8"
+            )
         with open(work / _WEIGHTS, "wb") as file:
             for piece in tensor_pieces(weights, {"format": "pt"}):  # transformers asks for it
                 file.write(piece)

@@ -5,4 +5,3 @@ from ostro.trainer.engine import Engine, TorchEngine
 from ostro.trainer.start import build_state, choose_engine, find_start, restore
 from ostro.trainer.state import TrainState
 from ostro.trainer.trainer import Trainer, TrainingDivergedError
-
