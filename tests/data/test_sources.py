@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import lzma
 
 import fsspec
 import numpy as np
@@ -125,10 +126,10 @@ def test_any_fsspec_url():
         read(UrlsSource(["nowhere://x/a.txt"]))
 
 
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("suffix", ["gz", "zst", "xz"])
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
 def test_damaged_archives(tmp_path, suffix, damage):
-    pack = {"gz": gzip.compress, "zst": zstandard.compress}[suffix]
+    pack = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress}[suffix]
     packed = pack(b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(5000)))
     content = packed[: len(packed) // 2] if damage == "cut" else b"not an archive at all"
     path = tmp_path / f"a.jsonl.{suffix}"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ostro.nn.embedding import TiedGradient
+from ostro.nn.linear import row_blocks
 
 IGNORE = -100
 """Target of a position at which nothing is predicted."""
@@ -59,17 +60,6 @@ def _slices(weight: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(weight), size)]
 
 
-def _row_blocks(start: int, stop: int, weight: Tensor) -> list[slice]:
-    """Ranges of rows for the gradient of the hidden states.
-
-    On CPUs oneDNN cuts a product of about 1024 rows for GPT-2's width of 768 badly over its
-    threads: two halves take 0.6 of the time. Other widths and longer chunks are best left whole.
-    """
-    halved = weight.is_cpu and 640 < weight.shape[1] < 1024 and stop - start <= 1280
-    size = 512 if halved else stop - start
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
 def _loss(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The sum without gradients."""
     size = max(1, CHUNK_ELEMENTS // 4 // weight.shape[0])
@@ -97,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for columns in _slices(weight):
                 torch.mm(part, cast[columns].T, out=logits[:, columns])
             loss += softmax_minus_target_(logits, target, scale)
-            for block in _row_blocks(start, start + len(part), cast):
+            for block in row_blocks(start, start + len(part), cast):
                 torch.mm(
                     buffer[block.start - start : block.stop - start], cast, out=grad_rows[block]
                 )
