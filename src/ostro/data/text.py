@@ -175,6 +175,9 @@ class LMDatasetConfig:
 
     def build_tokenizer(self) -> Tokenizer:
         """Load the tokenizer, or learn it from the training text and keep it in the cache."""
+        for name, source in self.sources().items():
+            if isinstance(source, TokensSource) and name in self._trained():
+                source.list_shards("train")  # what is missing is said before anything is fetched
         if not self.tokenizer.learned:
             return self.tokenizer.build()
         where = CacheDir(self.cache_dir)
