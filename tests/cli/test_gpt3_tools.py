@@ -35,7 +35,7 @@ def script(name: str, folder: Path, *words: str, checkpoint: str = "experiments/
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf_home")}
     command = [sys.executable, SOURCE / f"{name}.py", "--model_checkpoint", checkpoint]
     return subprocess.run(
-        [*command, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [*command, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -172,7 +172,7 @@ def test_the_scripts_do_not_hide_the_library_evaluate(name, tmp_path):
         shutil.copy(SOURCE / script, tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, tmp_path / f"{name}.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "site-packages" in done.stdout and str(tmp_path) not in done.stdout
 
