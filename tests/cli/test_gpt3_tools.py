@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from benchmark_model import write_model, write_tasks
 
-from ostro.checkpoint import find_latest
+from ostro.checkpoint import State, find_latest
+from ostro.checkpoint.single_file import FileStore
 from ostro.cli.gpt3_tools import evaluate, infer, results_folder
 from ostro.cli.main import run_command
 from ostro.inference import load_tokenizer
@@ -136,9 +137,17 @@ def test_max_length_counts_the_prompt(folder, called):
     assert code == 2 and "temperature" in err
 
 
-def test_benchmark_prints_and_keeps(folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("single_file", [False, True])
+def test_benchmark_prints_and_keeps(folder, tmp_path, capsys, monkeypatch, single_file):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "data_sets"))
-    words = ["benchmark", "--checkpoint", str(folder / "experiments"), "--device", "cpu"]
+    checkpoint = folder / "experiments"
+    if single_file:  # as `src/train.py` leaves it
+        saved = find_latest(str(checkpoint))
+        store = FileStore(str(tmp_path), "file", only_best=False)
+        state = State({"model": saved.tensors("model")}, saved.values, saved.texts)
+        store.save(state, 0, "permanent", False)
+        checkpoint = tmp_path / "latest_checkpoint.pt"
+    words = ["benchmark", "--checkpoint", str(checkpoint), "--device", "cpu"]
     words += ["--task_folder", str(folder / "tasks"), "--benchmark", "local_text"]
     assert run_command(words) == 0
     assert "bits_per_byte" in capsys.readouterr().out

@@ -420,8 +420,16 @@ def test_an_interrupted_run_leaves_the_best_weights_alone(tmp_path):
         assert Path("out/ckpt_interrupted.pt").exists()
         stopped = torch.load("out/ckpt_interrupted.pt", weights_only=True)["iter_num"]
     assert 4 < stopped < 8
+    (tmp_path / "out" / "ckpt.pt").unlink()  # as if nothing had been an improvement yet
     done = train(tmp_path, *words, "init_from=resume")
     assert f"made {8 - stopped} updates" in done.stdout
+
+
+def test_a_folder_called_scratch_means_nothing(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_nanogpt([])[0].config
+    assert config.model.activation_function == "gelu" and config.initialize_from_hf is None
 
 
 def test_sample_script(trained):

@@ -171,6 +171,11 @@ class Saved:
         return self.path
 
     @property
+    def step(self) -> int:
+        """0-based index of the last update."""
+        return self.metadata.step
+
+    @property
     def groups(self) -> list[str]:
         """The groups of tensors that it holds."""
         return [n.removesuffix(_SUFFIX) for n in self.metadata.files if n.endswith(_SUFFIX)]

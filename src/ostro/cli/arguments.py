@@ -1,15 +1,19 @@
 """From argv to a resolved configuration: the words all commands share."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from ostro.cli.aliases import NATIVE
-from ostro.config import Loaded, encode, help_text, load, script_folders
+from ostro.config import Loaded, encode, format_tree, help_text, load, script_folders
+from ostro.dry_run import describe
 from ostro.errors import ConfigError, Problem
 from ostro.lm_config import TrainLmConfig, with_hf_model
+from ostro.signals import Signals
+from ostro.train_lm import run
 
 Result = TypeVar("Result")
 
@@ -81,6 +85,26 @@ def load_run(
     if config is loaded.config:
         return loaded
     return loaded.derive({"model": config.model, "use_hf_model_config": False})
+
+
+def start_run(
+    loaded: Loaded[TrainLmConfig],
+    signals: Signals,
+    *,
+    is_dry: bool,
+    num_devices: int = 1,
+    notices: Sequence[str] = (),
+) -> None:
+    """Train, or with `is_dry` say what would happen; of several processes the first one talks."""
+    talks = os.environ.get("RANK", "0") == "0"
+    for notice in notices if talks else ():
+        print(f"note: {notice}", file=sys.stderr)
+    if not is_dry:
+        explained(loaded, lambda: run(loaded.config, signals))
+    elif talks:
+        lines = explained(loaded, lambda: list(describe(loaded.config, num_devices)))
+        print(format_tree(loaded))
+        print("\n".join(lines))
 
 
 def explained(loaded: Loaded[TrainLmConfig], action: Callable[[], Result]) -> Result:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ostro.checkpoint import Saved
+from ostro.checkpoint import Saved, SavedFile
 from ostro.cli.arguments import Parser, unexpected
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.distributed import pick_device
@@ -48,7 +48,7 @@ def add_benchmark_options(parser: Parser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 
 
-def score(saved: Saved, options: Namespace, output: str | Path | None) -> None:
+def score(saved: Saved | SavedFile, options: Namespace, output: str | Path | None) -> None:
     """Evaluate a checkpoint, print a table, and write a JSON file into `output`."""
     _check(options)
     device = pick_device(options.device)
@@ -63,13 +63,13 @@ def score(saved: Saved, options: Namespace, output: str | Path | None) -> None:
         now = datetime.now(UTC)
         found = {
             "checkpoint": saved.path,
-            "step": saved.metadata.step,
+            "step": saved.step,
             "date": now.isoformat(timespec="seconds"),
             "lm_eval": version("lm_eval"),
             "limit": options.limit,
             "benchmarks": scores,
         }
-        path = Path(output) / f"step-{saved.metadata.step}-{now:%Y%m%d-%H%M%S-%f}.json"
+        path = Path(output) / f"step-{saved.step}-{now:%Y%m%d-%H%M%S-%f}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(f"\nscores: {path}")

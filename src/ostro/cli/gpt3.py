@@ -8,17 +8,15 @@ from pathlib import Path
 import torch
 
 from ostro.cli.aliases import NATIVE
-from ostro.cli.arguments import explained
+from ostro.cli.arguments import explained, start_run
 from ostro.cli.nanogpt import split_native
-from ostro.config import Loaded, format_tree, help_text, load, script_folders
+from ostro.config import Loaded, help_text, load, script_folders
 from ostro.dialects import gpt3
 from ostro.dialects.translation import Translation
-from ostro.dry_run import describe
 from ostro.errors import ConfigError, Problem, did_you_mean
 from ostro.launch import launch
 from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals
-from ostro.train_lm import run
 
 MODEL_FOLDER = "configs/model_configs"
 SMALL = "configs/training_configs/small_scale.yaml"
@@ -38,21 +36,14 @@ def train(argv: list[str], signals: Signals, environ: Mapping[str, str] = os.env
     is_dry = "--dry_run" in argv
     words = [word for word in argv if word != "--dry_run"]
     loaded, made, (num_local, num_nodes) = load_gpt3(words, environ)
-    if environ.get("RANK", "0") == "0":
-        for notice in [*made.notices, *loaded.notices]:
-            print(f"note: {notice}", file=sys.stderr)
-    if is_dry and environ.get("RANK", "0") != "0":
-        return
-    if is_dry:
-        lines = explained(loaded, lambda: list(describe(loaded.config, num_local * num_nodes)))
-        print(format_tree(loaded))
-        print("\n".join(lines))
-    elif "WORLD_SIZE" not in environ and num_local * num_nodes > 1:
+    total = num_local * num_nodes
+    if "WORLD_SIZE" not in environ and total > 1 and not is_dry:
         check_devices(loaded, num_local)
-        loaded.config.trainer.batch_plan(num_local * num_nodes)  # an error here, not in each worker
+        explained(loaded, lambda: loaded.config.trainer.batch_plan(total))  # not in each worker
         launch([sys.argv[0], *argv], num_local, num_nodes, environ)
-    else:
-        explained(loaded, lambda: run(loaded.config, signals))
+        return
+    notices = [*made.notices, *loaded.notices]
+    start_run(loaded, signals, is_dry=is_dry, num_devices=total, notices=notices)
 
 
 def load_gpt3(

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ostro.checkpoint import Saved
+from ostro.checkpoint import Saved, SavedFile
 from ostro.cli.arguments import Parser, unexpected
 from ostro.cli.benchmark import add_benchmark_options, score
 from ostro.cli.main import guarded
@@ -83,7 +83,7 @@ def _check_config(path: str) -> None:
         raise ConfigError(Problem("--config", "no such file", "correct the path", path))
 
 
-def results_folder(saved: Saved, config: str) -> Path:
+def results_folder(saved: Saved | SavedFile, config: str) -> Path:
     """`results` of the experiment that the checkpoint lies in: `experiments/<name>/` of its path.
 
     Otherwise the name of the configuration is taken for the experiment's, below the current

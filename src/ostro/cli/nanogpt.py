@@ -2,26 +2,24 @@
 
 import ast
 import operator
-import sys
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ostro.checkpoint import read_file
-from ostro.checkpoint.single_file import NANOGPT
+from ostro.checkpoint.single_file import INTERRUPTED, NANOGPT
 from ostro.cli.aliases import NATIVE
-from ostro.cli.arguments import explained
-from ostro.config import Loaded, format_tree, help_text, load, script_folders
+from ostro.cli.arguments import start_run
+from ostro.config import Loaded, help_text, load, script_folders
 from ostro.config.nodes import Mapping as Layer
 from ostro.config.nodes import from_plain
 from ostro.dialects import nanogpt, nanogpt_file
 from ostro.dialects.translation import Translation
-from ostro.dry_run import describe
 from ostro.errors import CheckpointError, ConfigError, Problem, did_you_mean
 from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals
-from ostro.train_lm import run
 
 _USAGE = """usage: python train.py [config.yaml | config.py] [key=value ...] [--dry_run] [--help]
 
@@ -45,14 +43,9 @@ def train(argv: list[str], signals: Signals) -> None:
         return
     is_dry = "--dry_run" in argv
     loaded, made = load_nanogpt([word for word in argv if word != "--dry_run"])
-    for notice in [*made.notices, *loaded.notices]:
-        print(f"note: {notice}", file=sys.stderr)
-    if is_dry:
-        lines = explained(loaded, lambda: list(describe(loaded.config)))
-        print(format_tree(loaded))
-        print("\n".join(lines))
-        return
-    explained(loaded, lambda: run(loaded.config, signals))
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    notices = [*made.notices, *loaded.notices]
+    start_run(loaded, signals, is_dry=is_dry, num_devices=num_ranks, notices=notices)
 
 
 def load_nanogpt(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translation]:
@@ -149,13 +142,14 @@ def _value(node: ast.expr, known: Mapping[str, Any], name: str, origin: str) -> 
 
 def saved_arguments(config: nanogpt.NanoGptConfig) -> Mapping[str, Any] | None:
     """The architecture in `out_dir/ckpt.pt`, where the run goes on from it."""
-    path = Path(config.out_dir) / NANOGPT
     if config.init_from != "resume":
         return None
-    if not path.exists():
+    paths = [Path(config.out_dir) / name for name in (NANOGPT, INTERRUPTED)]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         advice = "check out_dir, or start with init_from=scratch"
-        raise CheckpointError(f"init_from = resume - there is no {path} - {advice}")
-    content = read_file(path)
+        raise CheckpointError(f"init_from = resume - there is no {paths[0]} - {advice}")
+    content = read_file(path, check=False)
     if not nanogpt_file.NanoGptFormat().fits(content):
         raise CheckpointError(f"{path} - is no checkpoint that nanoGPT wrote: it has no model_args")
     return content["model_args"] | nanogpt_file.own_settings(content)

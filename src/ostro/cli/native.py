@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, SavedFile, find_latest
-from ostro.cli.arguments import Parser, explained, load_run, unexpected
+from ostro.cli.arguments import Parser, load_run, start_run, unexpected
 from ostro.cli.translate import translate
 from ostro.config import format_tree, json_schema, load
 from ostro.distributed import World, pick_device
-from ostro.dry_run import describe, draw
+from ostro.dry_run import draw
 from ostro.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.evaluate import evaluate as evaluate_sets
 from ostro.inference import load_model, load_tokenizer
@@ -18,7 +18,7 @@ from ostro.lm_config import TrainLmConfig
 from ostro.run_log import logging_to_terminal
 from ostro.sample import SamplingConfig, complete_all
 from ostro.signals import Signals
-from ostro.train_lm import build_data, run
+from ostro.train_lm import build_data
 
 
 def train(argv: list[str], signals: Signals) -> None:
@@ -28,12 +28,7 @@ def train(argv: list[str], signals: Signals) -> None:
     parser.add_argument("--dry_run", action="store_true", help="say what would happen, and stop")
     options, flags = parser.parse(argv)
     loaded = load_run(options.config_path, flags)
-    if options.dry_run:
-        lines = explained(loaded, lambda: list(describe(loaded.config)))
-        print(format_tree(loaded))
-        print("\n".join(lines))
-        return
-    explained(loaded, lambda: run(loaded.config, signals))
+    start_run(loaded, signals, is_dry=options.dry_run)
 
 
 def cache(argv: list[str], signals: Signals) -> None:

@@ -42,7 +42,7 @@ def _read(source: str, files: list[str], flags: Sequence[str]) -> tuple[TrainLmC
     if source == "levanter":
         loaded = load_run(files[0], flags)  # it prints what was renamed
         kept = [path for path, origin in loaded.origins.items() if origin != "default"]
-        return loaded.config, [f"{path}: taken as it is or renamed" for path in kept]
+        return loaded.config, [f"{path}: kept under this name" for path in kept]
     if source == "nanogpt":
         whole, made = load_nanogpt([*files, *flags])
     else:

@@ -231,7 +231,7 @@ def _model_and_data(
         given = {key: getattr(described, path[6:]) for key, path in _MODEL.items()}
         del given["block_size"]  # a shorter one cuts the table of positions
         source = f"init_from = {start}"
-    if start in GPT2_SIZES or Path(start).is_dir():
+    if start not in ("scratch", "resume"):
         # What these weights were trained with; nanoGPT's own code takes the exact GELU here too.
         made.set("model.activation_function", "gelu_new", "init_from")
     made.set("trainer.load_checkpoint", start == "resume", "init_from")

@@ -31,7 +31,7 @@ MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
 class NanoGptFormat:
     """See `ostro.checkpoint.single_file.FileFormat`."""
 
-    def pack(self, state: State, step: int) -> dict[str, Any]:
+    def pack(self, state: State) -> dict[str, Any]:
         """The mapping that nanoGPT's `train.py` and `sample.py` expect."""
         native = yaml.safe_load(state.texts["config.yaml"])
         if native["model"]["type"] != "gpt2":
