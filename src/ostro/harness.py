@@ -5,6 +5,7 @@ encoded, cut and ended as it does. The harness is an optional library (`ostro[ev
 """
 
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -27,7 +28,7 @@ ALIASES = {"superglue": "super-glue-lm-eval-v1"}
 """Names of benchmarks that the harness knows by another one."""
 
 _CHUNK_ELEMENTS = 2**26  # logits held at once, at most
-_RESAMPLINGS = 1000  # behind the standard errors of perplexities and F1: one process does it
+_RESAMPLINGS = 1000  # behind the standard errors of perplexities and F1
 
 
 def load_benchmarks(names: Sequence[str], task_folder: str | None = None) -> dict[str, list[Any]]:
@@ -96,6 +97,9 @@ def run_harness(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    # Its standard errors would come from forked processes, and a fork of one with torch's and
+    # Arrow's threads can wait for ever. The values are the same.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     no_index = TaskManager(include_defaults=False)  # it would read its own for every benchmark
     adapter = _adapter(model, tokenizer, batch_size)
     scores = {}
