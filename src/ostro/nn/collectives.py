@@ -79,7 +79,7 @@ def gather(x: Tensor, group: Group, size: int) -> Tensor:
 def _parts(x: Tensor, group: Group) -> Tensor:
     """Everyone's x, one after another in a new first dim."""
     parts = x.new_empty(group.size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group.handle)
+    dist.all_gather_single(parts, x.contiguous(), group=group.handle)
     return parts.unflatten(0, (group.size, -1))
 
 
@@ -114,5 +114,5 @@ class _GatherSequence(torch.autograd.Function):
         pieces = grad.chunk(2 * size, 2)
         parts = [torch.cat([pieces[rank], pieces[-1 - rank]], 2) for rank in range(size)]
         mine = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(mine, torch.cat(parts), group=ctx.group.handle)
+        dist.reduce_scatter_single(mine, torch.cat(parts), group=ctx.group.handle)
         return mine, None

@@ -86,6 +86,10 @@ class DeterministicEngine(Engine):
     def __init__(self, state: TrainState, world: World, mesh: Mesh | None):
         super().__init__(state, world)
         torch.set_num_threads(1)
+        for group in state.optimizer.param_groups:
+            # The fused kernel rounds the last elements of a tensor in another way than the others,
+            # and which these are depends on how it is split.
+            group.update(fused=False, foreach=True)
         self.is_collective = mesh is not None and mesh.is_split
         for module in state.model.modules():
             if isinstance(module, FSDPModule):
@@ -122,7 +126,7 @@ class DeterministicEngine(Engine):
         if self.world.num_ranks == 1:
             return tensor
         parts = tensor.new_empty(self.world.num_ranks * tensor.numel())
-        dist.all_gather_into_tensor(parts, tensor.reshape(-1))
+        dist.all_gather_single(parts, tensor.reshape(-1))
         return pairwise_sum(parts.chunk(self.world.num_ranks)).view(tensor.shape)
 
     def update(
