@@ -125,13 +125,21 @@ class CausalAttention(nn.Module):
         for half, piece in enumerate((context.rank, 2 * context.size - 1 - context.rank)):
             end = (piece + 1) * size
             rows = slice(half * size, (half + 1) * size)
-            seen = causal_lower_right(size, end) if mask is None else mask[:, :, rows, :end]
+            seen = _up_to_end(size, end, query) if mask is None else mask[:, :, rows, :end]
             found.append(
                 causal_attention(
                     query[:, :, rows], key[:, :, :end], value[:, :, :end], mask=seen, **settings
                 )
             )
         return torch.cat(found, 2)
+
+
+def _up_to_end(num_queries: int, num_keys: int, query: Tensor) -> Tensor:
+    """The causal mask of the last queries of a sequence."""
+    if query.is_cuda:  # its kernels know this mask and never make it
+        return causal_lower_right(num_queries, num_keys)
+    every = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+    return every.tril(num_keys - num_queries)
 
 
 def causal_attention(
