@@ -64,14 +64,14 @@ def test_collectives_are_those_of_four_real_processes():
 
 
 def test_memory_falls_with_context_parallel_devices():
-    model = Gpt2Config(seq_len=1024, num_layers=4, hidden_dim=64, num_heads=4,
+    model = Gpt2Config(seq_len=1024, num_layers=4, hidden_dim=128, num_heads=4,
                        gradient_checkpointing=False)  # fmt: skip
     held = {}
     for devices in (1, 2, 4):
         settings = {"train_batch_size": 1, "per_device_parallelism": 1}
         trainer = TrainerConfig(context_axis_size=devices, **settings)
         held[devices] = rehearse(config(model, trainer), devices)
-    assert held[2].working < 0.6 * held[1].working and held[4].working < 0.4 * held[1].working
+    assert held[4].working < 0.65 * held[2].working < 0.5 * held[1].working
     assert held[4].parameters * 4 == held[1].parameters and not held[1].calls
 
 

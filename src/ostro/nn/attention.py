@@ -70,14 +70,21 @@ class KeyValueCache:
         return keys[:, :, :used], values[:, :, :used], self._mask
 
 
-def segment_mask(segments: Tensor, positions: Tensor | None = None) -> Tensor:
-    """(batch, position) -> bool (batch, 1, query, position): causal, inside equal segments.
-
-    The queries are at `positions` (query,); None is all.
-    """
+def segment_mask(segments: Tensor) -> Tensor:
+    """(batch, position) -> bool (batch, 1, position, position): causal, inside equal segments."""
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    mask = same.tril()
-    return mask if positions is None else mask[:, :, positions]
+    return same.tril()
+
+
+def position_mask(positions: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """(query,) -> (1, 1, query, key): 0 for keys up to the query's position, -inf behind it.
+
+    In the dtype of the queries all layers share it; of a boolean one each would keep a copy.
+    """
+    later = torch.arange(num_keys, device=positions.device) > positions[:, None]
+    return torch.zeros(1, 1, *later.shape, dtype=dtype, device=later.device).masked_fill_(
+        later, -torch.inf
+    )
 
 
 class CausalAttention(nn.Module):
@@ -125,21 +132,13 @@ class CausalAttention(nn.Module):
         for half, piece in enumerate((context.rank, 2 * context.size - 1 - context.rank)):
             end = (piece + 1) * size
             rows = slice(half * size, (half + 1) * size)
-            seen = _up_to_end(size, end, query) if mask is None else mask[:, :, rows, :end]
+            seen = causal_lower_right(size, end) if mask is None else mask[:, :, rows, :end]
             found.append(
                 causal_attention(
                     query[:, :, rows], key[:, :, :end], value[:, :, :end], mask=seen, **settings
                 )
             )
         return torch.cat(found, 2)
-
-
-def _up_to_end(num_queries: int, num_keys: int, query: Tensor) -> Tensor:
-    """The causal mask of the last queries of a sequence."""
-    if query.is_cuda:  # its kernels know this mask and never make it
-        return causal_lower_right(num_queries, num_keys)
-    every = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-    return every.tril(num_keys - num_queries)
 
 
 def causal_attention(
@@ -155,13 +154,15 @@ def causal_attention(
     """`softmax(scale * q k^T) v` over earlier positions.
 
     query is (batch, heads, position, head_size); key and value may have fewer heads, each then
-    serves a group of consecutive query heads. `mask` (bool, True = may attend) replaces the
-    causal mask; without one a single query sees every key. `upcast` computes in float32. Returns
-    the layout and dtype of the query.
+    serves a group of consecutive query heads. `mask` (bool, True = may attend, or what is added to
+    the scores) replaces the causal mask; without one a single query sees every key. `upcast`
+    computes in float32. Returns the layout and dtype of the query.
     """
     dtype = query.dtype
     if upcast:
         query, key, value = query.float(), key.float(), value.float()
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
     by_products = query.is_cpu and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
     by_products = by_products and mask is None and not dropout and query.shape == key.shape
     if by_products and query.shape[2] <= CPU_TOKENS:
