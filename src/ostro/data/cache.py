@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from ostro.data.encode import Piece, encoder, pieces, usable_cores
+from ostro.data.encode import Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.source import SourceConfig
 from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, locked, read_json, write_json
@@ -51,6 +51,8 @@ class CacheRequest:
     on_bad_record: Literal["error", "skip"] = "error"
     rebuild: bool = False
     num_workers: int | None = None
+    ray_address: str | None = None
+    """Ray cluster that encodes in place of local workers."""
 
     @property
     def eos_id(self) -> int | None:
@@ -176,10 +178,6 @@ class _Build:
         self._progress = progress or (lambda name, done, total: None)
         self._writer = _Writer(request, folder, request.key(shards))
         self._total = sum(shard.size for shard in shards)
-        # A kill costs what was read ahead (two batches a worker) and what was not yet committed:
-        # together under a twentieth of all but tiny corpora. Large batches are little faster.
-        workers = request.num_workers or usable_cores()
-        self._batch_chars = min(max(self._total // (80 * workers), 1 << 12), 1 << 17)
         self._commit_chars = min(max(self._total // 100, 1 << 16), 1 << 28)
 
     def run(self) -> None:
@@ -189,8 +187,11 @@ class _Build:
             logger.info("%s: going on with an unfinished cache", request.name)
         settings = (request.tokenizer, request.eos_id, request.dtype, request.num_workers)
         try:
-            with encoder(*settings) as run:
-                for batch, tokens in run(self._batches(), _Batch.texts):
+            with encoder(*settings, request.ray_address) as workers:
+                # A kill costs what was read ahead (two batches a worker) and what was not yet
+                # noted: together under a twentieth of all but tiny corpora.
+                size = min(max(self._total // (80 * workers.num_workers), 1 << 12), 1 << 17)
+                for batch, tokens in workers.run(self._batches(size), _Batch.texts):
                     writer.append(batch, tokens)
                     since += batch.chars
                     if since >= self._commit_chars:
@@ -203,7 +204,7 @@ class _Build:
             raise
         self._progress(request.name, self._total, self._total)
 
-    def _batches(self) -> Iterator[_Batch]:
+    def _batches(self, batch_chars: int) -> Iterator[_Batch]:
         first, skip = self._writer.position
         done = sum(shard.size for shard in self._shards[:first])
         items: list[Piece | BadRecord] = []
@@ -217,7 +218,7 @@ class _Build:
                     continue
                 items.append(item)
                 chars += size
-                if chars >= self._batch_chars:
+                if chars >= batch_chars:
                     yield _Batch(items, index, within, done + min(read, shard.size), chars)
                     items, chars = [], 0
             done += shard.size
