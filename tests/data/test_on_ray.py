@@ -30,7 +30,8 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        cluster = Cluster(head_node_args={**node, "include_dashboard": False})
+        head = {**node, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         cluster.add_node(**node)
         yield cluster.address
         cluster.shutdown()
@@ -63,58 +64,57 @@ class Dying(ByteTokenizer):
         return super().encode_batch(texts)
 
 
-def content(request, cache_dir):
-    folder = open_cache(request, CacheDir(str(cache_dir))).folder
+def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def test_the_bytes_of_the_local_pool(cluster, request_, tmp_path):
+def built(request, cache_dir):
+    return content(open_cache(request, CacheDir(str(cache_dir))).folder)
+
+
+def command_line(tmp_path, cache_dir, ray):
+    """`ostro cache` of the corpus with these settings of `trainer.ray`."""
+    data = f"{{train_urls: ['{tmp_path}/{{0..7}}.jsonl'], cache_dir: {tmp_path}/{cache_dir}}}"
+    (tmp_path / "c.yaml").write_text(f"data: {data}\ntrainer: {{ray: {{{ray}}}}}\n")
+    return ["cache", "--config_path", str(tmp_path / "c.yaml")]
+
+
+def test_the_bytes_of_the_local_pool(cluster, request_, tmp_path, caplog):
+    caplog.set_level("INFO", "ostro.data")
     before = signal.getsignal(signal.SIGTERM)
-    on_ray = content(replace(request_, ray_address=cluster), tmp_path / "ray")
-    assert on_ray == content(request_, tmp_path / "local")
+    assert run_command(command_line(tmp_path, "ray", f"address: '{cluster}'")) == 0
+    assert f"tokenising on the Ray cluster at {cluster}, 2 workers" in caplog.text
+    assert run_command(command_line(tmp_path, "local", "address: null")) == 0
+    assert caplog.text.count("Ray") == 1
+    assert content(tmp_path / "ray/train") == content(tmp_path / "local/train")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_killed_worker_is_retried(cluster, request_, tmp_path):
     dying = replace(request_, tokenizer=Dying(tmp_path / "died"), ray_address=cluster)
-    assert content(dying, tmp_path / "ray") == content(request_, tmp_path / "local")
+    assert built(dying, tmp_path / "ray") == built(request_, tmp_path / "local")
     assert (tmp_path / "died").exists()
 
 
 def test_an_error_of_a_worker_is_the_users_line(cluster, request_, tmp_path):
     request = replace(request_, tokenizer=CharTokenizer("abc", eos=False), ray_address=cluster)
     with pytest.raises(DataError) as caught:
-        content(request, tmp_path / "ray")
+        built(request, tmp_path / "ray")
     assert str(caught.value).startswith("tokenizer = chars - the training text does not have")
     assert "\n" not in str(caught.value)
 
 
-def command_line(tmp_path, ray):
-    """`ostro cache` of a small corpus, with these settings of `trainer.ray`."""
-    (tmp_path / "text.txt").write_text("some text " * 500)
-    data = f"{{train_urls: [{tmp_path}/text.txt], tokenizer: bytes, cache_dir: {tmp_path}/cache}}"
-    (tmp_path / "c.yaml").write_text(f"data: {data}\ntrainer: {{ray: {{{ray}}}}}\n")
-    return ["cache", "--config_path", str(tmp_path / "c.yaml")]
-
-
-def test_the_command_line_hands_the_address_on(cluster, tmp_path, caplog):
-    caplog.set_level("INFO", "ostro.data")
-    assert run_command(command_line(tmp_path, f"address: '{cluster}'")) == 0
-    assert f"tokenising on the Ray cluster at {cluster}, " in caplog.text
-    assert (tmp_path / "cache/train/ledger.json").exists()
-
-
-def test_a_cluster_that_is_not_there_is_one_line(tmp_path, capsys):
+def test_a_cluster_that_is_not_there_is_one_line(request_, tmp_path, capsys):
     start = time.monotonic()
-    assert run_command(command_line(tmp_path, "address: '127.0.0.1:1'")) == 2
+    assert run_command(command_line(tmp_path, "cache", "address: '127.0.0.1:1'")) == 2
     assert time.monotonic() - start < 30
     text = capsys.readouterr().err
     assert "trainer.ray.address = 127.0.0.1:1 - no Ray cluster answers there" in text
     assert text.count("\n") == 1
 
 
-def test_ray_is_not_imported_without_an_address(tmp_path):
-    argv = command_line(tmp_path, "auto_start_cluster: false")
+def test_ray_is_not_imported_without_an_address(request_, tmp_path):
+    argv = command_line(tmp_path, "cache", "auto_start_cluster: false")
     code = (
         "import sys; from ostro.cli.main import run_command; "
         f"sys.exit(run_command({argv}) or 'ray' in sys.modules)"
