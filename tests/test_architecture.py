@@ -47,7 +47,7 @@ OPTIONAL = {
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_TOTAL_LINES = 15_400
+MAX_TOTAL_LINES = 16_900
 LONGER_FUNCTIONS: dict[str, str] = {}  # "module.function": why it may be longer
 
 
