@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ostro.cluster import Place, find_place, visible_devices
 from ostro.errors import ConfigError, Problem
-from ostro.meeting import Meeting
+from ostro.meeting import LostRankError, Meeting
 
 Value = TypeVar("Value")
 log = logging.getLogger("ostro")
@@ -207,7 +207,11 @@ def join(
                 timeout=config.timeout,
             )
         except RuntimeError as error:
-            raise meeting.explain(error) from error
+            raise LostRankError(
+                f"all {num_ranks} processes came, but they cannot connect to each other ({error})"
+                " - set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface"
+                " that joins the hosts, as `ip addr` names it"
+            ) from error
         if place.num_local:  # as torchrun tells all that ask how many hosts there are
             os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.num_local))
     return World(picked, rank, num_ranks)
