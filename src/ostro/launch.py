@@ -61,6 +61,8 @@ class SlurmJob:
     """Processes on each machine, each with a GPU of its own unless `on_cpu`."""
     on_cpu: bool = False
     """Ask for no GPUs."""
+    num_cpus: int | None = None
+    """CPU cores for each process; None leaves it to the cluster."""
     max_restarts: int = 0
     """How often torchrun starts all processes again after a failure; 0 does without it."""
     options: Sequence[str] = ()
@@ -72,11 +74,14 @@ class SlurmJob:
         tasks = 1 if restarts else self.num_local
         asked = [f"nodes={self.num_nodes}", f"ntasks-per-node={tasks}"]
         asked += [] if self.on_cpu else [f"gpus-per-node={self.num_local}"]
+        if self.num_cpus:
+            asked += [f"cpus-per-task={self.num_cpus * self.num_local // tasks}"]
         # SIGTERM two minutes before the end of the time: the run saves, and goes on when requeued.
         asked += ["output=%x-%j.log", "open-mode=append", "requeue", "signal=TERM@120"]
         lines = ["#!/bin/bash", *(f"#SBATCH --{option}" for option in [*asked, *self.options])]
         lines += ["set -euo pipefail", 'export RUN_ID="${RUN_ID:-slurm-$SLURM_JOB_ID}"']
-        lines += ['export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"']  # srun does not ask
+        if self.num_cpus:  # srun does not take it from the job
+            lines += ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
         words = shlex.join(self.command)
         if restarts:
             first = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'

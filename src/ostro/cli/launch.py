@@ -1,7 +1,5 @@
 """`ostro launch slurm`: a run as a job of a cluster."""
 
-import os
-
 from ostro.cli.arguments import Parser, explained, load_run
 from ostro.errors import ConfigError, Problem
 from ostro.launch import SlurmJob
@@ -13,7 +11,6 @@ _OPTIONS = {
     "qos": "NAME",
     "time": "HH:MM:SS",
     "mem": "SIZE",
-    "cpus_per_task": "N",
     "job_name": "NAME",
 }
 
@@ -24,10 +21,11 @@ def launch(argv: list[str], signals: Signals) -> None:
     parser.add_argument("where", choices=["slurm"])
     parser.add_config_path()
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default 1")
-    parser.add_argument("--gpus_per_node", type=int, metavar="N", help="GPUs of each, all used")
+    parser.add_argument("--gpus_per_node", type=int, metavar="N", help="GPUs of each")
     parser.add_argument(
         "--processes_per_node", type=int, metavar="N", help="on machines without GPUs"
     )
+    parser.add_argument("--cpus_per_process", type=int, metavar="N", help="cores for each process")
     parser.add_argument(
         "--max_restarts", type=int, default=0, metavar="N",
         help="start all processes again after a failure, so often; default 0",
@@ -54,10 +52,11 @@ def launch(argv: list[str], signals: Signals) -> None:
     named = {name: getattr(options, name) for name in _OPTIONS}
     named["job_name"] = named["job_name"] or "ostro"
     job = SlurmJob(
-        ["ostro", "train", "--config_path", os.path.abspath(options.config_path), *flags],
+        ["ostro", "train", "--config_path", options.config_path, *flags],
         options.nodes,
         num_local,
         on_cpu=options.gpus_per_node is None,
+        num_cpus=options.cpus_per_process,
         max_restarts=options.max_restarts,
         options=[
             *(f"{name.replace('_', '-')}={value}" for name, value in named.items() if value),
