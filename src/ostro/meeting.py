@@ -52,17 +52,18 @@ class Meeting:
         restart wrote: rank 0 names each round anew, and the others go to the one that has them.
         """
         store, place, me = self._store, self.place, uuid.uuid4().hex
+        rank = place.rank or 0
         deadline = time.monotonic() + timeout.total_seconds()
-        if place.rank == 0:
+        if rank == 0:
             store.set("round", me)
         while True:
             with _quiet(), self._watched():
                 missing = [0]
                 if store.check(["round"]):
                     name = store.get("round").decode()
-                    keys = [f"{name}/{rank}" for rank in range(place.num_ranks)]
-                    store.set(keys[place.rank or 0], me)
-                    if place.rank == 0 and store.check(keys):
+                    keys = [f"{name}/{r}" for r in range(place.num_ranks)]
+                    store.set(keys[rank], me)
+                    if rank == 0 and store.check(keys):
                         store.set(f"{name}/all", b",".join(store.multi_get(keys)))
                     if store.check([f"{name}/all"]) and me in store.get(f"{name}/all").decode():
                         return dist.PrefixStore(name, store)
@@ -83,7 +84,8 @@ class Meeting:
 
     def explain(self, error: Exception) -> Exception:
         """`error`, or where an exchange with the others broke a `LostRankError` that says whom."""
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+        broke = isinstance(error, dist.DistError)  # NCCL's, the store's; gloo's has no class
+        if broke or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
             return LostRankError(self._who_failed(error))
         return error
 
