@@ -19,6 +19,9 @@ def main(mode: str, signals: object) -> None:
     rank = find_place(os.environ).rank
     if mode == "all_refuse" or (mode == "rank_1_refuses" and rank == 1):
         raise ConfigError("trainer.sed = 3 - is not a setting")
+    if mode == "sum":  # twice, as a program that trains twice does
+        with joined(DistributedConfig(), "cpu", False) as world:
+            world.barrier()
     with joined(DistributedConfig(), "cpu", False) as world:
         for round_number in range(1000 if mode != "sum" else 1):
             if round_number == 5 and rank == 1 and mode.startswith("rank_1"):
@@ -30,7 +33,7 @@ def main(mode: str, signals: object) -> None:
             if round_number == 5 and mode == "all_refuse_later":
                 raise ConfigError("trainer.train_batch_size = 4 - must be divisible by 3")
             total = int(world.sum(torch.tensor(world.rank + 1)))
-        print(f"rank {world.rank} of {world.num_ranks} on {world.num_hosts}: {total}", flush=True)
+        sys.stdout.write(f"rank {rank} of {world.num_ranks} on {world.num_hosts}: {total}\n")
 
 
 if __name__ == "__main__":

@@ -159,21 +159,19 @@ def joined(config: DistributedConfig, device: str, require_accelerator: bool) ->
     Raises `LostRankError` in place of the error with which an exchange breaks off.
     """
     world = join(config, device, require_accelerator)
-    meeting, failed = Meeting.current, False
+    meeting, failed = Meeting.current if world.num_ranks > 1 else None, False
     try:
         yield world
     except Exception as error:
-        failed = True
+        failed = meeting is not None
         if meeting is not None and (said := meeting.explain(error)) is not error:
             raise said from error
         raise
     finally:
         # After an error the connections stay until this process ends: the others must not be cut
-        # off, and complain, before it has said what went wrong.
-        if meeting is None or not failed:
-            Meeting.current = None
-            if dist.is_initialized():  # DeepSpeed makes a group even of one process
-                dist.destroy_process_group()
+        # off, and complain, before it has said what went wrong. DeepSpeed makes a group of one too.
+        if dist.is_initialized() and not failed:
+            dist.destroy_process_group()
 
 
 def join(
@@ -196,8 +194,9 @@ def join(
         torch.cuda.set_device(picked)
     if num_ranks > 1:
         cuda = config.backend if config.backend != "auto" else "nccl"
-        Meeting.current = meeting = Meeting(place, config.timeout)
-        store = meeting.gather(config.timeout)
+        if Meeting.current is None or Meeting.current.place != place:  # else it was here before
+            Meeting.current = Meeting(place, config.timeout)
+        store = Meeting.current.gather(config.timeout)
         try:
             dist.init_process_group(
                 f"cpu:gloo,cuda:{cuda}" if picked.type == "cuda" else "gloo",

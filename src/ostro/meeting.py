@@ -165,7 +165,8 @@ def last_words(text: str, is_lost: bool = False, environ: Mapping[str, str] = os
     if meeting is not None and rank and meeting.hears(text, patience):
         return
     shown = textwrap.indent(text.rstrip(), f"[rank{rank}]: " if rank else "")
-    print(shown, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{shown}\n")  # at once, lest another process's lines come between
+    sys.stderr.flush()
     if meeting is not None:
         meeting.tell(text, patience)
 

@@ -5,6 +5,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
 from ostro.cli.benchmark import benchmark
 from ostro.cli.export import export
 from ostro.cli.launch import launch
@@ -72,8 +74,10 @@ def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
         return 0
     except Exception as error:
         message = None if debug else _message(error)
-        if message is None and Meeting.current is None:
-            raise
+        if message is None:
+            get_error_handler().record_exception(error)  # torchrun repeats it in its last words
+            if Meeting.current is None:
+                raise
         last_words(message or traceback.format_exc(), is_lost=isinstance(error, LostRankError))
         return 1 if message is None else getattr(error, "exit_code", 2)
     return 0
