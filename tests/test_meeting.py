@@ -1,6 +1,5 @@
 """Processes meet, miss one another, and die: as launchers would start them."""
 
-import contextlib
 import os
 import re
 import socket
@@ -72,39 +71,45 @@ def test_two_processes_meet(tmp_path, launcher):
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces, joined by a cable; removed afterwards."""
-    names = [f"ostro{os.getpid()}{letter}" for letter in "ab"]
-    # Interfaces have short names, and only root may make namespaces.
-    commands = [f"ip netns add {name}" for name in names]
-    commands += [f"ip link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}"]
-    for number, name in enumerate(names, 1):
-        commands += [f"ip -n {name} addr add 10.9.0.{number}/24 dev eth0"]
-        commands += [f"ip -n {name} link set {device} up" for device in ("lo", "eth0")]
+    """Command prefixes that run in two networks, joined by a cable, which end with two sleeps."""
+    sleeps = []
     try:
+        for _ in range(2):
+            sleeps.append(subprocess.Popen(["unshare", "--net", "sleep", "180"]))
+        ids = [str(sleep.pid) for sleep in sleeps]
+        inside = [["nsenter", "--target", number, "--net"] for number in ids]
+        networks = [os.readlink("/proc/self/ns/net")] * 2
+        while os.readlink("/proc/self/ns/net") in networks:
+            if any(sleep.poll() is not None for sleep in sleeps):
+                pytest.skip("this user may not make networks")
+            networks = [os.readlink(f"/proc/{number}/ns/net") for number in ids]
+        cable = f"ip link add eth0 netns {ids[0]} type veth peer name eth0 netns {ids[1]}"
+        commands = [cable.split()]
+        for host, prefix in enumerate(inside, 1):
+            commands += [[*prefix, *f"ip addr add 10.9.0.{host}/24 dev eth0".split()]]
+            commands += [[*prefix, *f"ip link set {name} up".split()] for name in ("lo", "eth0")]
         for command in commands:
-            try:
-                subprocess.run(command.split(), check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
-        yield names
+            subprocess.run(command, check=True, capture_output=True)
+        yield inside
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no networks of our own here: {error}")
     finally:
-        for name in names:
-            with contextlib.suppress(OSError):
-                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        for sleep in sleeps:
+            sleep.kill()
+            sleep.wait()
 
 
 def test_two_hosts_meet(tmp_path, two_hosts):
     """Each in a network of its own, with one task of SLURM; the node list leads them together."""
     ranks = []
-    for rank, name in enumerate(two_hosts):
+    for rank, inside in enumerate(two_hosts):
         node = f"10.9.0.{rank + 1}"
         environ = {
             "SLURM_JOB_ID": "12345", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
             "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "10.9.0.[1-2]", "SLURMD_NODENAME": node,
             "SLURM_TASKS_PER_NODE": "1(x2)", "GLOO_SOCKET_IFNAME": "eth0",
         }  # fmt: skip
-        words = ["ip", "netns", "exec", name]
-        ranks.append(start("sum", environ, tmp_path / "out", words))
+        ranks.append(start("sum", environ, tmp_path / "out", inside))
     assert [rank.wait(90) for rank in ranks] == [0, 0], (tmp_path / "out").read_text()
     lines = sorted((tmp_path / "out").read_text().splitlines())
     assert lines == ["rank 0 of 2 on 2: 3", "rank 1 of 2 on 2: 3"]
