@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from ostro.cli.benchmark import benchmark
 from ostro.cli.export import export
 from ostro.cli.launch import launch
-from ostro.cli.native import cache, config, evaluate, sample, schedule, train
+from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, train
 from ostro.errors import ConfigError, OstroError, did_you_mean
 from ostro.meeting import LostRankError, Meeting, last_words
 from ostro.signals import Interrupted, Signals
@@ -27,6 +27,7 @@ commands:
   cache       tokenise the data of a configuration, and stop
   config      show: the resolved settings and where each came from; schema: for editors;
               translate: a configuration of nanoGPT or GPT-3 style files
+  plan        sharding: where every parameter lies on so many devices
   schedule    the learning rate, evaluations and permanent checkpoints by step
 
 `ostro <command> --help` lists what it takes. `--debug` shows tracebacks.
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "cache": cache,
     "config": config,
     "schedule": schedule,
+    "plan": plan,
 }
 
 
