@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.distributed.run import parse_args
 
+from ostro.cli.main import run_command
 from ostro.config import load
 from ostro.lm_config import TrainLmConfig
 from ostro.tracker import RunInfo, TrackerConfig
@@ -97,3 +100,36 @@ def test_field_tables_name_classes_that_exist():
     for name in names:
         module, _, attribute = name.rpartition(".")
         assert hasattr(sys.modules[module], attribute), name
+
+
+def test_the_slurm_script_is_what_its_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(DOCS.parent)
+    page = (DOCS / "cluster.md").read_text()
+    command = re.search(r"```\nostro (launch slurm [^`]*)```", page)[1]
+    assert run_command(command.replace("\\\n", " ").split()) == 0
+    assert capsys.readouterr().out.strip() == (EXAMPLES / "slurm.sh").read_text().strip()
+
+
+def test_the_kubernetes_manifest_starts_a_run_whose_pods_find_each_other():
+    service, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    assert (service["kind"], job["kind"], service["spec"]["clusterIP"]) == (
+        "Service",
+        "Job",
+        "None",
+    )
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    words = container["args"][0].replace("$JOB_COMPLETION_INDEX", "3").split()
+    assert words[:2] == ["exec", "torchrun"]
+    launcher = parse_args(words[2:])
+    assert int(launcher.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert int(launcher.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert launcher.master_addr == f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert [launcher.training_script, *launcher.training_script_args[:2]] == [
+        "ostro", "train", "--config_path"
+    ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Who am I, how do I meet the others, and on which device: the processes of a run.
 
-`torchrun` and its like say it in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT); `trainer.distributed` says it explicitly. Neither is one process.
+`trainer.distributed` says it explicitly; else the launcher does: torchrun, SLURM or MPI. Neither
+is one process.
 """
 
 import contextlib
@@ -13,17 +13,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ostro.cluster import Place, find_place, visible_devices
 from ostro.errors import ConfigError, Problem
-
-log = logging.getLogger("ostro")
+from ostro.meeting import LostRankError, Meeting
 
 Value = TypeVar("Value")
+log = logging.getLogger("ostro")
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,17 @@ class DistributedConfig:
     """How the processes of a run meet. Null is what the launcher says, else one process."""
 
     coordinator_address: str | None = None
-    """`host:port` of the first process; null takes MASTER_ADDR and MASTER_PORT."""
+    """`host:port` of the first process; null takes MASTER_ADDR and MASTER_PORT, else the first
+    node of the SLURM job."""
     num_processes: int | None = None
     """How many processes make up the run; null is what the launcher says, else one."""
     process_id: int | None = None
     """Index of this process, from 0; null is what the launcher says."""
     local_device_ids: int | list[int] | None = None
-    """Devices of this process; null splits CUDA_VISIBLE_DEVICES over the local processes."""
+    """Device of this process, counted among those it sees; null splits CUDA_VISIBLE_DEVICES over
+    the processes of the host and takes the first."""
+    timeout: timedelta = timedelta(minutes=30)
+    """How long to wait for the other processes, when they meet and in each exchange."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Library of the collectives: NCCL for CUDA devices, gloo for all others."""
 
@@ -48,8 +54,14 @@ class DistributedConfig:
             count = self.num_processes or 1
             if not 0 <= self.process_id < count:
                 yield Problem("process_id", f"must be at least 0 and below num_processes = {count}")
-        if self.coordinator_address is not None and ":" not in self.coordinator_address:
+        address = self.coordinator_address
+        if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
             yield Problem("coordinator_address", "must be host:port", "for example 10.0.0.1:29500")
+        if isinstance(self.local_device_ids, list) and len(self.local_device_ids) != 1:
+            rule = "a process drives one device"
+            yield Problem("local_device_ids", rule, "start one process for each, with its own")
+        if self.timeout <= timedelta():
+            yield Problem("timeout", "must be longer than nothing", "for example 30m")
 
 
 @dataclass(frozen=True)
@@ -210,12 +222,23 @@ def pick_device(name: str, require_accelerator: bool = False) -> torch.device:
 
 @contextlib.contextmanager
 def joined(config: DistributedConfig, device: str, require_accelerator: bool) -> Iterator[World]:
-    """Meet the other processes for the length of a `with` block; see `join`."""
+    """Meet the other processes for the length of a `with` block; see `join`.
+
+    Raises `LostRankError` in place of the error with which an exchange breaks off.
+    """
     world = join(config, device, require_accelerator)
+    meeting, failed = Meeting.current if world.num_ranks > 1 else None, False
     try:
         yield world
+    except Exception as error:
+        failed = meeting is not None
+        if meeting is not None and (said := meeting.explain(error)) is not error:
+            raise said from error
+        raise
     finally:
-        if dist.is_initialized():  # DeepSpeed makes a group even of one process
+        # After an error the connections stay until this process ends: the others must not be cut
+        # off, and complain, before it has said what went wrong. DeepSpeed makes a group of one too.
+        if dist.is_initialized() and not failed:
             dist.destroy_process_group()
 
 
@@ -226,15 +249,11 @@ def join(
     environ: Mapping[str, str] = os.environ,
 ) -> World:
     """Meet the other processes and pick this one's device: `cuda` is one GPU for each process."""
-    rank, num_ranks = _place(config, environ)
+    place = place_of(config, environ)
+    rank, num_ranks = place.rank or 0, place.num_ranks
     picked = pick_device(device, require_accelerator)
-    if picked.type == "cuda" and num_ranks > 1:
-        local = int(environ.get("LOCAL_RANK", rank % torch.cuda.device_count()))
-        if local >= torch.cuda.device_count():
-            rule = f"process {rank} would use GPU {local}; here are {torch.cuda.device_count()}"
-            advice = "start fewer processes, or use trainer.device: cpu"
-            raise ConfigError(Problem("trainer.device", rule, advice, device))
-        picked = torch.device("cuda", local)
+    if picked.type == "cuda" and (num_ranks > 1 or picked.index is None):
+        picked = torch.device("cuda", _gpu(config, place, environ))
     if config.backend == "nccl" and picked.type != "cuda":
         rule = f"nccl joins CUDA devices only, and this process uses {picked.type}"
         advice = "use auto or gloo"
@@ -243,37 +262,71 @@ def join(
         torch.cuda.set_device(picked)
     if num_ranks > 1:
         cuda = config.backend if config.backend != "auto" else "nccl"
-        address = config.coordinator_address
-        dist.init_process_group(
-            f"cpu:gloo,cuda:{cuda}" if picked.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}" if address else "env://",
-            rank=rank,
-            world_size=num_ranks,
-        )
+        if Meeting.current is None or Meeting.current.place != place:  # else it was here before
+            Meeting.current = Meeting(place, config.timeout)
+        store = Meeting.current.gather(config.timeout)
+        try:
+            dist.init_process_group(
+                f"cpu:gloo,cuda:{cuda}" if picked.type == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=num_ranks,
+                timeout=config.timeout,
+            )
+        except RuntimeError as error:
+            raise LostRankError(
+                f"all {num_ranks} processes came, but they cannot connect to each other ({error})"
+                " - set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface"
+                " that joins the hosts, as `ip addr` names it"
+            ) from error
+        if place.num_local:  # as torchrun tells all that ask how many hosts there are
+            os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.num_local))
     return World(picked, rank, num_ranks, data_rank=rank, num_data_ranks=num_ranks)
 
 
-def _place(config: DistributedConfig, environ: Mapping[str, str]) -> tuple[int, int]:
-    """Rank and number of ranks; `ConfigError` where settings and launcher disagree."""
-    launched = {"num_processes": "WORLD_SIZE", "process_id": "RANK"}
-    values, problems = {}, []
-    for name, variable in launched.items():
-        said = int(environ[variable]) if variable in environ else None
+def _gpu(config: DistributedConfig, place: Place, environ: Mapping[str, str]) -> int:
+    """Index of this process's GPU among those that torch sees."""
+    asked, count = config.local_device_ids, torch.cuda.device_count()
+    local = place.rank or 0 if place.local_rank is None else place.local_rank
+    if asked is not None:
+        index = asked[0] if isinstance(asked, list) else asked
+    elif place.local_rank is None:
+        index = local % count
+    elif place.launcher == "torchrun" or not (share := visible_devices(environ, place)):
+        index = local
+    else:
+        index = local * len(share) if count > 1 else 0  # SLURM may show each task its own alone
+        if len(share) > 1:
+            log.warning("this process has %d GPUs and drives one: start one for each", len(share))
+    if index >= count:
+        rule = f"process {place.rank} would use GPU {index}; here are {count}"
+        advice = "start fewer processes, or use trainer.device: cpu"
+        raise ConfigError(Problem("trainer.device", rule, advice, "cuda"))
+    return index
+
+
+def place_of(config: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Place:
+    """This process's place: the settings, then the launcher; `ConfigError` where they disagree."""
+    found, problems = find_place(environ), []
+    said = {"process_id": found.rank, "num_processes": found.num_ranks}
+    merged = {}
+    for (name, value), variable in zip(said.items(), found.names, strict=True):
         asked = getattr(config, name)
-        if said is not None and asked is not None and said != asked:
-            rule = f"the launcher says {variable} = {said}"
-            place = f"trainer.distributed.{name}"
-            problems.append(Problem(place, rule, "remove the setting", str(asked)))
-        values[name] = said if asked is None else asked
-    num_ranks = values["num_processes"] or 1
-    if num_ranks > 1 and values["process_id"] is None:
+        if found.launcher and None not in (value, asked) and value != asked:
+            rule = f"the launcher says {variable} = {value}"
+            setting = f"trainer.distributed.{name}"
+            problems.append(Problem(setting, rule, "remove the setting", str(asked)))
+        merged[name] = value if asked is None else asked
+    num_ranks, rank = merged["num_processes"], merged["process_id"]
+    address = config.coordinator_address or found.address
+    if num_ranks > 1 and (rank is None or (config.process_id is None and found.launcher is None)):
         rule = f"is missing, and there are num_processes = {num_ranks}"
         advice = "give each process its number from 0, or start them with torchrun"
         problems.append(Problem("trainer.distributed.process_id", rule, advice, "null"))
-    if num_ranks > 1 and not config.coordinator_address and "MASTER_ADDR" not in environ:
+    if num_ranks > 1 and address is None:
         rule = "is missing, and there is no MASTER_ADDR"
         advice = "give host:port of the first process, or start them with torchrun"
         problems.append(Problem("trainer.distributed.coordinator_address", rule, advice, "null"))
     if problems:
         raise ConfigError(problems)
-    return values["process_id"] or 0, num_ranks
+    return replace(found, rank=rank, num_ranks=num_ranks, address=address)

@@ -16,6 +16,9 @@ from difflib import get_close_matches
 class OstroError(Exception):
     """Something the user can mend. The message says what, where, and what to do."""
 
+    exit_code = 2
+    """With which a command ends that raises this."""
+
 
 class DataError(OstroError):
     """A data source, a record, a tokenizer or a token cache cannot be used."""

@@ -11,6 +11,7 @@ from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import ConfigError, Problem
 from ostro.hf import read_model
+from ostro.meeting import remembered
 from ostro.models import Gpt2Config
 from ostro.models.lm_model import LmConfig
 from ostro.optim import AdamConfig, OptimizerConfig
@@ -67,13 +68,15 @@ class TrainLmConfig:
 def choose_run_id(config: TrainLmConfig, environ: Mapping[str, str] = os.environ) -> str:
     """`trainer.id`, else RUN_ID, else the wandb tracker's id, else 8 random characters.
 
-    The random ones are drawn from the system, so two runs of one seed do not collide.
+    The random ones are drawn from the system, so two runs of one seed do not collide; a process
+    that an elastic launcher has restarted gets the first one's.
     """
     wandb_ids = [tracker.id for tracker in trackers(config) if isinstance(tracker, WandbConfig)]
     letters = string.ascii_lowercase + string.digits
-    drawn = "".join(random.SystemRandom().choices(letters, k=8))
-    given = [config.trainer.id, environ.get("RUN_ID"), *wandb_ids]
-    return next((name for name in given if name), drawn)
+    for given in (config.trainer.id, environ.get("RUN_ID"), *wandb_ids):
+        if given:
+            return given
+    return remembered("run id", "".join(random.SystemRandom().choices(letters, k=8)), environ)
 
 
 def with_hf_model(config: TrainLmConfig) -> TrainLmConfig:

@@ -8,7 +8,7 @@ import yaml
 from tiny_run import write_text
 
 from ostro.checkpoint import find_latest
-from ostro.cli.gpt3 import load_gpt3, train
+from ostro.cli.gpt3 import load_gpt3, processes, train
 from ostro.dialects import gpt3
 from ostro.errors import CheckpointError, ConfigError
 from ostro.launch import launch
@@ -138,6 +138,17 @@ def test_mistakes_are_named(folder, words, environ, parts):
         assert part in str(caught.value)
 
 
+def test_tasks_of_slurm_are_workers_or_start_them():
+    flags = gpt3.Gpt3Flags(num_nodes=4, gpus_per_node=8)
+    for per_node, total in (("8(x4)", "32"), ("1(x4)", "4")):
+        task = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": total, "SLURMD_NODENAME": "n1"}
+        nodes = {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_STEP_TASKS_PER_NODE": per_node}
+        assert processes(flags, task | nodes) == (8, 4)
+    task |= nodes | {"SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_STEP_NUM_TASKS": "8"}
+    with pytest.raises(ConfigError, match="the launcher has started 2"):
+        processes(flags, task)
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
@@ -176,3 +187,14 @@ def test_several_machines_need_an_address_and_a_number():
         launch(["src/train.py", "--num_nodes", "2"], 4, 2, {})
     assert "NODE_RANK=0 python3 src/train.py --num_nodes 2" in str(caught.value)
     assert "NODE_RANK=1" in str(caught.value)
+
+
+def test_slurm_numbers_the_machines(monkeypatch):
+    started = []
+    monkeypatch.setattr("ostro.launch.run_launcher", started.append)
+    job = {"SLURM_NODEID": "1", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[01-02]"}
+    launch(["src/train.py"], 4, 2, job)
+    launch(["src/train.py"], 4, 2, job | {"MASTER_ADDR": "10.0.0.1", "NODE_RANK": "0"})
+    first, second = started
+    assert (first.node_rank, first.master_addr, first.master_port) == (1, "n01", 61497)
+    assert (second.node_rank, second.master_addr) == (0, "10.0.0.1")

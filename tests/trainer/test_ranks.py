@@ -1,5 +1,6 @@
 """Several processes train as one does."""
 
+import os
 import signal
 import subprocess
 import time
@@ -63,6 +64,47 @@ def test_a_signal_stops_all_ranks_after_the_same_update(tmp_path):
     last = max(read_metrics(tmp_path))
     assert saved.values["step"] == last + 1
     assert f"stopped after {last + 1} of" in out
+
+
+KILLER = """
+import os
+from ostro.trainer import Trainer
+train_step = Trainer.train_step
+
+def killed(trainer, step, batch):
+    if step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), 9)
+    return train_step(trainer, step, batch)
+
+Trainer.train_step = killed
+"""
+
+
+def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_nothing_had_been(tmp_path, monkeypatch):
+    """No id is given: the launcher's workers agree on the first attempt's."""
+    (tmp_path / "killer.py").write_text(KILLER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("RUN_ID", raising=False)
+    changes = CHANGES | {"trainer": CHANGES["trainer"] | {
+        "id": None, "checkpointer": {"keep": [{"every": 5}]}}}  # fmt: skip
+    runs = []
+    for name, imports in (("whole", []), ("killed", ["killer"])):
+        config = write_config(tmp_path / name, **changes, imports=imports)
+        words = torchrun_words(2, "-m", "ostro.cli.main", "train", "--config_path", config)
+        words.insert(3, "--max_restarts=1")
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        runs.append(subprocess.Popen(words, **pipe))
+    _, out = (run.communicate(timeout=180)[0] for run in runs)
+    assert [run.returncode for run in runs] == [0, 0], out
+    (folder,) = (tmp_path / "killed" / "checkpoints").iterdir()
+    assert out.count(f"run {folder.name} on cpu") == 2, out
+    assert f"resuming from {folder}/step-5" in out
+    whole, killed = (find_latest(str(tmp_path / name)) for name in ("whole", "killed"))
+    assert killed.values["step"] == 12
+    for group in ("model", "optimizer"):
+        expected, found = whole.tensors(group), killed.tensors(group)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from ostro.cli.aliases import NATIVE
+from ostro.cluster import find_place
 from ostro.config import Loaded, encode, format_tree, help_text, load, script_folders
+from ostro.distributed import place_of
 from ostro.dry_run import describe
 from ostro.errors import ConfigError, Problem
 from ostro.lm_config import TrainLmConfig, with_hf_model
@@ -79,7 +81,7 @@ def load_run(
         search=script_folders(),
         trusted=text is None,
     )
-    for notice in loaded.notices:
+    for notice in loaded.notices if find_place(os.environ).rank == 0 else ():
         print(f"note: {notice}", file=sys.stderr)
     config = with_hf_model(loaded.config)
     if config is loaded.config:
@@ -96,7 +98,7 @@ def start_run(
     notices: Sequence[str] = (),
 ) -> None:
     """Train, or with `is_dry` say what would happen; of several processes the first one talks."""
-    talks = os.environ.get("RANK", "0") == "0"
+    talks = place_of(loaded.config.trainer.distributed).rank == 0
     for notice in notices if talks else ():
         print(f"note: {notice}", file=sys.stderr)
     if not is_dry:

@@ -10,6 +10,7 @@ import torch
 from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import explained, start_run
 from ostro.cli.nanogpt import split_native
+from ostro.cluster import find_place
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.dialects import gpt3
 from ostro.dialects.translation import Translation
@@ -37,7 +38,7 @@ def train(argv: list[str], signals: Signals, environ: Mapping[str, str] = os.env
     words = [word for word in argv if word != "--dry_run"]
     loaded, made, (num_local, num_nodes) = load_gpt3(words, environ)
     total = num_local * num_nodes
-    if "WORLD_SIZE" not in environ and total > 1 and not is_dry:
+    if total > find_place(environ).num_ranks and not is_dry:
         check_devices(loaded, num_local)
         explained(loaded, lambda: loaded.config.trainer.batch_plan(total))  # not in each worker
         launch([sys.argv[0], *argv], num_local, num_nodes, environ)
@@ -92,17 +93,21 @@ def _model_file(flags: gpt3.Gpt3Flags, search: Sequence[Path]) -> str:
 
 
 def processes(flags: gpt3.Gpt3Flags, environ: Mapping[str, str]) -> tuple[int, int]:
-    """Processes on each machine, and machines; must be what a launcher has started."""
+    """Processes on each machine, and machines; must be what a launcher has started.
+
+    One task of SLURM on each machine may still start the workers of its machine.
+    """
     num_local = 1 if flags.gpus_per_node is None else flags.gpus_per_node
     num_nodes = 1 if flags.num_nodes is None else flags.num_nodes
     for name, count in (("gpus_per_node", num_local), ("num_nodes", num_nodes)):
         if count < 1:
             raise ConfigError(Problem(name, "must be at least 1", "", str(count), f"--{name}"))
-    if "WORLD_SIZE" not in environ:
+    place = find_place(environ)
+    starts_workers = place.launcher == "SLURM" and place.num_local == 1 and num_local > 1
+    if place.launcher is None or (starts_workers and place.num_ranks == num_nodes):
         return num_local, num_nodes
-    total = int(environ["WORLD_SIZE"])
-    started_local = int(environ.get("LOCAL_WORLD_SIZE", total))
-    started = {"gpus_per_node": started_local, "num_nodes": total // started_local}
+    started_local = place.num_local or place.num_ranks
+    started = {"gpus_per_node": started_local, "num_nodes": place.num_ranks // started_local}
     problems = [
         Problem(name, f"the launcher has started {count}", "leave it out", str(asked), f"--{name}")
         for name, count in started.items()

@@ -12,6 +12,7 @@ from ostro.checkpoint import read_file
 from ostro.checkpoint.single_file import INTERRUPTED, NANOGPT
 from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import start_run
+from ostro.cluster import find_place
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.config.nodes import Mapping as Layer
 from ostro.config.nodes import from_plain
@@ -43,7 +44,7 @@ def train(argv: list[str], signals: Signals) -> None:
         return
     is_dry = "--dry_run" in argv
     loaded, made = load_nanogpt([word for word in argv if word != "--dry_run"])
-    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    num_ranks = find_place(os.environ).num_ranks
     notices = [*made.notices, *loaded.notices]
     start_run(loaded, signals, is_dry=is_dry, num_devices=num_ranks, notices=notices)
 

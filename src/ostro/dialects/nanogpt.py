@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from ostro.cluster import find_place
 from ostro.config import Loaded
 from ostro.dialects.translation import Translation, ratio
 from ostro.errors import ConfigError, Problem
@@ -175,7 +176,7 @@ def translate(
     _outputs(config, made)
     _model_and_data(config, made, saved)
     _learning_rate(config, made)
-    num_ranks = int(environ.get("WORLD_SIZE", 1))
+    num_ranks = find_place(environ).num_ranks
     steps = config.batch_size * config.gradient_accumulation_steps * num_ranks
     made.set("trainer.train_batch_size", steps, "batch_size", "gradient_accumulation_steps")
     made.set("trainer.num_train_steps", max(config.max_iters, 1), "max_iters")

@@ -1,0 +1,66 @@
+"""`ostro launch slurm`: a run as a job of a cluster."""
+
+from ostro.cli.arguments import Parser, explained, load_run
+from ostro.errors import ConfigError, Problem
+from ostro.launch import SlurmJob
+from ostro.signals import Signals
+
+_OPTIONS = {
+    "partition": "NAME",
+    "account": "NAME",
+    "qos": "NAME",
+    "time": "HH:MM:SS",
+    "mem": "SIZE",
+    "job_name": "NAME",
+}
+
+
+def launch(argv: list[str], signals: Signals) -> None:
+    """`ostro launch slurm`: submit a run to SLURM, or with `--dry_run` print the script."""
+    parser = Parser("launch", "slurm: train as a SLURM job, one process for each GPU.")
+    parser.add_argument("where", choices=["slurm"])
+    parser.add_config_path()
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default 1")
+    parser.add_argument("--gpus_per_node", type=int, metavar="N", help="GPUs of each")
+    parser.add_argument(
+        "--processes_per_node", type=int, metavar="N", help="on machines without GPUs"
+    )
+    parser.add_argument("--cpus_per_process", type=int, metavar="N", help="cores for each process")
+    parser.add_argument(
+        "--max_restarts", type=int, default=0, metavar="N",
+        help="start all processes again after a failure, so often; default 0",
+    )  # fmt: skip
+    for name, metavar in _OPTIONS.items():
+        parser.add_argument(f"--{name}", metavar=metavar, help="as sbatch has it")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="NAME=VALUE",
+        help="any other option of sbatch, may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="print the script, and stop")
+    options, flags = parser.parse(argv)
+    num_local = options.gpus_per_node or options.processes_per_node
+    if (options.gpus_per_node is None) == (options.processes_per_node is None):
+        advice = "give one of the two: --gpus_per_node 8"
+        rule = "GPUs or processes of each machine must be known"
+        raise ConfigError(Problem("--gpus_per_node, --processes_per_node", rule, advice))
+    for name in ("nodes", "gpus_per_node", "processes_per_node"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(Problem(f"--{name}", "must be at least 1", value=str(value)))
+    loaded = load_run(options.config_path, flags)
+    explained(loaded, lambda: loaded.config.trainer.batch_plan(options.nodes * num_local))
+    named = {name: getattr(options, name) for name in _OPTIONS}
+    named["job_name"] = named["job_name"] or "ostro"
+    job = SlurmJob(
+        ["ostro", "train", "--config_path", options.config_path, *flags],
+        options.nodes,
+        num_local,
+        on_cpu=options.gpus_per_node is None,
+        num_cpus=options.cpus_per_process,
+        max_restarts=options.max_restarts,
+        options=[
+            *(f"{name.replace('_', '-')}={value}" for name, value in named.items() if value),
+            *(option.removeprefix("--") for option in options.sbatch),
+        ],
+    )
+    print(job.script() if options.dry_run else job.submit())
