@@ -3,10 +3,11 @@
 import contextlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ostro.checkpoint import Saved, SavedFile
@@ -24,7 +25,7 @@ class Engine(ABC):
     and in all micro-batches. Nothing waits for the device unless a backend says so.
     """
 
-    is_collective: ClassVar[bool] = False
+    is_collective: bool = False
     """Whether all ranks together have to call the model, and to make what a checkpoint holds."""
 
     def __init__(self, state: TrainState, world: World):
@@ -77,6 +78,7 @@ class TorchEngine(Engine):
 
     def __init__(self, state: TrainState, world: World):
         super().__init__(state, world)
+        self.is_collective = any(isinstance(p, DTensor) for p in state.parameters)
         self.model: torch.nn.Module = state.model
         if world.num_ranks > 1:
             self.model = DistributedDataParallel(
@@ -128,5 +130,4 @@ class TorchEngine(Engine):
                 " its own - set trainer.deepspeed as its config.yaml does, or start a run with"
                 " another trainer.id"
             )
-        tensors = {group: saved.tensors(group) for group in ("model", "optimizer", "state")}
-        self.state.load(tensors, saved.values, str(saved))
+        self.state.load(saved)
