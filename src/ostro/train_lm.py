@@ -138,7 +138,7 @@ def build_session(
     checkpointer = trainer.checkpointer.build(
         trainer.id, run_name(config), in_folders=trainer.deepspeed is not None
     )
-    start = find_start(trainer, checkpointer)
+    start = find_start(trainer, checkpointer, world)
     if start.saved is None and config.initialize_from_hf is not None:
         log.info("starting from the weights of %s", config.initialize_from_hf)
         weights = read_weights(config.initialize_from_hf, config.model, num_tokens)
