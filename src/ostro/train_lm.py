@@ -320,14 +320,16 @@ class Session:
 
     def _report_save(self, *, wait: bool, must: bool = False) -> None:
         """Say what became of a save if that is known, or once it is."""
+        report = failure = None
         try:
             report = self.checkpointer.wait() if wait else self.checkpointer.poll()
         except CheckpointError as error:
             if must:
                 raise
-            log.error("%s; training goes on", error)
-            return
-        if report and self.world.is_first:
+            failure = error
+        if self.world.is_first and failure:  # the others say the same
+            log.error("%s; training goes on", failure)
+        if self.world.is_first and report:
             log.info("saved %s (%s, %.1f s)", report.path, report.kind, report.seconds)
 
     def _make_state(self, shards: Path) -> State:

@@ -267,6 +267,15 @@ def test_a_store_killed_while_it_moved_a_checkpoint_aside(folder):
     assert load(f"{run.folder}/step-2").values["step"] == 2
 
 
+def test_what_was_uploaded_of_one_that_never_became_complete_goes():
+    run = Run("memory://begun")
+    fs, path = fsspec.url_to_fs(run.folder)
+    fs.pipe_file(f"{path}/step-9/model.safetensors", b"half")
+    fs.pipe_file(f"{path}/notes/mine.txt", b"not a checkpoint")
+    run.step(10, force=True)
+    assert storage.names(run.folder) == ["notes", "step-10"]
+
+
 def test_a_temporary_one_of_the_same_step_as_before_the_restart_stays(folder):
     Run(folder).step(7, now=10)
     again = Run(folder)

@@ -9,8 +9,10 @@ import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_run import read_metrics, write_config
 
 from ostro.checkpoint import find_latest, load
+from ostro.cli.main import run_command
 from ostro.errors import CheckpointError
 
 pytestmark = pytest.mark.dist
@@ -133,3 +135,15 @@ def test_of_an_older_format_nothing_is_asked(saved, tmp_path):
         load(str(saved[0] / "mappings/plain/step-4")).tensors("model")["up.bias"],
         load(str(saved[0] / "mappings/fsdp2/step-4")).tensors("model")["up.bias"],
     )
+
+
+def test_a_run_goes_on_from_what_it_left_on_s3(s3, tmp_path, capsys):
+    path = write_config(tmp_path, trainer={"checkpointer": {"base_path": f"{s3}/${{run_id}}"}})
+    for num_steps in ("4", "8"):
+        steps = ["--trainer.num_train_steps", num_steps, "--optimizer.schedule_steps", "8"]
+        assert run_command(["train", "--config_path", str(path), *steps]) == 0
+    assert f"resuming from {s3}/tiny/step-3" in capsys.readouterr().out
+    alone = tmp_path / "alone"
+    steps = ["--trainer.num_train_steps", "8", "--optimizer.schedule_steps", "8"]
+    assert run_command(["train", "--config_path", str(write_config(alone)), *steps]) == 0
+    assert read_metrics(tmp_path) == read_metrics(alone)

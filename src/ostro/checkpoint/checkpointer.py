@@ -149,7 +149,8 @@ class Checkpointer:
 
     def join(self) -> None:
         """Save together with the other ranks from now on; all of them call it."""
-        self.group = dist.new_group(backend="gloo")
+        # The fastest writer waits for the slowest. That a rank is gone is seen at once.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     def due(
         self,
