@@ -52,6 +52,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
+        self.one = DeviceMesh("cpu", [0])
         self.two = DeviceMesh("cpu", [0, 1])
         self.four = init_device_mesh("cpu", (4,))
         self.square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
@@ -59,6 +60,7 @@ class Ranks:
         self.mappings = {
             "plain": (1, None, lambda model: None),
             "replicated": (4, groups[4], lambda model: None),
+            "fsdp1": (1, None, lambda model: fully_shard(model, mesh=self.one)),
             "fsdp2": (2, groups[2], lambda model: fully_shard(model, mesh=self.two)),
             "fsdp4": (4, groups[4], lambda model: fully_shard(model, mesh=self.four)),
             "hsdp": (4, groups[4], lambda model: fully_shard(model, mesh=self.square)),

@@ -17,7 +17,7 @@ from ostro.errors import CheckpointError
 
 pytestmark = pytest.mark.dist
 
-MAPPINGS = ["plain", "replicated", "fsdp2", "fsdp4", "hsdp", "tensor", "fsdp x tensor"]
+MAPPINGS = ["plain", "replicated", "fsdp1", "fsdp2", "fsdp4", "hsdp", "tensor", "fsdp x tensor"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,8 @@ def files(folder, mapping):
 
 
 def test_one_file_for_each_rank_that_holds_something(saved):
-    assert files(saved[0], "plain") == files(saved[0], "replicated") == ["model.safetensors"]
+    for mapping in ("plain", "replicated", "fsdp1"):
+        assert files(saved[0], mapping) == ["model.safetensors"]
     assert files(saved[0], "hsdp") == files(saved[0], "fsdp2")
     four = [f"model-0000{rank}-of-00004.safetensors" for rank in range(4)]
     assert files(saved[0], "fsdp4") == files(saved[0], "tensor") == four

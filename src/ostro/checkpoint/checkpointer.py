@@ -142,7 +142,8 @@ class Checkpointer:
         self._config, self._policy, self._store = config, config.policy, store
         self._clock = clock
         self._last_save = clock()
-        self._under_way: Future[SaveReport] | None = None
+        self._under_way: Future[tuple[str, int]] | None = None
+        self._begun: tuple[int, Kind, float] = (0, "temporary", 0.0)  # its step, kind, and seconds
         on_cuda = torch.cuda.is_available()
         pins = StagingOptions(on_cuda, False, False, on_cuda)  # no shared memory, no other thread
         self._stager = DefaultStager(pins)  # keeps its buffers
@@ -202,14 +203,11 @@ class Checkpointer:
         is_async = self._config.async_save and not state.folders
         if is_async:
             state = replace(state, tensors=self._stager.stage(dict(state.tensors)))
-        waited = time.perf_counter() - start
         self._under_way = future = Future()
 
         def write() -> None:
             try:
-                path, size = self._store.save(state, step, due.kind, due.best, self.group)
-                seconds = waited if is_async else time.perf_counter() - start
-                future.set_result(SaveReport(path, step, due.kind, seconds, size))
+                future.set_result(self._store.save(state, step, due.kind, due.best, self.group))
             except BaseException as error:
                 future.set_exception(error)
 
@@ -217,6 +215,7 @@ class Checkpointer:
             threading.Thread(target=write, name="checkpoint", daemon=True).start()
         else:
             write()
+        self._begun = (step, due.kind, time.perf_counter() - start)
 
     def poll(self) -> SaveReport | None:
         """The save that was under way if it has ended since; raises `CheckpointError` if it failed.
@@ -229,9 +228,11 @@ class Checkpointer:
         """The same, once the save under way has ended; None where there is none."""
         if self._under_way is None:
             return None
+        start = time.perf_counter()
         try:
-            report = self._under_way.result()
+            path, size = self._under_way.result()
         finally:
             self._under_way = None
-        self.last = report
-        return report
+        step, kind, seconds = self._begun
+        self.last = SaveReport(path, step, kind, seconds + time.perf_counter() - start, size)
+        return self.last

@@ -130,4 +130,11 @@ class TorchEngine(Engine):
                 " its own - set trainer.deepspeed as its config.yaml does, or start a run with"
                 " another trainer.id"
             )
-        self.state.load(saved)
+        fault = None
+        try:
+            self.state.load(saved)
+        except CheckpointError as error:
+            fault = error
+        for error in self.world.gather(fault):  # of any rank, on all of them
+            if error is not None:
+                raise error
