@@ -8,6 +8,7 @@ Prints one line for each thing that held.
 import errno
 import logging
 import os
+import re
 import sys
 from functools import partial
 
@@ -187,32 +188,54 @@ def every_mapping_loads_every_other(ranks: Ranks, folder: str) -> None:
             say(f"{saver} -> {loader}")
 
 
-def a_full_disk_fails_the_save_on_all(ranks: Ranks, folder: str) -> None:
+def what_fails_on_one_rank_fails_on_all(ranks: Ranks, folder: str) -> None:
     state, (_, group, _) = ranks.state("fsdp4"), ranks.mappings["fsdp4"]
     save = partial(write, folder, is_temporary=False, group=group)
     save(State(state.tensors(), state.values()), step=4)
-    real = store._write_file
 
     def full_disk(url, content):
-        if ranks.rank == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(url, content)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    for step in (4, 7):
-        store._write_file = full_disk
-        try:
-            save(State(state.tensors(), {"step": 99}), step=step)
-        except CheckpointError as error:
-            assert f"step-{step} - rank 2: the disk is full" in str(error), error
-        else:
-            raise AssertionError("no error")
-        finally:
-            store._write_file = real
-        dist.barrier()
-        assert storage.names(folder) == ["step-4"], storage.names(folder)
-        assert load(f"{folder}/step-4").values["step"] == 1
-        dist.barrier()
+    faults = [
+        (2, store, "_write_file", full_disk, "rank 2: the disk is full"),
+        (0, store, "_write_file", full_disk, "rank 0: the disk is full"),
+        (1, storage, "is_folder", lambda url: False, "rank 1: cannot be .* share one disk"),
+        (0, storage, "move", lambda *_: 1 / 0, "rank 0: cannot be written: division by zero"),
+    ]  # fmt: skip
+    for rank, module, name, fault, message in faults:
+        for step in (4, 7):
+            real = getattr(module, name)
+            if ranks.rank == rank:
+                setattr(module, name, fault)
+            fails(message, save, State(state.tensors(), {"step": 99}), step=step)
+            setattr(module, name, real)
+            assert storage.names(folder) == ["step-4"], storage.names(folder)
+            assert load(f"{folder}/step-4").values["step"] == 1
+            dist.barrier()
     say("failed")
+
+
+def fails(message: str, act, *args, **kwargs) -> None:
+    try:
+        act(*args, **kwargs)
+    except CheckpointError as error:
+        assert re.search(message, str(error)), error
+    else:
+        raise AssertionError("no error")
+    dist.barrier()
+
+
+def a_file_that_cannot_be_written_fails_on_all(ranks: Ranks, folder: str) -> None:
+    if ranks.rank == 0:
+        open(folder, "w").close()
+    dist.barrier()
+    state = ranks.state("fsdp4")
+    checkpointer = CheckpointerConfig(f"{folder}/.", format="file").build("me", "me")
+    checkpointer.join()
+    due = checkpointer.due(5, interrupted=True)
+    checkpointer.save(5, due, lambda: State(state.tensors(), state.values()))
+    fails("step_5.pt - cannot be written", checkpointer.wait)
+    say("failed to write a file")
 
 
 def training_goes_on_while_it_is_saved(ranks: Ranks, folder: str, mapping: str, form: str) -> None:
@@ -234,9 +257,12 @@ def training_goes_on_while_it_is_saved(ranks: Ranks, folder: str, mapping: str, 
         assert not differences(found, expected), number
         expected = full(state.tensors())
         dist.barrier()
-    again = ranks.state("fsdp x tensor")
-    again.load(saved)
-    assert again.step == 2
+    again = ranks.state("fsdp2")
+    if again is not None:
+        again.load(saved)
+        whole_again = full(again.tensors())
+        assert not differences(whole_again, {g: saved.tensors(g) for g in whole_again})
+        assert again.step == 2
     if form == "folder":  # what was superseded is gone
         assert storage.names(checkpointer.folder) == ["step-6"]
     else:
@@ -267,7 +293,8 @@ def work(rank: int, folder: str, url: str) -> None:
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # what is slow in it
     ranks = Ranks()
     every_mapping_loads_every_other(ranks, f"{folder}/mappings")
-    a_full_disk_fails_the_save_on_all(ranks, f"{folder}/full")
+    what_fails_on_one_rank_fails_on_all(ranks, f"{folder}/full")
+    a_file_that_cannot_be_written_fails_on_all(ranks, f"{folder}/in-the-way")
     damage_that_one_rank_sees_makes_all_take_an_older_one(ranks, f"{folder}/damage")
     training_goes_on_while_it_is_saved(ranks, f"{folder}/local", "fsdp4", "folder")
     training_goes_on_while_it_is_saved(ranks, f"{folder}/file", "fsdp4", "file")

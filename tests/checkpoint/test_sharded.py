@@ -63,8 +63,8 @@ def test_every_mapping_loads_what_another_saved(saved, saver):
 
 
 @pytest.mark.parametrize(
-    "what", ["failed", "damage", "went on fsdp4 folder", "went on fsdp4 file",
-             "went on fsdp x tensor folder"],
+    "what", ["failed", "failed to write a file", "damage", "went on fsdp4 folder",
+             "went on fsdp4 file", "went on fsdp x tensor folder"],
 )  # fmt: skip
 def test_on_all_four_ranks(saved, what):
     assert f"{what}\n" in saved[1]
