@@ -58,7 +58,10 @@ class Engine(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint, by group; the weights are `model`."""
+        """The tensors of a checkpoint, by group; the weights are `model`.
+
+        What is split over ranks is a DTensor; all else is taken from the first rank that has it.
+        """
 
     def values(self) -> dict[str, Any]:
         """The numbers of a checkpoint that are not tensors."""

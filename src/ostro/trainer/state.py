@@ -104,13 +104,9 @@ class TrainState:
 
     def load(self, saved: Saved | SavedFile) -> None:
         """Take over the state of a checkpoint; `CheckpointError` when it does not fit."""
-        named = dict(self.model.named_parameters())
-        own = {
-            "model": {name: parameter.detach() for name, parameter in named.items()},
-            "optimizer": optimizer_tensors(self.optimizer, named),
-        }
-        for what, target in own.items():
-            _copy(saved.stored(what), target, str(saved), what)
+        own = self.tensors()
+        for what in ("model", "optimizer"):
+            _copy(saved.stored(what), own[what], str(saved), what)
         state = saved.tensors("state")
         for prefix, guard in self._guards().items():
             own = {
