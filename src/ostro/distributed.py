@@ -77,6 +77,14 @@ class World:
     """Index of this process, from 0."""
     num_ranks: int = 1
     """Number of processes; each drives one device."""
+    data_rank: int = 0
+    """Which part of every batch is this process's."""
+    num_data_ranks: int = 1
+    """Into how many parts a batch is cut; fewer than processes where these share examples."""
+    context_rank: int = 0
+    """Which part of its sequences is this process's."""
+    batch_group: dist.ProcessGroup | None = None
+    """The processes that together have every token of a batch once; None is all."""
 
     @property
     def num_hosts(self) -> int:
@@ -89,6 +97,12 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over the ranks that have different tokens, in place."""
+        if self.num_ranks > 1:
+            dist.all_reduce(tensor, group=self.batch_group)
+        return tensor
+
+    def sum_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, in place."""
         if self.num_ranks > 1:
             dist.all_reduce(tensor)
@@ -98,7 +112,7 @@ class World:
         """Whether the flag is set on any rank. The hosts wait for each other, not for devices."""
         if self.num_ranks == 1:
             return flag
-        return bool(self.sum(torch.tensor(int(flag))))
+        return bool(self.sum_all(torch.tensor(int(flag))))
 
     def from_first(self, value: Value) -> Value:
         """The first rank's value, on all ranks."""
@@ -185,7 +199,7 @@ def join(
             rank=rank,
             world_size=num_ranks,
         )
-    return World(picked, rank, num_ranks)
+    return World(picked, rank, num_ranks, data_rank=rank, num_data_ranks=num_ranks)
 
 
 def _place(config: DistributedConfig, environ: Mapping[str, str]) -> tuple[int, int]:

@@ -9,8 +9,10 @@ from ostro.checkpoint import State, checkpoint_bytes, disk_bytes
 from ostro.config import dump_yaml
 from ostro.errors import ConfigError, Problem
 from ostro.lm_config import TrainLmConfig
+from ostro.models.lm_model import LmModel
 from ostro.nn import axes_of
 from ostro.optim import Schedule, optimizer_tensors
+from ostro.parallel.plan import ParameterPlan, plan_sharding, table
 from ostro.units import format_bytes, format_count
 
 
@@ -31,13 +33,14 @@ def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
     yield f"steps: {num_steps}"
     yield f"tokens to be seen: {tokens} ({format_count(tokens)})"
     num_tokens = _num_tokens(config)
-    with torch.device("meta"):
-        model = config.model.build(num_tokens)
-        model.to(getattr(torch, config.trainer.mp.params))
+    model = _model(config, num_tokens)
+    own = sum(p.local_size for p in _plans(config, model, num_devices).values())
     parameters = dict(model.named_parameters())
     count = sum(p.numel() for p in parameters.values())
     yield f"vocabulary: {num_tokens}"
     yield f"parameters: {count} ({format_count(count)})"
+    if num_devices > 1:
+        yield f"parameters on each device: {own} ({format_count(own)})"
     flops = 3 * config.model.flops_per_token(num_tokens) * tokens
     yield f"operations: {flops:.3g}"
     axes = axes_of(model)
@@ -61,6 +64,30 @@ def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
         yield f"warning: {warning}"
     yield "learning rate:"
     yield from draw(schedule, num_steps)
+
+
+def describe_sharding(config: TrainLmConfig, num_devices: int) -> Iterator[str]:
+    """Lines that say how the devices are laid out and where each parameter lies."""
+    trainer, model = config.trainer, _model(config, _num_tokens(config))
+    plans = _plans(config, model, num_devices)
+    for warning in trainer.axis_mapping().warnings:
+        yield f"warning: {warning}"
+    yield f"mesh of {num_devices} devices: {trainer.mesh_sizes(num_devices)}"
+    yield from table(plans, getattr(torch, trainer.mp.params).itemsize)
+
+
+def _model(config: TrainLmConfig, num_tokens: int) -> LmModel:
+    """The model without its weights."""
+    with torch.device("meta"):
+        model = config.model.build(num_tokens)
+    model.to(getattr(torch, config.trainer.mp.params))
+    return model
+
+
+def _plans(config: TrainLmConfig, model: LmModel, num_devices: int) -> dict[str, ParameterPlan]:
+    axes, trainer = axes_of(model), config.trainer
+    parameters = {name: (tuple(p.shape), axes[name]) for name, p in model.named_parameters()}
+    return plan_sharding(parameters, trainer.axis_mapping(), trainer.mesh_sizes(num_devices))
 
 
 def _num_tokens(config: TrainLmConfig) -> int:

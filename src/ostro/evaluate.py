@@ -82,12 +82,13 @@ def evaluate(
     with inference(model):
         for name, data in sets.items():
             total, losses = Totals(), []
-            ranks = {"rank": world.rank, "num_ranks": world.num_ranks}
+            ranks = {"rank": world.data_rank, "num_ranks": world.num_data_ranks}
             for batch in data.batches(batch_size, max_batches, **ranks):
                 poll()
                 predicted = batch.targets[batch.targets >= 0]
-                total.num_tokens += predicted.numel()
-                total.num_bytes += int(bytes_of[predicted].sum())
+                if world.context_rank == 0:  # the others see the same tokens
+                    total.num_tokens += predicted.numel()
+                    total.num_bytes += int(bytes_of[predicted].sum())
                 batch = batch.to(world.device)
                 losses.append(model(batch.tokens, batch.targets, segments=batch.segments))
             if losses:

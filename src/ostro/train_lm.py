@@ -33,6 +33,7 @@ from ostro.lm_config import (
     vocab_size,
     with_hf_model,
 )
+from ostro.parallel import Mesh
 from ostro.run_log import logging_to
 from ostro.sample import complete_all
 from ostro.signals import Interrupted, Signals
@@ -53,6 +54,7 @@ from ostro.trainer import (
     build_state,
     choose_engine,
     find_start,
+    lay_out,
     restore,
 )
 from ostro.trainer.state import load_weights
@@ -90,13 +92,14 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
         config = replace_trainer(config, id=run_id)
         check(config)  # the id may come from the environment
         plan = config.trainer.batch_plan(world.num_ranks)
+        world, mesh = lay_out(config.trainer, world)
         if world.device.type == "cpu":
             keep_freed_memory()
         log_dir = run_folder(config.trainer.log_dir, run_id)
         paths = RunPaths(log_dir, log_dir / config.trainer.log_file)
         with logging_to(paths.log if world.is_first else None, config.trainer.log_level):
-            log.info("run %s on %s%s", run_id, world.device, _of(world))
-            session = build_session(config, plan, world, paths, signals or Signals())
+            log.info("run %s on %s%s", run_id, world.device, _of(world, mesh))
+            session = build_session(config, plan, world, mesh, paths, signals or Signals())
             start, first_step = time.perf_counter(), session.state.step
             try:
                 session.tracker.log_summary(_summary(session.state, world, session.throughput))
@@ -115,10 +118,15 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
 
 
 def build_session(
-    config: TrainLmConfig, plan: BatchPlan, world: World, paths: RunPaths, signals: Signals
+    config: TrainLmConfig,
+    plan: BatchPlan,
+    world: World,
+    mesh: Mesh | None,
+    paths: RunPaths,
+    signals: Signals,
 ) -> "Session":
     """Everything a run needs, resumed where there is something to resume from."""
-    make_engine = choose_engine(config.trainer, config.optimizer, plan, world)
+    make_engine = choose_engine(config.trainer, config.optimizer, plan, world, mesh)
     tokenizer = config.data.build_tokenizer()
     data = build_data(config, tokenizer)
     config = _with_epochs(config, plan, data)
@@ -127,7 +135,7 @@ def build_session(
 
     num_tokens = vocab_size(config, tokenizer)
     trainer = config.trainer
-    state = build_state(config.model, config.optimizer, trainer, num_tokens, world.device)
+    state = build_state(config.model, config.optimizer, trainer, num_tokens, world.device, mesh)
     throughput = Throughput(
         config.model.seq_len,
         config.model.flops_per_token(num_tokens),
@@ -235,8 +243,9 @@ class Session:
         loader = Loader(
             self.data.train,
             self.plan.schedule,
-            rank=self.world.rank,
-            num_ranks=self.world.num_ranks,
+            rank=self.world.data_rank,
+            num_ranks=self.world.num_data_ranks,
+            interleaved=trainer.deterministic_reduction,
         )
         batches = loader.batches(first_step, num_steps)
         try:
@@ -365,8 +374,9 @@ def _summary(state: TrainState, world: World, throughput: Throughput) -> dict[st
     }
 
 
-def _of(world: World) -> str:
-    return "" if world.num_ranks == 1 else f", one of {world.num_ranks} processes"
+def _of(world: World, mesh: Mesh | None) -> str:
+    laid_out = "" if mesh is None else f" ({mesh.sizes})"
+    return "" if world.num_ranks == 1 else f", one of {world.num_ranks} processes{laid_out}"
 
 
 def _announce(

@@ -81,8 +81,7 @@ class Ranks:
         torch.manual_seed(0)
         model = Model()
         place(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
-        state = TrainState(model, optimizer, seed=0, device=torch.device("cpu"))
+        state = state_of(model)
         update(state)
         return state
 
@@ -97,8 +96,18 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
         setattr(owner, name.rpartition(".")[2], nn.Parameter(sharded))
 
 
+def state_of(model: nn.Module) -> TrainState:
+    """As a run has it: the optimizer works on the parts that this rank holds."""
+    parameters = {
+        name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p
+        for name, p in model.named_parameters()
+    }
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    return TrainState(model, parameters, optimizer, seed=0, device=torch.device("cpu"))
+
+
 def update(state: TrainState) -> None:
-    for parameter in state.parameters:
+    for parameter in state.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
     state.step += 1
@@ -138,13 +147,12 @@ def reference() -> TrainState:
     """What all mappings hold: five updates with random gradients, so that no two values agree."""
     torch.manual_seed(0)
     model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    state = state_of(model)
     for seed in range(5):
         torch.manual_seed(seed)
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-    state = TrainState(model, optimizer, seed=0, device=torch.device("cpu"))
+        state.optimizer.step()
     state.step = 5
     return state
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ostro.nn import Embedding, LayerNorm, Linear, RMSNorm, causal_attention, initialize
-from ostro.nn.attention import segment_mask
+from ostro.nn import Embedding, LayerNorm, Linear, RMSNorm, initialize
+from ostro.nn.attention import causal_attention, segment_mask
 from ostro.nn.linear import row_blocks
 from ostro.nn.rotary import DefaultRotaryConfig, apply_rotary
 

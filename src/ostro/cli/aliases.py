@@ -27,6 +27,8 @@ NATIVE = (
     Alias("trainer.eval_per_device_parallelism", "trainer.per_device_eval_parallelism"),
     Alias("trainer.wandb", "trainer.tracker", entry_type="wandb"),
     Alias("trainer.tracker.save_xla_dumps", "trainer.tracker.save_compile_dumps"),
+    Alias("trainer.replica_ici_axis_size", "trainer.replica_axis_size"),
+    Alias("trainer.replica_dcn_axis_size", "trainer.replica_axis_size"),
     *(Alias(f"trainer.{name}", f"optimizer.{name}") for name in _OPTIMIZER),
     Alias("trainer.warmup_ratio", "optimizer.warmup", convert=_fraction),
     Alias("optimizer.warmup_ratio", "optimizer.warmup", convert=_fraction),

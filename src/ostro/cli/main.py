@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ostro.cli.benchmark import benchmark
 from ostro.cli.export import export
-from ostro.cli.native import cache, config, evaluate, sample, schedule, train
+from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, train
 from ostro.errors import ConfigError, OstroError, did_you_mean
 from ostro.signals import Interrupted, Signals
 
@@ -21,6 +21,7 @@ commands:
   cache       tokenise the data of a configuration, and stop
   config      show: the resolved settings and where each came from; schema: for editors;
               translate: a configuration of nanoGPT or GPT-3 style files
+  plan        sharding: where every parameter lies on so many devices
   schedule    the learning rate, evaluations and permanent checkpoints by step
 
 `ostro <command> --help` lists what it takes. `--debug` shows tracebacks.
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "cache": cache,
     "config": config,
     "schedule": schedule,
+    "plan": plan,
 }
 
 

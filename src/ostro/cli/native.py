@@ -1,16 +1,17 @@
 """The commands of `ostro`: each turns its words into a configuration and calls one function."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, SavedFile, find_latest
-from ostro.cli.arguments import Parser, load_run, start_run, unexpected
+from ostro.cli.arguments import Parser, explained, load_run, start_run, unexpected
 from ostro.cli.translate import translate
 from ostro.config import format_tree, json_schema, load
 from ostro.distributed import World, pick_device
-from ostro.dry_run import draw
+from ostro.dry_run import describe_sharding, draw
 from ostro.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.evaluate import evaluate as evaluate_sets
 from ostro.inference import load_model, load_tokenizer
@@ -28,7 +29,8 @@ def train(argv: list[str], signals: Signals) -> None:
     parser.add_argument("--dry_run", action="store_true", help="say what would happen, and stop")
     options, flags = parser.parse(argv)
     loaded = load_run(options.config_path, flags)
-    start_run(loaded, signals, is_dry=options.dry_run)
+    num_devices = int(os.environ.get("WORLD_SIZE", loaded.config.trainer.min_devices))
+    start_run(loaded, signals, is_dry=options.dry_run, num_devices=num_devices)
 
 
 def cache(argv: list[str], signals: Signals) -> None:
@@ -92,6 +94,19 @@ def schedule(argv: list[str], signals: Signals) -> None:
     print("\n".join(draw(rate, num_steps)))
     print(f"evaluate after steps: {_short(evaluate_at)}")
     print(f"permanent checkpoints after steps: {_short(keep)}")
+
+
+def plan(argv: list[str], signals: Signals) -> None:
+    """`ostro plan sharding`: where every parameter would lie."""
+    parser = Parser("plan", "Print where each parameter lies, without starting processes.")
+    parser.add_argument("what", choices=["sharding"])
+    parser.add_config_path()
+    parser.add_argument("--devices", type=int, metavar="N", help="devices of the run")
+    options, flags = parser.parse(argv)
+    loaded = load_run(options.config_path, flags)
+    num_devices = options.devices or loaded.config.trainer.min_devices
+    for line in explained(loaded, lambda: list(describe_sharding(loaded.config, num_devices))):
+        print(line)
 
 
 def _steps(text: str | None, num_steps: int) -> list[int]:
@@ -168,7 +183,7 @@ def evaluate(argv: list[str], signals: Signals) -> None:
     metrics = evaluate_sets(
         model,
         data.validation,
-        batch_size=config.trainer.batch_plan(1).eval_batch_size,
+        batch_size=config.trainer.batch_plan(config.trainer.min_devices).eval_batch_size,
         token_bytes=tokenizer.token_bytes(),
         world=World(device),
         max_batches=config.trainer.max_eval_batches,

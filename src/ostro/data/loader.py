@@ -17,21 +17,34 @@ class Loader:
     """Batches of a training run. It holds no position: a batch depends on its step alone."""
 
     def __init__(
-        self, data: TrainData, schedule: BatchSchedule, *, rank: int = 0, num_ranks: int = 1
+        self,
+        data: TrainData,
+        schedule: BatchSchedule,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        interleaved: bool = False,
     ):
-        """Raises `ConfigError` when the mixture does not fit the schedule."""
+        """`interleaved`: this rank has rows rank, rank + num_ranks, ... instead of its block.
+
+        Raises `ConfigError` when the mixture does not fit the schedule.
+        """
         assert 0 <= rank < num_ranks, "rank out of range"
         assert all(size % num_ranks == 0 for _, size in schedule.stages), "uneven batches"
         data.mixture(schedule)
         self._data, self._schedule = data, schedule
-        self._rank, self._num_ranks = rank, num_ranks
+        self._rank, self._num_ranks, self._interleaved = rank, num_ranks, interleaved
         self._pin = torch.cuda.is_available()
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the batch of a step: the rank-th of `num_ranks` equal parts."""
-        rows = self._schedule.size(step) // self._num_ranks
-        first = self._schedule.offset(step) + self._rank * rows
-        batch = self._data.get(first, rows, self._schedule)
+        offset, size = self._schedule.offset(step), self._schedule.size(step)
+        if self._interleaved:
+            whole = self._data.get(offset, size, self._schedule)
+            batch = whole.rows(self._rank, size, self._num_ranks)
+        else:
+            rows = size // self._num_ranks
+            batch = self._data.get(offset + self._rank * rows, rows, self._schedule)
         if not self._pin:
             return batch
         segments = None if batch.segments is None else batch.segments.pin_memory()

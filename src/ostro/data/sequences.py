@@ -27,10 +27,11 @@ class Batch:
     segments: torch.Tensor | None = None
     """(batch, position) int32, one value a document; None when attention crosses documents."""
 
-    def rows(self, start: int, stop: int) -> "Batch":
-        """The batch of rows start..stop-1."""
-        segments = None if self.segments is None else self.segments[start:stop]
-        return Batch(self.tokens[start:stop], self.targets[start:stop], segments)
+    def rows(self, start: int, stop: int, step: int = 1) -> "Batch":
+        """The batch of every `step`-th of the rows start..stop-1."""
+        part = slice(start, stop, step)
+        segments = None if self.segments is None else self.segments[part]
+        return Batch(self.tokens[part], self.targets[part], segments)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; a copy from pinned memory does not make the host wait."""

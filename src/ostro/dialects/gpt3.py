@@ -191,6 +191,7 @@ _ALWAYS = {
     "trainer.checkpointer.format": "file",
     "trainer.checkpointer.save_interval": None,
     "trainer.log_file": "training.log",
+    "trainer.fsdp_axis": None,  # DistributedDataParallel
     "model.type": "gpt2",
     "optimizer.type": "adam",
     "optimizer.lr_schedule": "cosine",

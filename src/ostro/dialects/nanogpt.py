@@ -149,6 +149,7 @@ _ALWAYS = {
     "model.type": "gpt2",
     "model.activation_function": "gelu",
     "model.gradient_checkpointing": False,
+    "trainer.fsdp_axis": None,  # DistributedDataParallel
     "optimizer.type": "adam",
     "optimizer.warmup_offset": 1,
     "optimizer.decay_mask": "all_2d",

@@ -19,12 +19,12 @@ from ostro.models.lm_model import (
     size_problems,
 )
 from ostro.nn import (
+    CausalAttention,
     Embedding,
     KeyValueCache,
     LayerNorm,
     Linear,
     TiedGradient,
-    causal_attention,
 )
 from ostro.nn.attention import segment_mask
 
@@ -122,19 +122,20 @@ class Gpt2Model(LmModel):
         tokens: Tensor,
         *,
         segments: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         tie: TiedGradient | None = None,
     ) -> Tensor:
         """See `LmModel.hidden`."""
         num_tokens = tokens.shape[1]
-        if cache is None:
+        mask = None if segments is None else segment_mask(segments, positions)
+        if cache is not None:
+            positions = cache.positions(num_tokens, tokens.device)
+        elif positions is None:
             assert num_tokens <= self.config.seq_len, "more tokens than learned positions"
             positions = torch.arange(num_tokens, device=tokens.device)
-        else:
-            positions = cache.positions(num_tokens, tokens.device)
         x = self.token_embedding(tokens, tie) + self.position_embedding(positions)
         x = F.dropout(x.to(self.compute_dtype), self.config.embed_pdrop, self.training)
-        mask = None if segments is None else segment_mask(segments)
         recompute = self.config.gradient_checkpointing and cache is None
         for block in self.blocks:
             x = run_block(block, recompute, x, mask, cache)
@@ -150,39 +151,22 @@ class Gpt2Attention(nn.Module):
 
     def __init__(self, config: Gpt2Config, layer: int):
         super().__init__()
-        self.layer = layer
-        self.num_heads = config.num_heads
-        self.dropout = config.attn_pdrop
-        self.upcast = config.upcast_attn
-        head_size = config.hidden_dim // config.num_heads
-        self.scale = head_size**-0.5
+        embed, width, std = (EMBED, config.hidden_dim), config.hidden_dim, config.initializer_range
+        self.head_size = config.hidden_dim // config.num_heads
+        scale = self.head_size**-0.5
         if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer + 1
-        embed, heads, std = config.hidden_dim, config.num_heads, config.initializer_range
-        self.qkv = Linear(
-            (EMBED, embed), (HEADS, 3 * heads * head_size), config.use_bias, deviation=std
+            scale /= layer + 1
+        self.attend = CausalAttention(
+            layer, scale=scale, dropout=config.attn_pdrop, upcast=config.upcast_attn
         )
-        self.out = Linear(
-            (HEADS, heads * head_size),
-            (EMBED, embed),
-            config.use_bias,
-            deviation=std / (2 * config.num_layers) ** 0.5,
-        )
+        back = std / (2 * config.num_layers) ** 0.5
+        bias, heads = config.use_bias, config.num_heads
+        self.qkv = Linear(embed, (HEADS, 3 * width), bias, deviation=std, num_heads=heads)
+        self.out = Linear((HEADS, width), embed, bias, deviation=back, num_heads=heads)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         """(batch, position, embed) -> the same."""
         batch, position, _ = x.shape
-        qkv = self.qkv(x).view(batch, position, self.num_heads, 3, -1)
+        qkv = self.qkv(x).view(batch, position, -1, 3, self.head_size)
         query, key, value = qkv.permute(3, 0, 2, 1, 4)  # (batch, heads, position, head_size)
-        if cache is not None:
-            key, value, mask = cache.update(self.layer, key, value)
-        attended = causal_attention(
-            query,
-            key,
-            value,
-            scale=self.scale,
-            mask=mask,
-            dropout=self.dropout if self.training else 0.0,
-            upcast=self.upcast,
-        )
-        return self.out(attended.transpose(1, 2).reshape(batch, position, -1))
+        return self.out(self.attend(query, key, value, mask, cache))

@@ -18,6 +18,7 @@ from ostro.models.lm_model import (
     size_problems,
 )
 from ostro.nn import (
+    CausalAttention,
     Embedding,
     KeyValueCache,
     Linear,
@@ -25,7 +26,6 @@ from ostro.nn import (
     RotaryConfig,
     TiedGradient,
     apply_rotary,
-    causal_attention,
 )
 from ostro.nn.attention import segment_mask
 from ostro.nn.rotary import DefaultRotaryConfig
@@ -139,22 +139,24 @@ class LlamaModel(LmModel):
         tokens: Tensor,
         *,
         segments: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         tie: TiedGradient | None = None,
     ) -> Tensor:
         """See `LmModel.hidden`."""
         num_tokens = tokens.shape[1]
-        if cache is None:
-            positions = torch.arange(num_tokens, device=tokens.device).unsqueeze(0)
-        else:
+        mask = None if segments is None else segment_mask(segments, positions)
+        if cache is not None:
             positions = cache.positions(num_tokens, tokens.device)
+        elif positions is None:
+            positions = torch.arange(num_tokens, device=tokens.device)
+        positions = positions.expand(1, -1) if positions.ndim == 1 else positions
         cos, sin = self.config.rope.tables(positions, self.config.head_size)
         # (batch or 1, position, 1, 1, head_size / 2): one angle for all heads
         cos, sin = cos[:, :, None, None], sin[:, :, None, None]
         x = self.token_embedding(tokens, tie if self.config.tie_word_embeddings else None).to(
             self.compute_dtype
         )
-        mask = None if segments is None else segment_mask(segments)
         recompute = self.config.gradient_checkpointing and cache is None
         for block in self.blocks:
             x = run_block(block, recompute, x, cos, sin, mask, cache)
@@ -174,17 +176,15 @@ class LlamaAttention(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.layer = layer
-        self.num_kv_heads = config.num_kv_heads
-        self.group = config.num_heads // config.num_kv_heads
-        self.head_size = config.head_size
-        self.upcast = config.upcast_attn
+        heads, size = config.num_kv_heads, config.head_size
+        self.group, self.head_size = config.num_heads // heads, size
+        self.attend = CausalAttention(layer, scale=size**-0.5, upcast=config.upcast_attn)
         embed, std = (EMBED, config.hidden_dim), config.initializer_range
-        rows = config.num_kv_heads * (self.group + 2) * config.head_size
-        heads = (HEADS, config.num_heads * config.head_size)
         back = std / (2 * config.num_layers) ** 0.5
-        self.qkv = Linear(embed, (HEADS, rows), config.use_bias, deviation=std)
-        self.out = Linear(heads, embed, config.use_bias, deviation=back)
+        bias, rows = config.use_bias, heads * (self.group + 2) * size
+        self.qkv = Linear(embed, (HEADS, rows), bias, deviation=std, num_heads=heads)
+        width = (HEADS, config.num_heads * size)
+        self.out = Linear(width, embed, bias, deviation=back, num_heads=heads)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None
@@ -197,8 +197,4 @@ class LlamaAttention(nn.Module):
         query = turned[:, :, :, :group].reshape(batch, position, -1, size).transpose(1, 2)
         key = turned[:, :, :, group].transpose(1, 2)  # (batch, kv_heads, position, head_size)
         value = qkv[:, :, :, group + 1].transpose(1, 2)
-        if cache is not None:
-            key, value, mask = cache.update(self.layer, key, value)
-        scale = size**-0.5
-        attended = causal_attention(query, key, value, scale=scale, mask=mask, upcast=self.upcast)
-        return self.out(attended.transpose(1, 2).reshape(batch, position, -1))
+        return self.out(self.attend(query, key, value, mask, cache))

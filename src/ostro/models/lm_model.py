@@ -21,6 +21,8 @@ from ostro.nn import (
     initialize,
     linear_cross_entropy,
 )
+from ostro.nn.collectives import Group, enter, gather, local, sequence_part
+from ostro.nn.linear import apply_all
 
 __all__ = ["LmConfig", "LmModel", "initialize"]
 
@@ -47,8 +49,12 @@ class LmConfig(Choice):
 class LmModel(nn.Module, ABC):
     """A causal language model: tokens to logits or to a loss.
 
-    Subclasses give `hidden` (everything below the head) and `head_weight`.
+    Subclasses give `hidden` (everything below the head) and `head_weight`. The vocabulary can be
+    split over the devices of `vocab_group`, and sequences over those of `context`.
     """
+
+    vocab_group: Group | None = None
+    context: Group | None = None
 
     @abstractmethod
     def hidden(
@@ -56,12 +62,15 @@ class LmModel(nn.Module, ABC):
         tokens: Tensor,
         *,
         segments: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         tie: TiedGradient | None = None,
     ) -> Tensor:
         """Tokens (batch, position) -> normalised states (batch, position, embed).
 
-        A model whose head is tied passes `tie` on to the lookup of its tokens.
+        `positions` (position,) are those of the tokens where these are only some of the sequence;
+        `segments` is of the whole. A model whose head is tied passes `tie` on to the lookup of its
+        tokens.
         """
 
     @abstractmethod
@@ -82,15 +91,30 @@ class LmModel(nn.Module, ABC):
         tokens and targets are int64 (batch, position); a target of -100 means nothing to predict.
         Without targets: logits (batch, position, vocab); with a `cache` only those of each row's
         last real token, (batch, 1, vocab). With targets: the sum over predicted positions times
-        `scale`. Attention stays inside equal `segments` (batch, position).
+        `scale`; over this device's positions, where sequences are split. Attention stays inside
+        equal `segments` (batch, position).
         """
-        tie = TiedGradient() if targets is not None else None
-        hidden = self.hidden(tokens, segments=segments, cache=cache, tie=tie)
         if targets is not None:
-            return linear_cross_entropy(hidden, self.head_weight(), targets, scale=scale, tie=tie)
+            return self._loss(tokens, targets, segments, scale)
+        hidden = self.hidden(tokens, segments=segments, cache=cache)
         if cache is not None:
             hidden = cache.last(hidden)
-        return F.linear(hidden, self.head_weight().to(hidden.dtype))
+        weight, group = self.head_weight(), self.vocab_group
+        logits = F.linear(hidden, local(weight).to(hidden.dtype))
+        return logits if group is None else gather(logits, group, len(weight))
+
+    def _loss(
+        self, tokens: Tensor, targets: Tensor, segments: Tensor | None, scale: float | Tensor
+    ) -> Tensor:
+        tie, positions = TiedGradient(), None
+        if self.context is not None:
+            positions = sequence_part(tokens.shape[1], self.context).to(tokens.device)
+            tokens, targets = tokens[:, positions], targets[:, positions]
+        hidden = self.hidden(tokens, segments=segments, positions=positions, tie=tie)
+        group = self.vocab_group
+        return linear_cross_entropy(
+            enter(hidden, group), self.head_weight(), targets, scale=scale, tie=tie, group=group
+        )
 
 
 class Block(nn.Module):
@@ -127,7 +151,8 @@ class Mlp(nn.Module):
         """(batch, position, embed) -> the same."""
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = apply_all(x, self.gate, self.up)
+        return self.down(self.activation(gate) * up)
 
 
 def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:

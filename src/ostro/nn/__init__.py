@@ -5,7 +5,7 @@ weight to `x.dtype`. Statistics of norms, of the softmax and of the loss are flo
 """
 
 from ostro.nn.activation import ACTIVATIONS
-from ostro.nn.attention import KeyValueCache, causal_attention
+from ostro.nn.attention import CausalAttention, KeyValueCache
 from ostro.nn.embedding import Embedding, TiedGradient
 from ostro.nn.init import axes_of, initialize
 from ostro.nn.linear import Linear

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from ostro.nn.collectives import Group, gather_sequence
 
 
 class KeyValueCache:
@@ -67,10 +70,68 @@ class KeyValueCache:
         return keys[:, :, :used], values[:, :, :used], self._mask
 
 
-def segment_mask(segments: Tensor) -> Tensor:
-    """(batch, position) -> bool (batch, 1, position, position): causal, inside equal segments."""
+def segment_mask(segments: Tensor, positions: Tensor | None = None) -> Tensor:
+    """(batch, position) -> bool (batch, 1, query, position): causal, inside equal segments.
+
+    The queries are at `positions` (query,); None is all.
+    """
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same.tril()
+    mask = same.tril()
+    return mask if positions is None else mask[:, :, positions]
+
+
+class CausalAttention(nn.Module):
+    """`causal_attention` with its settings, a cache, and the sequence in parts on several devices.
+
+    `context` is the group of devices among which sequences are cut as `sequence_part` says.
+    """
+
+    context: Group | None = None
+
+    def __init__(self, layer: int, *, scale: float, dropout: float = 0.0, upcast: bool = False):
+        super().__init__()
+        self.layer, self.scale, self.dropout, self.upcast = layer, scale, dropout, upcast
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(batch, heads, position, head_size) -> (batch, position, heads * head_size)."""
+        settings = {
+            "scale": self.scale,
+            "dropout": self.dropout if self.training else 0.0,
+            "upcast": self.upcast,
+        }
+        if cache is not None:
+            key, value, mask = cache.update(self.layer, key, value)
+        elif self.context is not None:
+            attended = self._attend_parts(query, key, value, mask, self.context, settings)
+            return attended.transpose(1, 2).flatten(2)
+        attended = causal_attention(query, key, value, mask=mask, **settings)
+        return attended.transpose(1, 2).flatten(2)
+
+    def _attend_parts(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, context: Group,
+        settings: dict,
+    ) -> Tensor:  # fmt: skip
+        """Each of this device's two pieces of the queries sees all keys up to its own end."""
+        key, value = gather_sequence(key, context), gather_sequence(value, context)
+        size = query.shape[2] // 2
+        found = []
+        for half, piece in enumerate((context.rank, 2 * context.size - 1 - context.rank)):
+            end = (piece + 1) * size
+            rows = slice(half * size, (half + 1) * size)
+            seen = causal_lower_right(size, end) if mask is None else mask[:, :, rows, :end]
+            found.append(
+                causal_attention(
+                    query[:, :, rows], key[:, :, :end], value[:, :, :end], mask=seen, **settings
+                )
+            )
+        return torch.cat(found, 2)
 
 
 def causal_attention(

@@ -5,11 +5,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from ostro.axes import ParameterAxes
+from ostro.nn.collectives import Group, leave, local
 from ostro.nn.init import Fill
 
 
 class Embedding(nn.Module):
-    """Rows of axis `Out`, one for each index of axis `In`; each a (name, size)."""
+    """Rows of axis `Out`, one for each index of axis `In`; each a (name, size).
+
+    `In` can be split over a group of devices: each then has some of the rows.
+    """
+
+    split_in: Group | None = None
 
     def __init__(self, In: tuple[str, int], Out: tuple[str, int], *, deviation: float = 0.02):
         super().__init__()
@@ -22,13 +28,31 @@ class Embedding(nn.Module):
 
         With `tie` the gradient goes where the head that shares the table has put its own.
         """
-        if tie is not None and torch.is_grad_enabled():
-            return _TiedLookup.apply(self.weight, indices, tie)
-        return F.embedding(indices, self.weight)
+        weight = local(self.weight)
+        if self.split_in is not None:
+            part = _lookup_part(weight, indices, len(self.weight), self.split_in)
+            return leave(part, self.split_in)
+        if tie is not None and torch.is_grad_enabled() and weight is self.weight:
+            return _TiedLookup.apply(weight, indices, tie)
+        return F.embedding(indices, weight)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"in={self.weight.shape[0]}, out={self.weight.shape[1]}"
+
+
+def first_row(num_rows: int, group: Group) -> int:
+    """The first row of this device, where `num_rows` are cut as `torch.chunk` does."""
+    return min(group.rank * -(-num_rows // group.size), num_rows)
+
+
+def _lookup_part(
+    part: torch.Tensor, indices: torch.Tensor, num_rows: int, group: Group
+) -> torch.Tensor:
+    """Rows that lie on this device, and zeros for the others."""
+    own = indices - first_row(num_rows, group)
+    is_here = (own >= 0) & (own < len(part))
+    return F.embedding(own.where(is_here, 0), part) * is_here.unsqueeze(-1)
 
 
 class TiedGradient:

@@ -7,11 +7,13 @@ attributes of a parameter do not survive `deepcopy`, `Module.to` or FSDP.
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ostro.axes import ParameterAxes
+from ostro.nn.collectives import local
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,36 @@ def axes_of(model: nn.Module) -> dict[str, ParameterAxes]:
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter from a generator of its own, keyed by (seed, full name).
 
-    The values do not depend on the order of modules, the number of threads or the device: they
-    are drawn on the CPU in float32 and copied.
+    The values do not depend on the order of modules, the number of threads, the device or how
+    parameters are split: they are drawn whole on the CPU in float32 and copied.
     """
     for prefix, module in model.named_modules():
         for name, fill in getattr(module, "parameter_fill", {}).items():
             parameter = getattr(module, name)
             if fill.deviation == 0:
-                parameter.fill_(fill.mean)
+                local(parameter).fill_(fill.mean)
                 continue
             key = hashlib.sha256(f"{seed}/{_join(prefix, name)}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
             values = torch.empty(parameter.shape, device="cpu")
             values.normal_(fill.mean, fill.deviation, generator=generator)
-            parameter.copy_(values)
+            assign(parameter, values)
+
+
+@torch.no_grad()
+def assign(parameter: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy into a parameter, if it is split the part of `whole` that lies on this device."""
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    if mesh is not None:
+        placements: Any = getattr(parameter, "placements", ())
+        # The last mesh axis first: FSDP cuts what tensor parallelism has left.
+        for axis in reversed(range(mesh.ndim)):
+            dim = getattr(placements[axis], "dim", None)
+            if dim is not None:
+                size = -(-whole.shape[dim] // mesh.size(axis))
+                start = min(mesh.get_local_rank(axis) * size, whole.shape[dim])
+                whole = whole.narrow(dim, start, min(size, whole.shape[dim] - start))
+    local(parameter).copy_(whole)
 
 
 def _join(prefix: str, name: str) -> str:

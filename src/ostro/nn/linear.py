@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ostro.axes import ParameterAxes
+from ostro.nn.collectives import Group, enter, leave, local
 from ostro.nn.init import Fill
 
 
@@ -43,8 +44,13 @@ class _LinearByRows(torch.autograd.Function):
 class Linear(nn.Module):
     """`y = x W^T + b` from axis `In` to axis `Out`, each a (name, size).
 
-    The weight is (out, in). Weight and bias are stored in float32 and cast to `x.dtype`.
+    The weight is (out, in). Weight and bias are stored in float32 and cast to `x.dtype`. An axis
+    can be split over a group of devices: each then has a part of the weight, and of x or y.
+    `num_heads` says how many heads an axis `heads` is made of.
     """
+
+    split_in: Group | None = None
+    split_out: Group | None = None
 
     def __init__(
         self,
@@ -53,28 +59,43 @@ class Linear(nn.Module):
         bias: bool = True,
         *,
         deviation: float = 0.02,
+        num_heads: int | None = None,
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(Out[1], In[1]))
         self.bias = nn.Parameter(torch.empty(Out[1])) if bias else None
-        self.parameter_axes = {"weight": ParameterAxes((Out[0],), (In[0],))}
+        self.parameter_axes = {"weight": ParameterAxes((Out[0],), (In[0],), num_heads=num_heads)}
         self.parameter_fill = {"weight": Fill(0.0, deviation)}
         if bias:
-            self.parameter_axes["bias"] = ParameterAxes((Out[0],))
+            self.parameter_axes["bias"] = ParameterAxes((Out[0],), num_heads=num_heads)
             self.parameter_fill["bias"] = Fill(0.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        weight = self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            num_rows = x.numel() // x.shape[-1]
-            if len(row_blocks(0, num_rows, weight)) > 1:
-                return _LinearByRows.apply(x, weight, bias)
-        return F.linear(x, weight, bias)
+        return apply_all(x, self)[0]
+
+    def _apply_local(self, x: torch.Tensor) -> torch.Tensor:
+        weight = local(self.weight).to(x.dtype)
+        # What a group sums gets its bias once, afterwards.
+        late = self.bias is None or self.split_in is not None
+        bias = None if late else local(self.bias).to(x.dtype)
+        num_rows = x.numel() // x.shape[-1]
+        by_rows = not torch.compiler.is_compiling() and torch.is_grad_enabled()
+        if by_rows and len(row_blocks(0, num_rows, weight)) > 1:
+            y = _LinearByRows.apply(x, weight, bias)
+        else:
+            y = F.linear(x, weight, bias)
+        y = leave(y, self.split_in)
+        return y + self.bias.to(x.dtype) if late and self.bias is not None else y
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return (
             f"in={self.weight.shape[1]}, out={self.weight.shape[0]}, bias={self.bias is not None}"
         )
+
+
+def apply_all(x: torch.Tensor, *layers: Linear) -> list[torch.Tensor]:
+    """What each of the layers makes of x; their input gradients are summed over a group once."""
+    x = enter(x, layers[0].split_out)
+    return [layer._apply_local(x) for layer in layers]

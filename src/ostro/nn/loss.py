@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ostro.nn.embedding import TiedGradient
+from ostro.nn.collectives import Group, local
+from ostro.nn.embedding import TiedGradient, first_row
 from ostro.nn.linear import row_blocks
 
 IGNORE = -100
@@ -26,6 +27,10 @@ CPU_SLICE = 4096
 """Rows of the head's weight that a matrix product takes at once on a CPU, for the same reason."""
 
 
+Share = tuple[Group, int]
+"""The devices that a vocabulary is split over, and the first token of this one."""
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -33,6 +38,7 @@ def linear_cross_entropy(
     *,
     scale: float | Tensor = 1.0,
     tie: TiedGradient | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """The cross-entropy in nats of `hidden @ weight.T` against `targets`, in float32.
 
@@ -40,12 +46,16 @@ def linear_cross_entropy(
     that of `hidden`; `targets` int64 (...), `IGNORE` where nothing is predicted. Summed
     over the predicted positions; the graph can be walked back once. The sum is multiplied with
     `scale`: doing it here saves a pass over the gradients. `tie` takes the gradient of a weight
-    that is also looked up.
+    that is also looked up. Where `weight` is split over a `group`, each device has the whole loss,
+    and its part of the gradient of `hidden`.
     """
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    part = local(weight)
+    tie = tie if part is weight else None
+    share = None if group is None else (group, first_row(len(weight), group))
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(rows, weight, flat, scale, tie)
-    return _loss(rows, weight.to(rows.dtype), flat) * scale
+        return _LinearCrossEntropy.apply(rows, part, flat, scale, tie, share)
+    return _loss(rows, part.to(rows.dtype), flat, share) * scale
 
 
 def _chunk_rows(num_rows: int, vocab: int) -> int:
@@ -60,13 +70,18 @@ def _slices(weight: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(weight), size)]
 
 
-def _loss(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _loss(rows: Tensor, weight: Tensor, targets: Tensor, share: Share | None) -> Tensor:
     """The sum without gradients."""
     size = max(1, CHUNK_ELEMENTS // 4 // weight.shape[0])
-    losses = [
-        F.cross_entropy((part @ weight.T).float(), target, ignore_index=IGNORE, reduction="none")
-        for part, target in zip(rows.split(size), targets.split(size), strict=True)
-    ]
+    losses = []
+    for part, target in zip(rows.split(size), targets.split(size), strict=True):
+        logits = part @ weight.T
+        if share is not None:
+            losses.append(split_softmax_minus_target_(logits, target, 1.0, *share)[None])
+            continue
+        losses.append(
+            F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
+        )
     return torch.cat(losses).sum()
 
 
@@ -74,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed loss of (rows, weight, targets), with both gradients made in the forward pass."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, scale, tie) -> Tensor:
+    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, scale, tie, share) -> Tensor:
         cast = weight.to(rows.dtype)
         size = _chunk_rows(rows.shape[0], weight.shape[0])
         buffer = rows.new_empty(size, weight.shape[0])
@@ -86,7 +101,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = buffer[: len(part)]  # (rows, vocab)
             for columns in _slices(weight):
                 torch.mm(part, cast[columns].T, out=logits[:, columns])
-            loss += softmax_minus_target_(logits, target, scale)
+            if share is None:
+                loss += softmax_minus_target_(logits, target, scale)
+            else:
+                loss += split_softmax_minus_target_(logits, target, scale, *share)
             for block in row_blocks(start, start + len(part), cast):
                 torch.mm(
                     buffer[block.start - start : block.stop - start], cast, out=grad_rows[block]
@@ -114,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.mul_(grad_loss)
         if ctx.tie is not None and ctx.tie.wanted:
             ctx.tie.gradient = grad_weight
-        return grad_rows, grad_weight, None, None, None
+        return grad_rows, grad_weight, None, None, None, None
 
 
 def softmax_minus_target_(logits: Tensor, targets: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -145,4 +163,24 @@ def softmax_minus_target_(logits: Tensor, targets: Tensor, scale: float | Tensor
             given.copy_(x)
     distance = picked - largest
     flat[at] = ((distance.exp() / total - 1) * valid).squeeze(1).to(logits.dtype)
+    return ((total.log() - distance) * valid).sum()
+
+
+def split_softmax_minus_target_(
+    logits: Tensor, targets: Tensor, scale: float | Tensor, group: Group, first: int
+) -> Tensor:
+    """`softmax_minus_target_` of logits of which this device has the columns from `first` on."""
+    vocab = logits.shape[1]
+    valid = (targets != IGNORE).unsqueeze(1).float() * scale
+    own = targets - first
+    is_here = ((own >= 0) & (own < vocab)).unsqueeze(1)
+    index = own.clamp(0, vocab - 1).unsqueeze(1)
+    x = logits.float()
+    largest = group.max(x.amax(1, keepdim=True))
+    x = x - largest
+    sums = torch.stack([x.exp().sum(1, keepdim=True), x.gather(1, index) * is_here])
+    total, distance = group.sum(sums)
+    gradient = x.exp_().mul_(valid / total)
+    gradient.scatter_add_(1, index, -(valid * is_here))
+    logits.copy_(gradient)
     return ((total.log() - distance) * valid).sum()

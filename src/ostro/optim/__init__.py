@@ -8,6 +8,7 @@ from ostro.optim.update import (
     apply_update,
     clip_scale,
     global_norm,
+    gradient_norm,
     optimizer_tensors,
     set_learning_rate,
 )

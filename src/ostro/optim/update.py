@@ -1,23 +1,36 @@
 """One update: gradient norm, clipping, masking of bad steps, float16 loss scale; no host syncs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together, a scalar of at least float32 on their
-    device.
+    """The norm of all gradients of these parameters together; those without do not count."""
+    return gradient_norm(p.grad for p in parameters if p.grad is not None)
 
-    Parameters without a gradient do not count. Does not wait for the device.
+
+def gradient_norm(
+    gradients: Iterable[Tensor],
+    shares: Sequence[float] | None = None,
+    sum_: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The 2-norm of all gradients together, a scalar of at least float32 on their device.
+
+    Where they are split over ranks, `sum_` adds a scalar of all ranks, and `shares` says for each
+    gradient how much of it counts here: 1 / the number of ranks that hold the same part. Does not
+    wait for the device.
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = list(gradients)
     if not grads:
         return torch.zeros(())
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    norms = torch._foreach_norm(grads, 2, dtype=dtype)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norms = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))
+    if shares is None or sum_ is None:
+        return torch.linalg.vector_norm(norms)
+    weights = torch.tensor(shares, dtype=dtype, device=norms.device)
+    return sum_((norms.square() * weights).sum()).sqrt()
 
 
 def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:

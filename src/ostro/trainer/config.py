@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ostro.axes import CONTEXT, MODEL, REPLICA, AxisMapping, MeshSizes, map_axes
 from ostro.checkpoint import CheckpointerConfig
 from ostro.data.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
 from ostro.errors import ConfigError, Problem
+from ostro.parallel.plan import mapping_problems
 from ostro.tracker import TrackerConfig, WandbConfig
 from ostro.units import Precision
 
@@ -90,12 +92,22 @@ class TrainerConfig:
     """Logical axes that are split over the `model` mesh axis."""
     model_axis_size: int = 1
     """Devices on the `model` mesh axis (tensor parallelism)."""
+    context_axis_size: int = 1
+    """Devices on the `context` mesh axis: each works on its part of every sequence."""
+    replica_axis_size: int = 1
+    """Devices on the `replica` mesh axis: so many copies of the parameters are kept, each sharded
+    over the `data` axis."""
     axis_resources: dict[str, str | list[str]] = field(default_factory=dict)
-    """Logical axis to mesh axis, for parameters and computation."""
+    """Logical axis to mesh axis (replica, data, context, model), for parameters and computation.
+    Of these settings the basic ones win."""
     parameter_axis_resources: dict[str, str | list[str]] = field(default_factory=dict)
     """Logical axis to mesh axis, for parameters at rest."""
     compute_axis_resources: dict[str, str | list[str]] = field(default_factory=dict)
     """Logical axis to mesh axis, during computation."""
+    deterministic_reduction: bool = False
+    """Give the same bits on 1, 2, 4, ... data-parallel devices and for every micro-batch size, for
+    copies and for FSDP. Slow, for finding errors: sequences are computed one by one on one thread
+    and their gradients summed in a fixed order."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How the processes of a run meet."""
     deepspeed: dict[str, Any] | None = None
@@ -105,9 +117,22 @@ class TrainerConfig:
     """The cluster that tokenises a corpus when a run spans hosts."""
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("num_train_steps", "log_interval", "model_axis_size"):
+        axes = ("model_axis_size", "context_axis_size", "replica_axis_size")
+        for name in ("num_train_steps", "log_interval", *axes):
             if getattr(self, name) < 1:
                 yield Problem(name, "must be at least 1")
+        if self.deepspeed is not None and self.deterministic_reduction:
+            rule = "DeepSpeed sums gradients in its own order"
+            yield Problem("deterministic_reduction", rule, "remove one of the two")
+        for name in axes:
+            if self.deepspeed is not None and getattr(self, name) > 1:
+                rule = "DeepSpeed lays out the devices by itself"
+                yield Problem(name, rule, "remove one of the two")
+            if self.deterministic_reduction and getattr(self, name) > 1:
+                rule = "deterministic_reduction holds for the data axis only"
+                yield Problem(name, rule, "remove one of the two")
+        mapping = self.axis_mapping()
+        yield from mapping_problems(mapping, self.model_axis_size)
         for name in ("steps_per_eval", "max_eval_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -151,13 +176,42 @@ class TrainerConfig:
         stages = ((stage.start, stage.value) for stage in self.train_batch_size)
         return BatchSchedule(tuple(stages))
 
+    def axis_mapping(self) -> AxisMapping:
+        """Which mesh axes the logical axes are split over."""
+        return map_axes(
+            batch_axis=self.batch_axis,
+            fsdp_axis=self.fsdp_axis,
+            tensor_parallel_axes=self.tensor_parallel_axes,
+            axis_resources=self.axis_resources,
+            parameter_axis_resources=self.parameter_axis_resources,
+            compute_axis_resources=self.compute_axis_resources,
+        )
+
+    @property
+    def min_devices(self) -> int:
+        """The fewest devices that the mesh can be laid out on."""
+        return self.model_axis_size * self.context_axis_size * self.replica_axis_size
+
+    def mesh_sizes(self, num_devices: int) -> MeshSizes:
+        """So many devices as a mesh; `ConfigError` when they do not come out even."""
+        unit = self.min_devices
+        if num_devices % unit:
+            given = [f"{axis}_axis_size" for axis in (MODEL, CONTEXT, REPLICA)]
+            given = [name for name in given if getattr(self, name) > 1]
+            rule = f"must divide the number of devices = {num_devices}"
+            advice = "start more processes, with torchrun for example" if num_devices == 1 else ""
+            name = f"trainer.{' * '.join(given)}"
+            raise ConfigError(Problem(name, rule, advice, str(unit)))
+        return MeshSizes(
+            self.replica_axis_size,
+            num_devices // unit,
+            self.context_axis_size,
+            self.model_axis_size,
+        )
+
     def batch_plan(self, num_devices: int) -> "BatchPlan":
         """The batch arithmetic on so many devices; `ConfigError` when it does not come out even."""
-        if num_devices % self.model_axis_size:
-            rule = f"must divide the number of devices = {num_devices}"
-            problem = Problem("trainer.model_axis_size", rule, value=str(self.model_axis_size))
-            raise ConfigError(problem)
-        data_axis_size = num_devices // self.model_axis_size
+        data_axis_size = self.mesh_sizes(num_devices).num_data_ranks
         schedule = self.batch_schedule()
         per_device = _given(self.per_device_parallelism)
         problems = []

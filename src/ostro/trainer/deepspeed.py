@@ -236,7 +236,7 @@ class DeepSpeedEngine(Engine):
         loss = self.world.sum(loss)
         set_learning_rate(self.state.optimizer, learning_rate)
         if self._is_plain:  # DeepSpeed neither says nor looks at the norm then
-            norm = global_norm(self.state.parameters)
+            norm = global_norm(self.state.parameters.values())
             is_made = bool(torch.isfinite(norm))
             (self.engine.step if is_made else self.engine.zero_grad)()
         else:

@@ -2,6 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ostro.checkpoint import Saved, SavedFile
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.errors import CheckpointError
-from ostro.optim import apply_update, clip_scale, global_norm, set_learning_rate
+from ostro.optim import apply_update, clip_scale, gradient_norm, set_learning_rate
+from ostro.parallel import Mesh
 from ostro.trainer.state import TrainState
 
 
@@ -37,6 +39,8 @@ class Engine(ABC):
         count = int((batch.targets >= 0).sum())  # still on the host
         if self.world.num_ranks == 1:
             return max(count, 1)
+        if self.world.context_rank:  # the others have the same targets
+            count = 0
         return self.world.sum(torch.tensor(count, device=self.state.device)).clamp(min=1)
 
     @abstractmethod
@@ -56,12 +60,24 @@ class Engine(ABC):
         `grad/norm/total` and `diverged` among them.
         """
 
-    @abstractmethod
+    def _finish(
+        self, loss: Tensor, norm: Tensor, learning_rate: float, max_grad_norm: float | None
+    ) -> dict[str, Tensor]:
+        """Step the optimizer with gradients of this norm, unless the guards hold it back."""
+        state, scale = self.state, self.state.loss_scale  # the guards may change the scale
+        hold, figures = state.judge(loss, norm)
+        set_learning_rate(state.optimizer, learning_rate)
+        clip = clip_scale(norm, max_grad_norm)
+        apply_update(state.optimizer, grad_scale=clip * scale, found_inf=hold)
+        state.optimizer.zero_grad(set_to_none=True)
+        return {"train/loss": loss, "grad/norm/total": norm} | figures
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint, by group; the weights are `model`.
 
         What is split over ranks is a DTensor; all else is taken from the first rank that has it.
         """
+        return self.state.tensors()
 
     def values(self) -> dict[str, Any]:
         """The numbers of a checkpoint that are not tensors."""
@@ -71,19 +87,39 @@ class Engine(ABC):
         """Write below `folder` what a backend keeps in files of its own; folders by name."""
         return {}
 
-    @abstractmethod
     def load(self, saved: Saved | SavedFile) -> None:
         """Take over the state of a checkpoint; `CheckpointError` when it does not fit."""
+        if "deepspeed" in saved.values:
+            raise CheckpointError(
+                f"{saved} - was saved by DeepSpeed, which keeps the optimizer state in a form of"
+                " its own - set trainer.deepspeed as its config.yaml does, or start a run with"
+                " another trainer.id"
+            )
+        fault = None
+        try:
+            self.state.load(saved)
+        except CheckpointError as error:
+            fault = error
+        for error in self.world.gather(fault):  # of any rank, on all of them
+            if error is not None:
+                raise error
 
 
 class TorchEngine(Engine):
-    """torch's own: autograd, one optimizer, and DistributedDataParallel where there are ranks."""
+    """torch's own: autograd, one optimizer, and between ranks FSDP2 or DistributedDataParallel.
 
-    def __init__(self, state: TrainState, world: World):
+    The model comes split as the mapping says; where nothing is split, ranks hold copies and
+    DistributedDataParallel averages their gradients.
+    """
+
+    def __init__(self, state: TrainState, world: World, mesh: Mesh | None):
         super().__init__(state, world)
-        self.is_collective = any(isinstance(p, DTensor) for p in state.parameters)
         self.model: torch.nn.Module = state.model
-        if world.num_ranks > 1:
+        self._shares: list[float] | None = None
+        if mesh is not None and mesh.is_split:
+            self.is_collective = True
+            self._shares = [_share(p, world.num_ranks) for p in state.model.parameters()]
+        elif mesh is not None:
             self.model = DistributedDataParallel(
                 state.model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
@@ -94,7 +130,10 @@ class TorchEngine(Engine):
     def backward(self, micro: Batch, num_targets: Tensor | int, *, is_last: bool) -> Tensor:
         """See `Engine.backward`."""
         # DistributedDataParallel divides by the number of ranks: the loss is multiplied with it.
-        scale = self.state.loss_scale * self.world.num_ranks
+        is_copied = isinstance(self.model, DistributedDataParallel)
+        scale = self.state.loss_scale * (self.world.num_ranks if is_copied else 1)
+        # FSDP shares the gradients of every micro-batch: keeping them whole would take the memory
+        # that it saves.
         with self._unshared() if not is_last else contextlib.nullcontext():
             loss = self.model(
                 micro.tokens, micro.targets, segments=micro.segments, scale=scale / num_targets
@@ -113,31 +152,16 @@ class TorchEngine(Engine):
         state = self.state
         loss = self.world.sum(loss)
         scale = state.loss_scale
-        norm = global_norm(state.parameters) / scale
-        hold, figures = state.judge(loss, norm)
-        set_learning_rate(state.optimizer, learning_rate)
-        clip = clip_scale(norm, max_grad_norm)
-        apply_update(state.optimizer, grad_scale=clip * scale, found_inf=hold)
-        state.optimizer.zero_grad(set_to_none=True)
-        return {"train/loss": loss, "grad/norm/total": norm} | figures
+        state.take_gradients()
+        grads = [p.grad for p in state.parameters.values() if p.grad is not None]
+        norm = gradient_norm(grads, self._shares, self.world.sum_all) / scale
+        return self._finish(loss, norm, learning_rate, max_grad_norm)
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """See `Engine.tensors`."""
-        return self.state.tensors()
 
-    def load(self, saved: Saved | SavedFile) -> None:
-        """See `Engine.load`."""
-        if "deepspeed" in saved.values:
-            raise CheckpointError(
-                f"{saved} - was saved by DeepSpeed, which keeps the optimizer state in a form of"
-                " its own - set trainer.deepspeed as its config.yaml does, or start a run with"
-                " another trainer.id"
-            )
-        fault = None
-        try:
-            self.state.load(saved)
-        except CheckpointError as error:
-            fault = error
-        for error in self.world.gather(fault):  # of any rank, on all of them
-            if error is not None:
-                raise error
+def _share(parameter: Tensor, num_ranks: int) -> float:
+    """1 / the number of ranks that hold the same part of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return 1 / num_ranks
+    mesh = parameter.device_mesh
+    parts = [mesh.size(i) for i, at in enumerate(parameter.placements) if not at.is_replicate()]
+    return prod(parts) / num_ranks

@@ -6,27 +6,49 @@ import shutil
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from ostro.checkpoint import Checkpointer, Decision, Saved, SavedFile, which_checkpoint
 from ostro.distributed import World
-from ostro.errors import CheckpointError
+from ostro.errors import CheckpointError, ConfigError, Problem
 from ostro.models.lm_model import LmConfig, initialize
 from ostro.nn import axes_of
+from ostro.nn.collectives import local
 from ostro.optim import LossScaler, OptimizerConfig
+from ostro.parallel import Mesh, arrange, compile_blocks, shard
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.deepspeed import DeepSpeedEngine, deepspeed_settings
+from ostro.trainer.deterministic import DeterministicEngine
 from ostro.trainer.engine import Engine, TorchEngine
 from ostro.trainer.state import TrainState
 
 log = logging.getLogger("ostro")
 
 
+def lay_out(trainer: TrainerConfig, world: World) -> tuple[World, Mesh | None]:
+    """Lay the ranks out as the settings say; `ConfigError` where these do not fit together."""
+    mapping, sizes = trainer.axis_mapping(), trainer.mesh_sizes(world.num_ranks)
+    for warning in mapping.warnings:
+        log.warning("trainer: %s", warning)
+    if trainer.deterministic_reduction and sizes.data & (sizes.data - 1):
+        rule = f"there are {sizes.data} data-parallel devices, and it needs a power of two"
+        raise ConfigError(Problem("trainer.deterministic_reduction", rule, "", "true"))
+    if trainer.deepspeed is not None:  # it shards by itself
+        return world, None
+    return arrange(world, sizes, shards=bool(mapping.fsdp))
+
+
 def choose_engine(
-    trainer: TrainerConfig, optimizer: OptimizerConfig, plan: BatchPlan, world: World
+    trainer: TrainerConfig,
+    optimizer: OptimizerConfig,
+    plan: BatchPlan,
+    world: World,
+    mesh: Mesh | None,
 ) -> Callable[[TrainState], Engine]:
     """What makes the engine of a run, its settings checked: `ConfigError` comes before the data."""
     if trainer.deepspeed is None:
-        return lambda state: TorchEngine(state, world)
+        kind = DeterministicEngine if trainer.deterministic_reduction else TorchEngine
+        return lambda state: kind(state, world, mesh)
     has_fp16 = world.device.type != "cpu"
     settings, notices = deepspeed_settings(trainer, optimizer, plan, has_fp16=has_fp16)
     for notice in notices:
@@ -40,31 +62,45 @@ def build_state(
     trainer: TrainerConfig,
     num_tokens: int,
     device: torch.device,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """The model with its initial weights, its optimizer and guards, on a device."""
+    """The model with its initial weights, its optimizer and guards, on a device.
+
+    With a `mesh` no device ever holds more of the model than its part.
+    """
     precision = trainer.mp
     compute_dtype = getattr(torch, precision.compute)
-    with torch.device(device):
+    with torch.device("meta"):
         model = model_config.build(num_tokens, compute_dtype=compute_dtype)
-    initialize(model, trainer.seed)
-    if precision.params != "float32":
-        model.to(getattr(torch, precision.params))
+    model.to(getattr(torch, precision.params))
     axes = axes_of(model)
-    parameters = {name: (p, axes[name]) for name, p in model.named_parameters()}
-    if trainer.compile and has_compiler():
-        for block in model.blocks:
-            block.compile()
+    compiles = trainer.compile and has_compiler()
+    if mesh is not None:
+        shard(model, trainer.axis_mapping(), mesh, compute_dtype, compiles=compiles)
+    elif compiles:
+        compile_blocks(model)
+    model.to_empty(device=device)
+    initialize(model, trainer.seed)
+    with torch.no_grad():
+        parameters = {name: _part(parameter) for name, parameter in model.named_parameters()}
     skip_step = optimizer.skip_step
     scales = precision.compute == "float16" and trainer.deepspeed is None  # it scales by itself
     return TrainState(
         model,
-        optimizer.build(parameters),
+        parameters,
+        optimizer.build({name: (p, axes[name]) for name, p in parameters.items()}),
         seed=trainer.seed,
         device=device,
         skip_step=skip_step.build(device) if skip_step else None,
         loss_scaler=LossScaler(device) if scales else None,
         crash_on_nan=trainer.crash_on_nan,
     )
+
+
+def _part(parameter: nn.Parameter) -> nn.Parameter:
+    """This rank's part, in the same memory: optimizers work on plain tensors."""
+    part = local(parameter)
+    return parameter if part is parameter else nn.Parameter(part)
 
 
 def has_compiler() -> bool:

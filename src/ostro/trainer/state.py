@@ -6,7 +6,8 @@ from math import inf, isfinite, nan
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ostro.checkpoint import Saved, SavedFile, Stored, copy_into, whole
 from ostro.errors import CheckpointError
@@ -24,6 +25,7 @@ class TrainState:
     def __init__(
         self,
         model: LmModel,
+        parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         *,
         seed: int,
@@ -43,14 +45,18 @@ class TrainState:
         """Updates made so far, and the index of the next one."""
         self.best_eval_loss = inf
         """The lowest `eval/loss` so far."""
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.num_parameters = sum(parameter.numel() for parameter in self.parameters)
+        self.parameters = dict(parameters)
+        """What the optimizer works on: this rank's part of each parameter, by name."""
+        self.num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         """Trained parameters, a shared one counted once, before any are split over ranks."""
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
 
-    def seed_dropout(self, step: int, micro_batch: int) -> None:
-        """Make dropout of this micro-batch a function of (seed, step, micro-batch)."""
-        key = hashlib.blake2b(f"{self.seed}/{step}/{micro_batch}".encode(), digest_size=8)
+    def seed_dropout(self, step: int, micro_batch: int, part: int = 0) -> None:
+        """Make dropout of this micro-batch, or part of its sequences, a function of (seed, step,
+        micro-batch, part).
+        """
+        text = f"{self.seed}/{step}/{micro_batch}" + (f"/{part}" if part else "")
+        key = hashlib.blake2b(text.encode(), digest_size=8)
         torch.manual_seed(int.from_bytes(key.digest(), "little") >> 1)
 
     @property
@@ -85,17 +91,41 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint, by group: `model`, `optimizer`, `state`. Not copies."""
-        named = dict(self.model.named_parameters())
         state = {"random.torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.device)
         for prefix, guard in self._guards().items():
             state |= {f"{prefix}.{name}": value for name, value in guard.state_dict().items()}
         return {
-            "model": {name: parameter.detach() for name, parameter in named.items()},
-            "optimizer": optimizer_tensors(self.optimizer, named),
+            "model": {name: p.detach() for name, p in self.model.named_parameters()},
+            "optimizer": self._optimizer_tensors(),
             "state": state,
         }
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's tensors; those of a split parameter are split as it is."""
+        found = optimizer_tensors(self.optimizer, self.parameters)
+        for name, parameter in self.model.named_parameters():
+            if isinstance(parameter, DTensor):
+                for key in self.optimizer.state[self.parameters[name]]:
+                    own = found.get(f"{name}.{key}")
+                    if own is not None and own.shape == self.parameters[name].shape:
+                        found[f"{name}.{key}"] = DTensor.from_local(
+                            own,
+                            parameter.device_mesh,
+                            parameter.placements,
+                            shape=parameter.shape,
+                            stride=parameter.stride(),
+                        )
+        return found
+
+    def take_gradients(self) -> None:
+        """Hand the gradients of split parameters to the parts that the optimizer works on."""
+        for name, parameter in self.model.named_parameters():
+            if isinstance(parameter, DTensor):
+                grad = parameter.grad
+                self.parameters[name].grad = None if grad is None else grad.to_local()
+                parameter.grad = None
 
     def values(self) -> dict[str, Any]:
         """The numbers of a checkpoint that are not tensors."""

@@ -74,7 +74,8 @@ class Trainer:
         starts = range(0, len(batch.tokens), micro_size)
         for index, start in enumerate(starts):
             self.poll(False)
-            self.state.seed_dropout(step, engine.world.rank * len(starts) + index)
+            number = engine.world.data_rank * len(starts) + index
+            self.state.seed_dropout(step, number, engine.world.context_rank)
             micro = batch.rows(start, start + micro_size).to(device)
             loss += engine.backward(micro, num_targets, is_last=index == len(starts) - 1)
         return engine.update(loss, self.schedule(step), self.max_grad_norm)
