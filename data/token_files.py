@@ -52,9 +52,9 @@ def write_token_files(
     with _staged(out_dir) as folder:
         with ExitStack() as stack:
             files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in SPLITS}
-            run = stack.enter_context(encoder(tokenizer, tokenizer.eos_id, "<u2", None))
+            workers = stack.enter_context(encoder(tokenizer, tokenizer.eos_id, "<u2", None))
             batches = _batches(documents, tokenizer.splittable)
-            for (split, _), tokens in run(batches, lambda batch: batch[1]):
+            for (split, _), tokens in workers.run(batches, lambda batch: batch[1]):
                 before, counts[split] = counts[split], counts[split] + len(tokens)
                 tokens.tofile(files[split])
                 if counts[split] // _REPORT_EVERY > before // _REPORT_EVERY:

@@ -33,6 +33,7 @@ LEVELS = [
     {"lm_config"},
     {"train_lm"},
     {"dry_run", "harness", "inference"},
+    {"rehearsal"},
     {"dialects", "launch"},
     {"cli"},
 ]

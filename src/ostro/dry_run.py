@@ -32,7 +32,7 @@ def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
     tokens = num_examples * seq_len
     yield f"steps: {num_steps}"
     yield f"tokens to be seen: {tokens} ({format_count(tokens)})"
-    num_tokens = _num_tokens(config)
+    num_tokens = num_tokens_of(config)
     model = _model(config, num_tokens)
     own = sum(p.local_size for p in _plans(config, model, num_devices).values())
     parameters = dict(model.named_parameters())
@@ -68,7 +68,7 @@ def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
 
 def describe_sharding(config: TrainLmConfig, num_devices: int) -> Iterator[str]:
     """Lines that say how the devices are laid out and where each parameter lies."""
-    trainer, model = config.trainer, _model(config, _num_tokens(config))
+    trainer, model = config.trainer, _model(config, num_tokens_of(config))
     plans = _plans(config, model, num_devices)
     for warning in trainer.axis_mapping().warnings:
         yield f"warning: {warning}"
@@ -90,7 +90,7 @@ def _plans(config: TrainLmConfig, model: LmModel, num_devices: int) -> dict[str,
     return plan_sharding(parameters, trainer.axis_mapping(), trainer.mesh_sizes(num_devices))
 
 
-def _num_tokens(config: TrainLmConfig) -> int:
+def num_tokens_of(config: TrainLmConfig) -> int:
     """Rows of the embedding, without reading data."""
     num_tokens = config.vocab_size
     num_tokens = num_tokens or config.data.tokenizer.known_vocab_size(config.data.cache_dir)

@@ -128,7 +128,7 @@ def build_session(
     """Everything a run needs, resumed where there is something to resume from."""
     make_engine = choose_engine(config.trainer, config.optimizer, plan, world, mesh)
     tokenizer = config.data.build_tokenizer()
-    data = build_data(config, tokenizer)
+    data = build_data(config, tokenizer, world)
     config = _with_epochs(config, plan, data)
     if world.is_first:
         paths.config.write_text(dump_yaml(config))
@@ -178,7 +178,7 @@ def build_session(
     )
 
 
-def build_data(config: TrainLmConfig, tokenizer: Tokenizer) -> LMData:
+def build_data(config: TrainLmConfig, tokenizer: Tokenizer, world: World | None = None) -> LMData:
     """Training and validation data; says every few seconds how far tokenising has come."""
     reported = time.monotonic()
 
@@ -190,7 +190,10 @@ def build_data(config: TrainLmConfig, tokenizer: Tokenizer) -> LMData:
             log.info("%s: tokenised %s%s", name, format_bytes(done), of)
 
     seed = config.trainer.seed if config.data_seed is None else config.data_seed
-    return config.data.build(tokenizer, config.model.seq_len, seed, progress=progress)
+    with config.trainer.ray.cluster(world or World(torch.device("cpu"))) as address:
+        return config.data.build(
+            tokenizer, config.model.seq_len, seed, progress=progress, ray_address=address
+        )
 
 
 @dataclass

@@ -286,7 +286,7 @@ def test_ctrl_c_keeps_what_was_built(files, where):
     request = request_for(files)
     with pytest.raises(KeyboardInterrupt):
         open_cache(request, where, progress)
-    state = json.loads((where.local / "train" / "progress.json").read_text())
+    state = json.loads((where.local / "train" / "progress.jsonl").read_text().splitlines()[-1])
     assert state["documents"] > 0
     cache = open_cache(request, where)
     assert cache.store.read(0, cache.store.num_tokens).tolist() == expected_tokens(files)
@@ -300,6 +300,36 @@ def test_an_unfinished_cache_of_other_data_is_thrown_away(files, where, caplog):
     assert cache.store.read(0, cache.store.num_tokens).tolist() == expected_tokens(files[2:])
 
 
+@pytest.mark.parametrize("damage", ["tokens cut", "tokens lost", "half a note"])
+def test_a_note_that_does_not_hold_is_gone_back_behind(tmp_path, where, monkeypatch, damage):
+    """As a power failure may leave it: a note on the disk, what it speaks of not."""
+    path = write_lines(tmp_path / "a.jsonl", [f"document {i} " * 400 for i in range(200)])
+    with monkeypatch.context() as patch:
+        closes = lambda writer: [file.close() for file in writer._files.values()]  # noqa: E731
+        patch.setattr("ostro.data.cache._Writer.commit_quietly", closes)
+
+        def progress(name, done, total):
+            if done > total / 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            open_cache(request_for([path]), where, progress)
+    tokens, notes = (where.local / "train" / n for n in ("tokens-00000.bin", "progress.jsonl"))
+    lines = notes.read_bytes().splitlines()
+    size = json.loads(lines[-1])["files"][tokens.name][0]
+    assert len(lines) > 2
+    if damage == "half a note":
+        notes.write_bytes(notes.read_bytes()[:-5])
+    else:
+        with open(tokens, "rb+") as file:
+            file.truncate(size - 10)
+            file.truncate(size - 10 if damage == "tokens cut" else size)
+    count = []
+    cache = open_cache(request_for([path]), where, lambda name, done, total: count.append(done))
+    assert min(count) > 0.2 * os.path.getsize(path)
+    assert cache.store.read(0, cache.store.num_tokens).tolist() == expected_tokens([path])
+
+
 def test_a_full_disk_is_one_message_and_nothing_counts(files, where, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -309,7 +339,7 @@ def test_a_full_disk_is_one_message_and_nothing_counts(files, where, monkeypatch
         with pytest.raises(DataError, match="the disk is full - make room or set cache_dir"):
             open_cache(request_for(files), where)
     folder = where.local / "train"
-    assert not (folder / "ledger.json").exists() and not (folder / "progress.json").exists()
+    assert not (folder / "ledger.json").exists()
     cache = open_cache(request_for(files), where)
     assert cache.store.read(0, cache.store.num_tokens).tolist() == expected_tokens(files)
 

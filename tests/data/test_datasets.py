@@ -279,7 +279,7 @@ def test_the_section_reads_from_yaml(tmp_path):
 
 
 def test_tokenising_keeps_up_with_the_library(tmp_path):
-    """At least 0.9 of the library's speed on the same text; the best of five tries."""
+    """At least 1.3 times the library's speed on the same text; the best of five tries."""
     source, tokenizer = StdlibSource(), Gpt2Tokenizer().build()
     shards = source.list_shards("validation")
     texts = [text for shard in shards for text in source.read_shard(shard)] * 2
@@ -288,12 +288,12 @@ def test_tokenising_keeps_up_with_the_library(tmp_path):
     ratios = []
     for attempt in range(5):
         start = time.perf_counter()
-        tokenizer.inner.encode_batch(texts)
+        tokenizer.inner.encode_batch_fast(texts)
         alone = time.perf_counter() - start
         request = CacheRequest("train", UrlsSource([str(path)]), "train", tokenizer)
         start = time.perf_counter()
         open_cache(request, CacheDir(str(tmp_path / f"cache{attempt}")))
         ratios.append(alone / (time.perf_counter() - start))
-        if ratios[-1] >= 0.9:
+        if ratios[-1] >= 1.3:
             break
-    assert max(ratios) >= 0.9, ratios
+    assert max(ratios) >= 1.3, ratios

@@ -3,10 +3,11 @@
 import json
 import os
 import pickle
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
-import tiktoken
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,23 +57,70 @@ def test_gpt2_needs_no_network_and_gives_the_known_ids(gpt2):
     assert gpt2.decode([15496, 995, 50256]) == "Hello world"
 
 
-def test_gpt2_equals_a_second_implementation(gpt2):
-    ranks = {}
-    inner = json.loads(gpt2.inner.to_str())["model"]["vocab"]
-    alphabet = _byte_alphabet()
-    for token, index in inner.items():
-        if index < 50256:
-            ranks[bytes(alphabet[char] for char in token)] = index
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    other = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    assert gpt2.encode(TEXT) == other.encode_ordinary(TEXT)
+def test_tiktoken_gives_equal_ids_for_every_character(gpt2):
+    """At the start, within and at the end of words."""
+    assert gpt2._tiktoken is not None
+    codes = [code for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    codes = [code for code in codes if unicodedata.category(chr(code)) not in ("Cn", "Co")]
+    text = "".join(f"a{c}1 {c}-{c}\n{c} " for c in map(chr, codes))
+    parts = [text[start : start + 100_000] for start in range(0, len(text), 100_000)]
+    for part, ids in zip(parts, gpt2.encode_batch(parts), strict=True):
+        assert ids.tolist() == gpt2.encode(part)
 
 
-def _byte_alphabet():
-    """GPT-2's printable character for each byte, inverted."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(st.sampled_from(" \n\t'srevd.,-09azAZé\u00a0\u3000世🎉")), special=st.booleans()
+)
+def test_tiktoken_equals_the_library(by_name, text, special):
+    text = f"{text}<|endoftext|>{text}" if special else text
+    for name in ("gpt2", "bpe"):
+        tokenizer = by_name[name]
+        assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+
+
+def test_what_tiktoken_refuses_goes_to_the_library(gpt2):
+    text = " " * 2_000_000 + "x"
+    with pytest.raises(ValueError):
+        gpt2._tiktoken.encode_to_numpy(text, allowed_special="all")
+    assert gpt2.encode_batch(["a", text])[1].tolist() == gpt2.encode(text)
+
+
+def unmade_token(spec):
+    vocab = spec["model"]["vocab"]
+    spec["model"]["merges"].append(["zq", "z"])
+    vocab["zq"], vocab["zqz"] = len(vocab), len(vocab) + 1
+
+
+def other_order(spec):
+    spec["model"]["merges"].reverse()
+
+
+def whole_words(spec):
+    spec["model"]["ignore_merges"] = True
+
+
+def no_space_before(spec):
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def two_added_tokens(spec):
+    added = spec["added_tokens"]
+    spec["model"]["vocab"]["<|end"] = len(spec["model"]["vocab"])
+    added.append({**added[0], "content": "<|end", "id": spec["model"]["vocab"]["<|end"]})
+
+
+@pytest.mark.parametrize(
+    "change", [unmade_token, other_order, whole_words, no_space_before, two_added_tokens]
+)
+def test_tiktoken_is_left_alone_where_ids_could_differ(bpe, change):
+    spec = json.loads(bpe.to_text())
+    assert tokenizer_from_text(json.dumps(spec), None, "x")._tiktoken is not None
+    change(spec)
+    changed = tokenizer_from_text(json.dumps(spec), None, "x")
+    assert changed._tiktoken is None
+    text = TEXT + "zqz <|endoftext|>"
+    assert changed.encode_batch([text])[0].tolist() == changed.encode(text)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes", "chars"])

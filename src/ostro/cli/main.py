@@ -21,7 +21,8 @@ commands:
   cache       tokenise the data of a configuration, and stop
   config      show: the resolved settings and where each came from; schema: for editors;
               translate: a configuration of nanoGPT or GPT-3 style files
-  plan        sharding: where every parameter lies on so many devices
+  plan        sharding: where every parameter lies on so many devices; step: what each holds
+              and sends in an update
   schedule    the learning rate, evaluations and permanent checkpoints by step
 
 `ostro <command> --help` lists what it takes. `--debug` shows tracebacks.

@@ -16,6 +16,7 @@ from ostro.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.evaluate import evaluate as evaluate_sets
 from ostro.inference import load_model, load_tokenizer
 from ostro.lm_config import TrainLmConfig
+from ostro.rehearsal import rehearse
 from ostro.run_log import logging_to_terminal
 from ostro.sample import SamplingConfig, complete_all
 from ostro.signals import Signals
@@ -97,15 +98,20 @@ def schedule(argv: list[str], signals: Signals) -> None:
 
 
 def plan(argv: list[str], signals: Signals) -> None:
-    """`ostro plan sharding`: where every parameter would lie."""
-    parser = Parser("plan", "Print where each parameter lies, without starting processes.")
-    parser.add_argument("what", choices=["sharding"])
+    """`ostro plan sharding | step`: where every parameter would lie, and what a step would send."""
+    about = "sharding: where each parameter lies; step: play one update of the first device."
+    parser = Parser("plan", about)
+    parser.add_argument("what", choices=["sharding", "step"])
     parser.add_config_path()
     parser.add_argument("--devices", type=int, metavar="N", help="devices of the run")
     options, flags = parser.parse(argv)
     loaded = load_run(options.config_path, flags)
     num_devices = options.devices or loaded.config.trainer.min_devices
-    for line in explained(loaded, lambda: list(describe_sharding(loaded.config, num_devices))):
+    if options.what == "step":
+        lines = explained(loaded, lambda: rehearse(loaded.config, num_devices)).lines()
+    else:
+        lines = explained(loaded, lambda: list(describe_sharding(loaded.config, num_devices)))
+    for line in lines:
         print(line)
 
 

@@ -1,8 +1,8 @@
 """Building the token cache: documents in, token files and a ledger out.
 
 Documents are encoded in parallel and written by one writer in their own order, so the files do
-not depend on the number of workers. About every hundredth of the corpus the files are synced and
-the position noted; after a kill the build goes on from the last note.
+not depend on the number of workers. About every hundredth of the corpus the position is noted, and
+every second the files are synced; after a kill the build goes on from the last note.
 """
 
 import errno
@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import shutil
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from ostro.data.encode import Piece, encoder, pieces, usable_cores
+from ostro.data.encode import Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.source import SourceConfig
 from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, locked, read_json, write_json
@@ -29,7 +31,8 @@ from ostro.errors import DataError
 logger = logging.getLogger("ostro.data")
 
 FORMAT = 1
-_PROGRESS, _TOKENS, _QUARANTINE = "progress.json", "tokens-00000.bin", "quarantine.jsonl"
+_PROGRESS, _TOKENS, _QUARANTINE = "progress.jsonl", "tokens-00000.bin", "quarantine.jsonl"
+_SYNC_SECONDS = 1.0
 
 Progress = Callable[[str, int, int], None]
 """Called with (name, done, total), in stored bytes; total 0 where unknown."""
@@ -48,6 +51,8 @@ class CacheRequest:
     on_bad_record: Literal["error", "skip"] = "error"
     rebuild: bool = False
     num_workers: int | None = None
+    ray_address: str | None = None
+    """Ray cluster that encodes in place of local workers."""
 
     @property
     def eos_id(self) -> int | None:
@@ -173,10 +178,6 @@ class _Build:
         self._progress = progress or (lambda name, done, total: None)
         self._writer = _Writer(request, folder, request.key(shards))
         self._total = sum(shard.size for shard in shards)
-        # A kill costs what was read ahead (two batches a worker) and what was not yet committed:
-        # together under a twentieth of all but tiny corpora. Large batches are little faster.
-        workers = request.num_workers or usable_cores()
-        self._batch_chars = min(max(self._total // (80 * workers), 1 << 12), 1 << 17)
         self._commit_chars = min(max(self._total // 100, 1 << 16), 1 << 28)
 
     def run(self) -> None:
@@ -186,12 +187,15 @@ class _Build:
             logger.info("%s: going on with an unfinished cache", request.name)
         settings = (request.tokenizer, request.eos_id, request.dtype, request.num_workers)
         try:
-            with encoder(*settings) as run:
-                for batch, tokens in run(self._batches(), _Batch.texts):
+            with encoder(*settings, request.ray_address) as workers:
+                # A kill costs what was read ahead (two batches a worker) and what was not yet
+                # noted: together under a twentieth of all but tiny corpora.
+                size = min(max(self._total // (80 * workers.num_workers), 1 << 12), 1 << 17)
+                for batch, tokens in workers.run(self._batches(size), _Batch.texts):
                     writer.append(batch, tokens)
                     since += batch.chars
                     if since >= self._commit_chars:
-                        writer.commit()
+                        writer.commit(sync=False)
                         since = 0
                     self._progress(request.name, min(batch.done, self._total), self._total)
             writer.finish()
@@ -200,7 +204,7 @@ class _Build:
             raise
         self._progress(request.name, self._total, self._total)
 
-    def _batches(self) -> Iterator[_Batch]:
+    def _batches(self, batch_chars: int) -> Iterator[_Batch]:
         first, skip = self._writer.position
         done = sum(shard.size for shard in self._shards[:first])
         items: list[Piece | BadRecord] = []
@@ -214,7 +218,7 @@ class _Build:
                     continue
                 items.append(item)
                 chars += size
-                if chars >= self._batch_chars:
+                if chars >= batch_chars:
                     yield _Batch(items, index, within, done + min(read, shard.size), chars)
                     items, chars = [], 0
             done += shard.size
@@ -231,41 +235,55 @@ class _Build:
 
 
 class _Writer:
-    """The files of an unfinished cache: appended to, synced, and cut back after a kill."""
+    """The files of an unfinished cache: appended to, noted, and cut back after a kill.
+
+    A note says how long the files are and which checksum has what was added since the last sync,
+    so that it counts without a sync of its own: a kill loses nothing behind it, and after a power
+    failure the last note that holds is gone back to.
+    """
 
     def __init__(self, request: CacheRequest, folder: Path, key: dict[str, Any]):
         self._request, self._folder, self._key = request, folder, key
         print_ = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        self._state = {
-            "key": print_, "position": [0, 0], "tokens": 0, "documents": 0, "bad_records": 0,
-            "quarantine_bytes": 0,
+        self._state: dict[str, Any] = {
+            "key": print_, "position": [0, 0], "documents": 0, "bad_records": 0,
+            "files": {_TOKENS: [0, 0, 0], _QUARANTINE: [0, 0, 0]},  # bytes, of these synced, CRC
         }  # fmt: skip
-        saved = read_json(folder / _PROGRESS)
-        if saved and saved.keys() == self._state.keys() and self._goes_on(saved):
-            self._state = saved
+        notes = folder / _PROGRESS
+        lines = notes.read_bytes().splitlines(keepends=True) if notes.exists() else []
+        found = bool(lines)
+        while lines and not self._holds(lines[-1]):
+            lines.pop()
+        if lines:
+            self._state = json.loads(lines[-1])
         else:
-            if saved is not None:
-                logger.warning("%s: an unfinished cache of other data is thrown away", folder)
+            if found:
+                logger.warning("%s: an unfinished cache that does not fit is thrown away", folder)
             for path in folder.iterdir():
                 if path.name != ".lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+        sizes = {name: size for name, (size, _, _) in self._state["files"].items()}
         self._files: dict[str, BinaryIO] = {}
-        for name, size in self._sizes(self._state).items():
+        for name, size in {**sizes, _PROGRESS: sum(map(len, lines))}.items():
             self._files[name] = open(folder / name, "ab")  # noqa: SIM115 - closed by finish
             self._files[name].truncate(size)
-        self._torn = False
+        self._torn, self._synced = False, time.monotonic()
 
-    def _sizes(self, state: dict[str, Any]) -> dict[str, int]:
-        """Bytes of each file that a state counts on."""
-        return {
-            _TOKENS: state["tokens"] * np.dtype(self._request.dtype).itemsize,
-            _QUARANTINE: state["quarantine_bytes"],
-        }
-
-    def _goes_on(self, saved: dict[str, Any]) -> bool:
-        paths = {self._folder / name: size for name, size in self._sizes(saved).items()}
-        whole = all(p.exists() and p.stat().st_size >= size for p, size in paths.items())
-        return whole and saved["key"] == self._state["key"]
+    def _holds(self, line: bytes) -> bool:
+        """Whether a note is whole, of this cache, and true of the files."""
+        try:
+            note = json.loads(line)
+            if note["key"] != self._state["key"] or not line.endswith(b"\n"):
+                return False
+            for name, (size, synced, crc) in note["files"].items():
+                with open(self._folder / name, "rb") as file:
+                    file.seek(synced)
+                    data = file.read(size - synced)
+                if len(data) != size - synced or zlib.crc32(data) != crc:
+                    return False
+        except (ValueError, FileNotFoundError):
+            return False
+        return True
 
     @property
     def position(self) -> tuple[int, int]:
@@ -276,24 +294,36 @@ class _Writer:
     def append(self, batch: _Batch, tokens: np.ndarray) -> None:
         """Add a batch; nothing counts before the next `commit`."""
         self._torn, state = True, self._state
-        self._files[_TOKENS].write(tokens.astype(tokens.dtype.newbyteorder("<")).tobytes())
+        little_endian = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
+        self._write(_TOKENS, little_endian.tobytes())
         for item in batch.items:
             if isinstance(item, BadRecord):
                 line = json.dumps(vars(item), ensure_ascii=False) + "\n"
-                state["quarantine_bytes"] += self._files[_QUARANTINE].write(line.encode())
+                self._write(_QUARANTINE, line.encode())
                 state["bad_records"] += 1
             else:
                 state["documents"] += item[1]
-        state["tokens"] += len(tokens)
         state["position"] = [batch.shard, batch.skip]
         self._torn = False
 
-    def commit(self) -> None:
-        """Make what was appended durable and note the position behind it."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        write_json(self._folder / _PROGRESS, self._state)
+    def _write(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        file = self._state["files"][name]
+        file[0], file[2] = file[0] + len(data), zlib.crc32(data, file[2])
+
+    def commit(self, sync: bool = True) -> None:
+        """Note what was appended; now and then, and with `sync`, make it durable."""
+        sync = sync or time.monotonic() - self._synced >= _SYNC_SECONDS
+        for name, entry in self._state["files"].items():
+            self._files[name].flush()
+            if sync:
+                os.fsync(self._files[name].fileno())
+                entry[1:] = entry[0], 0
+        self._files[_PROGRESS].write(json.dumps(self._state).encode() + b"\n")
+        self._files[_PROGRESS].flush()
+        if sync:
+            os.fsync(self._files[_PROGRESS].fileno())
+            self._synced = time.monotonic()
 
     def commit_quietly(self) -> None:
         """Commit on the way out of an error, if the last batch is whole and the disk lets us."""
@@ -319,13 +349,14 @@ class _Writer:
             )  # fmt: skip
         else:
             (self._folder / _QUARANTINE).unlink()
-        if not state["tokens"]:
+        tokens = state["files"][_TOKENS][0] // np.dtype(request.dtype).itemsize
+        if not tokens:
             raise DataError(
                 f"{request.name} - the corpus is empty: {len(self._key['files'])} files hold "
                 "no text - check the files and text_key"
             )
-        kept = {k: state[k] for k in ("tokens", "documents", "bad_records")}
-        kept["shards"] = [{"file": _TOKENS, "tokens": state["tokens"]}]
+        kept = {"tokens": tokens, "documents": state["documents"], "bad_records": bad}
+        kept["shards"] = [{"file": _TOKENS, "tokens": tokens}]
         kept["stored"] = [_TOKENS, *([_QUARANTINE] if bad else [])]
         write_json(self._folder / LEDGER, {"key": self._key, "dtype": request.dtype, **kept})
         (self._folder / _PROGRESS).unlink()

@@ -1,4 +1,4 @@
-"""Encoding documents in parallel and in order, on threads or processes."""
+"""Encoding documents in parallel and in order, on threads, processes or a Ray cluster."""
 
 import multiprocessing
 import os
@@ -7,19 +7,21 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ostro.data.files import BadRecord
+from ostro.data.on_ray import ray_workers
 from ostro.data.tokenizer import Tokenizer
 
 PIECE_CHARS = 1 << 14
 """Long documents are encoded in pieces of about this many characters where that is exact."""
-_CUT = re.compile(r"(?<=\S\n)(?=[A-Za-z0-9])")
+_CUT = re.compile(r"\n(?<=\S\n)(?=[A-Za-z0-9])")  # a literal first is found fast
 _LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
 Piece = tuple[str, bool]
@@ -37,8 +39,8 @@ def pieces(records: Iterable[str | BadRecord], splittable: bool) -> Iterator[Pie
             cut = _CUT.search(record, start + PIECE_CHARS)
             if cut is None:
                 break
-            yield record[start : cut.start()], False
-            start = cut.start()
+            yield record[start : cut.end()], False
+            start = cut.end()
         if record:
             yield record[start:], True
 
@@ -63,17 +65,46 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """Workers that encode."""
+
+    num_workers: int
+    submit: Callable[[Sequence[Piece]], Future]
+
+    def run(self, batches: Iterable[Any], texts_of: Callable) -> Iterator[tuple]:
+        """(batch, tokens) in the order of the batches, a bounded number of them ahead."""
+        pending: deque[tuple] = deque()
+        for batch in batches:
+            pending.append((batch, self.submit(texts_of(batch))))
+            if len(pending) > 2 * self.num_workers:
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+
+
 @contextmanager
 def encoder(
-    tokenizer: Tokenizer, eos_id: int | None, dtype: str, num_workers: int | None
-) -> Iterator[Callable[[Iterable[Any], Callable], Iterator[tuple]]]:
-    """Yields `run(batches, texts_of)`, an iterator of (batch, tokens) in order.
+    tokenizer: Tokenizer,
+    eos_id: int | None,
+    dtype: str,
+    num_workers: int | None,
+    ray_address: str | None = None,
+) -> Iterator[Encoder]:
+    """Start workers: on a Ray cluster if there is an address, else `num_workers` here.
 
     Threads serve up to a dozen cores, as the library lets go of Python's lock while it encodes;
     beyond that, turning ids into arrays would hold them up, so processes are taken. The library's
     own threads are kept off: it starts every batch on them with an empty word cache, which makes
     the small batches that a restartable build needs slow.
     """
+    setup = (tokenizer, eos_id, dtype)
+    tokenizer.encode_batch([])  # what is made once is made here, not by every worker
+    if ray_address is not None:
+        with ray_workers(ray_address, encode, setup) as (count, submit):
+            yield Encoder(count, submit)
+        return
     count = num_workers or usable_cores()
     processes = count > (12 if num_workers is None else 1)
     before = os.environ.get(_LIBRARY_THREADS)
@@ -81,25 +112,13 @@ def encoder(
     executor: Executor
     if processes:
         context = multiprocessing.get_context("spawn")
-        setup = (tokenizer, eos_id, dtype)
         executor = ProcessPoolExecutor(count, context, _start_worker, setup)
         function: Callable = _encode_in_worker
     else:
         executor = ThreadPoolExecutor(count, "encode")
-        function = partial(encode, tokenizer, eos_id, dtype)
-
-    def run(batches: Iterable[Any], texts_of: Callable) -> Iterator[tuple]:
-        pending: deque[tuple] = deque()
-        for batch in batches:
-            pending.append((batch, executor.submit(function, texts_of(batch))))
-            if len(pending) > 2 * count:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
-
+        function = partial(encode, *setup)
     try:
-        yield run
+        yield Encoder(count, partial(executor.submit, function))
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
         if before is None:

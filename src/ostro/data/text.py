@@ -220,14 +220,21 @@ class LMDatasetConfig:
                 raise DataError(f"{record} - mend the record, or set on_bad_record: skip")
 
     def build(
-        self, tokenizer: Tokenizer, seq_len: int, seed: int, *, progress: Progress | None = None
+        self,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        seed: int,
+        *,
+        progress: Progress | None = None,
+        ray_address: str | None = None,
     ) -> "LMData":
         """Open the token caches, building what is missing, and lay out the examples.
 
         `seq_len`: tokens in an example. `progress`: called with (name, done, total) while a cache
-        is built. Raises `DataError` for bad files, records or caches, and for too little text.
+        is built. `ray_address`: the cluster that tokenises. Raises `DataError` for bad files,
+        records or caches, and for too little text.
         """
-        return _Builder(self, tokenizer, seq_len, seed, progress).build()
+        return _Builder(self, tokenizer, seq_len, seed, progress, ray_address).build()
 
 
 @dataclass(frozen=True)
@@ -246,9 +253,9 @@ class _Builder:
     """Collects the sets of a configuration."""
 
     def __init__(self, config: LMDatasetConfig, tokenizer: Tokenizer, seq_len: int, seed: int,
-                 progress: Progress | None):  # fmt: skip
+                 progress: Progress | None, ray_address: str | None):  # fmt: skip
         self._config, self._tokenizer, self._seq_len, self._seed = config, tokenizer, seq_len, seed
-        self._progress = progress
+        self._progress, self._ray_address = progress, ray_address
         self._where = CacheDir(config.cache_dir)
         self._prints: list[str] = [tokenizer.fingerprint]
 
@@ -321,7 +328,7 @@ class _Builder:
         folder = self._folder(name, split)
         request = CacheRequest(
             folder, source, split, self._tokenizer, config.enforce_eos, config.on_bad_record,
-            config.rebuild_cache, config.num_workers,
+            config.rebuild_cache, config.num_workers, self._ray_address,
         )  # fmt: skip
         if not source.places(split):
             raise DataError(f"{folder} - there are no training files - name some, or give the "

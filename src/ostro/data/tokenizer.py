@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,8 @@ END_OF_TEXT = "<|endoftext|>"
 LEARNED = "tokenizer"
 """Folder of a learned tokenizer within the cache directory."""
 _BPE_BYTES_PER_TOKEN = 42  # of a saved byte-level BPE: its entry in the vocabulary, and a merge
+_WORDS = r"(?:'(?:[stmd]|re|ve|ll)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s+"
+"""Where the library's byte-level pre-tokenizer cuts; in one group tiktoken is a third faster."""
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 
 
@@ -90,12 +92,51 @@ class LibraryTokenizer(Tokenizer):
             and not before["add_prefix_space"]
             and not spec["model"].get("dropout")
             and not self.inner.num_special_tokens_to_add(False)
-            and not any(token["lstrip"] or token["rstrip"] for token in spec["added_tokens"])
+            and not any(
+                token["lstrip"] or token["rstrip"] or token["single_word"]
+                for token in spec["added_tokens"]
+            )
         )
 
+    @cached_property
+    def _tiktoken(self) -> Any | None:
+        """A tiktoken encoder of the same ids, several times as fast; None where they may differ.
+
+        It joins whatever gives a token, the lowest id first; the library joins the pairs of its
+        list, in that order. That is the same if the ids follow the list and every token's own
+        text becomes that one token: a pair that is not on the list, but gives a token, would keep
+        that token's text in two parts.
+        """
+        model, added = self._spec["model"], self._spec["added_tokens"]
+        unlike = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+        if not self.splittable or model["type"] != "BPE" or any(map(model.get, unlike)):
+            return None
+        special = {token["content"]: token["id"] for token in added}
+        tokens = ["".join(pair) for pair in model["merges"]]
+        made = [model["vocab"][token] for token in tokens]
+        if made != sorted(set(made)) or not special.keys().isdisjoint(tokens) or len(added) > 1:
+            return None
+        byte_of = _byte_of_char()
+        ids = {token: model["vocab"].get(token) for token in [*byte_of, *tokens]}
+        known = all(set(token) <= byte_of.keys() for token in tokens)
+        encode = self.inner.model.tokenize
+        if not known or any([part.id for part in encode(token)] != [ids[token]] for token in ids):
+            return None
+        import tiktoken
+
+        ranks = {bytes(map(byte_of.__getitem__, token)): index for token, index in ids.items()}
+        return tiktoken.Encoding("", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=special)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._tiktoken is not None:
+            with suppress(ValueError):  # a run of a million spaces is too much for it
+                encode = partial(self._tiktoken.encode_to_numpy, allowed_special="all")
+                return [encode(text) for text in texts]
         encodings = self.inner.encode_batch_fast(list(texts))
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode_batch_fast([text])[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode(list(ids), skip_special_tokens=True)
@@ -120,6 +161,13 @@ class LibraryTokenizer(Tokenizer):
 
     def to_text(self) -> str:
         return self.inner.to_str()
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The byte for which each character of a byte-level vocabulary stands."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 class ByteTokenizer(Tokenizer):

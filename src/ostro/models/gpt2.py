@@ -26,7 +26,6 @@ from ostro.nn import (
     Linear,
     TiedGradient,
 )
-from ostro.nn.attention import segment_mask
 
 
 @LmConfig.register_subclass("gpt2")
@@ -121,14 +120,13 @@ class Gpt2Model(LmModel):
         self,
         tokens: Tensor,
         *,
-        segments: Tensor | None = None,
+        mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         tie: TiedGradient | None = None,
     ) -> Tensor:
         """See `LmModel.hidden`."""
         num_tokens = tokens.shape[1]
-        mask = None if segments is None else segment_mask(segments, positions)
         if cache is not None:
             positions = cache.positions(num_tokens, tokens.device)
         elif positions is None:

@@ -27,7 +27,6 @@ from ostro.nn import (
     TiedGradient,
     apply_rotary,
 )
-from ostro.nn.attention import segment_mask
 from ostro.nn.rotary import DefaultRotaryConfig
 
 
@@ -138,14 +137,13 @@ class LlamaModel(LmModel):
         self,
         tokens: Tensor,
         *,
-        segments: Tensor | None = None,
+        mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         tie: TiedGradient | None = None,
     ) -> Tensor:
         """See `LmModel.hidden`."""
         num_tokens = tokens.shape[1]
-        mask = None if segments is None else segment_mask(segments, positions)
         if cache is not None:
             positions = cache.positions(num_tokens, tokens.device)
         elif positions is None:

@@ -21,6 +21,7 @@ from ostro.nn import (
     initialize,
     linear_cross_entropy,
 )
+from ostro.nn.attention import position_mask, segment_mask
 from ostro.nn.collectives import Group, enter, gather, local, sequence_part
 from ostro.nn.linear import apply_all
 
@@ -53,6 +54,7 @@ class LmModel(nn.Module, ABC):
     split over the devices of `vocab_group`, and sequences over those of `context`.
     """
 
+    compute_dtype: torch.dtype
     vocab_group: Group | None = None
     context: Group | None = None
 
@@ -61,16 +63,16 @@ class LmModel(nn.Module, ABC):
         self,
         tokens: Tensor,
         *,
-        segments: Tensor | None = None,
+        mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         tie: TiedGradient | None = None,
     ) -> Tensor:
         """Tokens (batch, position) -> normalised states (batch, position, embed).
 
-        `positions` (position,) are those of the tokens where these are only some of the sequence;
-        `segments` is of the whole. A model whose head is tied passes `tie` on to the lookup of its
-        tokens.
+        `mask` replaces the causal one, (batch or 1, 1, query, position). `positions` (position,)
+        are those of the tokens where these are only some of the sequence. A model whose head is
+        tied passes `tie` on to the lookup of its tokens.
         """
 
     @abstractmethod
@@ -96,7 +98,8 @@ class LmModel(nn.Module, ABC):
         """
         if targets is not None:
             return self._loss(tokens, targets, segments, scale)
-        hidden = self.hidden(tokens, segments=segments, cache=cache)
+        mask = None if segments is None else segment_mask(segments)
+        hidden = self.hidden(tokens, mask=mask, cache=cache)
         if cache is not None:
             hidden = cache.last(hidden)
         weight, group = self.head_weight(), self.vocab_group
@@ -107,10 +110,16 @@ class LmModel(nn.Module, ABC):
         self, tokens: Tensor, targets: Tensor, segments: Tensor | None, scale: float | Tensor
     ) -> Tensor:
         tie, positions = TiedGradient(), None
+        mask = None if segments is None else segment_mask(segments)
         if self.context is not None:
-            positions = sequence_part(tokens.shape[1], self.context).to(tokens.device)
+            num_tokens = tokens.shape[1]
+            positions = sequence_part(num_tokens, self.context).to(tokens.device)
             tokens, targets = tokens[:, positions], targets[:, positions]
-        hidden = self.hidden(tokens, segments=segments, positions=positions, tie=tie)
+            if mask is not None:
+                mask = mask[:, :, positions]
+            elif not tokens.is_cuda:  # whose kernels need none
+                mask = position_mask(positions, num_tokens, self.compute_dtype)
+        hidden = self.hidden(tokens, mask=mask, positions=positions, tie=tie)
         group = self.vocab_group
         return linear_cross_entropy(
             enter(hidden, group), self.head_weight(), targets, scale=scale, tie=tie, group=group

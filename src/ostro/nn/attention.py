@@ -70,14 +70,21 @@ class KeyValueCache:
         return keys[:, :, :used], values[:, :, :used], self._mask
 
 
-def segment_mask(segments: Tensor, positions: Tensor | None = None) -> Tensor:
-    """(batch, position) -> bool (batch, 1, query, position): causal, inside equal segments.
-
-    The queries are at `positions` (query,); None is all.
-    """
+def segment_mask(segments: Tensor) -> Tensor:
+    """(batch, position) -> bool (batch, 1, position, position): causal, inside equal segments."""
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    mask = same.tril()
-    return mask if positions is None else mask[:, :, positions]
+    return same.tril()
+
+
+def position_mask(positions: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """(query,) -> (1, 1, query, key): 0 for keys up to the query's position, -inf behind it.
+
+    In the dtype of the queries all layers share it; of a boolean one each would keep a copy.
+    """
+    later = torch.arange(num_keys, device=positions.device) > positions[:, None]
+    return torch.zeros(1, 1, *later.shape, dtype=dtype, device=later.device).masked_fill_(
+        later, -torch.inf
+    )
 
 
 class CausalAttention(nn.Module):
@@ -147,13 +154,15 @@ def causal_attention(
     """`softmax(scale * q k^T) v` over earlier positions.
 
     query is (batch, heads, position, head_size); key and value may have fewer heads, each then
-    serves a group of consecutive query heads. `mask` (bool, True = may attend) replaces the
-    causal mask; without one a single query sees every key. `upcast` computes in float32. Returns
-    the layout and dtype of the query.
+    serves a group of consecutive query heads. `mask` (bool, True = may attend, or what is added to
+    the scores) replaces the causal mask; without one a single query sees every key. `upcast`
+    computes in float32. Returns the layout and dtype of the query.
     """
     dtype = query.dtype
     if upcast:
         query, key, value = query.float(), key.float(), value.float()
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
     by_products = query.is_cpu and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
     by_products = by_products and mask is None and not dropout and query.shape == key.shape
     if by_products and query.shape[2] <= CPU_TOKENS:

@@ -126,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         assert ctx.gradients is not None, "the backward pass of the loss runs once"
         (grad_rows, grad_weight), ctx.gradients = ctx.gradients, None
         # On a CPU looking at the value does not wait; on others multiplying by one is cheap.
-        if not (grad_loss.is_cpu and grad_loss == 1):
+        if not (type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss == 1):
             grad_rows.mul_(grad_loss)
             if grad_weight is not None:
                 grad_weight.mul_(grad_loss)

@@ -56,7 +56,8 @@ def _split_layers(
         for name, parameter in [*module.named_parameters(recurse=False)]:
             dim = plans[f"{prefix}.{name}"].dims.get(MODEL)
             if dim is not None:
-                part = distribute_tensor(parameter.detach(), mesh.parameters["model"], [Shard(dim)])
+                whole = parameter.detach()
+                part = distribute_tensor(whole, mesh.model_mesh, [Shard(dim)], src_data_rank=None)
                 setattr(module, name, nn.Parameter(part))
         if not isinstance(module, Linear | Embedding):
             continue
@@ -72,13 +73,12 @@ def _split_layers(
 def _fully_shard(
     model: LmModel, plans: Mapping[str, ParameterPlan], mesh: Mesh, compute_dtype: torch.dtype
 ) -> None:
-    replicas, shards = mesh.parameters["replica"].size(), mesh.parameters["data"].size()
-    if replicas * shards == 1:
+    over = mesh.fsdp_mesh
+    if over is None:
         return
     # One unit for each block, gathered in the dtype it computes in; embedding and head stay with
     # the root, as one parameter may be both.
     dims = {id(p): plans[name].dims.get(DATA, 0) for name, p in model.named_parameters()}
-    over = mesh.parameters["replica", "data"] if replicas > 1 else mesh.parameters["data"]
     cast = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

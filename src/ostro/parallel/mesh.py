@@ -14,20 +14,16 @@ class Mesh:
     """The devices of a run, laid out by mesh axis; the last axis varies fastest with the rank."""
 
     sizes: MeshSizes
-    parameters: DeviceMesh
-    """Axes replica, data (with context), model: what parameters are laid out on."""
+    model_mesh: DeviceMesh
+    """The axis model: over it layers are split."""
+    fsdp_mesh: DeviceMesh | None
+    """The axes replica and data, or data alone: over them FSDP keeps copies, and parts."""
+    model: Group | None
+    """The devices that share this one's layers."""
     context: Group | None
     """The devices that share this one's sequences."""
     is_split: bool
     """Whether parameters are split or layers shared; otherwise all devices hold copies."""
-
-    @property
-    def model(self) -> Group | None:
-        """The devices that share this one's layers."""
-        if self.sizes.model == 1:
-            return None
-        mesh = self.parameters["model"]
-        return Group(mesh.get_group(), mesh.get_local_rank(), self.sizes.model)
 
 
 def arrange(world: World, sizes: MeshSizes, *, shards: bool) -> tuple[World, Mesh | None]:
@@ -66,4 +62,16 @@ def arrange(world: World, sizes: MeshSizes, *, shards: bool) -> tuple[World, Mes
         context_rank=context_rank,
         batch_group=batch,
     )
-    return world, Mesh(sizes, parameters, context, shards or sizes.model > 1)
+    # Slices are made here, as making one looks at values: a rehearsal on fake tensors could not.
+    models = parameters["model"]
+    model = Group(models.get_group(), models.get_local_rank(), sizes.model)
+    fsdp = parameters["replica", "data"] if copies > 1 else parameters["data"]
+    mesh = Mesh(
+        sizes,
+        models,
+        fsdp if fsdp.size() > 1 else None,
+        model if sizes.model > 1 else None,
+        context,
+        is_split=shards or sizes.model > 1,
+    )
+    return world, mesh

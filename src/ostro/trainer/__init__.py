@@ -2,6 +2,14 @@
 
 from ostro.trainer.config import BatchPlan, BatchStage, TrainerConfig
 from ostro.trainer.engine import Engine, TorchEngine
-from ostro.trainer.start import build_state, choose_engine, find_start, lay_out, restore
+from ostro.trainer.start import (
+    allocate,
+    build_model,
+    build_state,
+    choose_engine,
+    find_start,
+    lay_out,
+    restore,
+)
 from ostro.trainer.state import TrainState
 from ostro.trainer.trainer import Trainer, TrainingDivergedError

@@ -11,7 +11,7 @@ from torch import nn
 from ostro.checkpoint import Checkpointer, Decision, Saved, SavedFile, which_checkpoint
 from ostro.distributed import World
 from ostro.errors import CheckpointError, ConfigError, Problem
-from ostro.models.lm_model import LmConfig, initialize
+from ostro.models.lm_model import LmConfig, LmModel, initialize
 from ostro.nn import axes_of
 from ostro.nn.collectives import local
 from ostro.optim import LossScaler, OptimizerConfig
@@ -68,23 +68,38 @@ def build_state(
 
     With a `mesh` no device ever holds more of the model than its part.
     """
-    precision = trainer.mp
-    compute_dtype = getattr(torch, precision.compute)
+    model = build_model(model_config, trainer, num_tokens, mesh)
+    return allocate(model, optimizer, trainer, device)
+
+
+def build_model(
+    model_config: LmConfig, trainer: TrainerConfig, num_tokens: int, mesh: Mesh | None
+) -> LmModel:
+    """The model on the meta device, laid out over the mesh."""
+    compute_dtype = getattr(torch, trainer.mp.compute)
     with torch.device("meta"):
         model = model_config.build(num_tokens, compute_dtype=compute_dtype)
-    model.to(getattr(torch, precision.params))
-    axes = axes_of(model)
+    model.to(getattr(torch, trainer.mp.params))
     compiles = trainer.compile and has_compiler()
     if mesh is not None:
         shard(model, trainer.axis_mapping(), mesh, compute_dtype, compiles=compiles)
     elif compiles:
         compile_blocks(model)
+    return model
+
+
+def allocate(
+    model: LmModel, optimizer: OptimizerConfig, trainer: TrainerConfig, device: torch.device
+) -> TrainState:
+    """Memory and initial weights for a model of `build_model`, and what trains it."""
     model.to_empty(device=device)
     initialize(model, trainer.seed)
+    axes = axes_of(model)
     with torch.no_grad():
         parameters = {name: _part(parameter) for name, parameter in model.named_parameters()}
     skip_step = optimizer.skip_step
-    scales = precision.compute == "float16" and trainer.deepspeed is None  # it scales by itself
+    # DeepSpeed scales by itself.
+    scales = trainer.mp.compute == "float16" and trainer.deepspeed is None
     return TrainState(
         model,
         parameters,

@@ -1,0 +1,95 @@
+"""A played step calls the collectives of a real one, and shows where memory falls."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ostro.cli.main import run_command
+from ostro.data.source import StdlibSource
+from ostro.data.text import LMDatasetConfig
+from ostro.distributed import World
+from ostro.errors import ConfigError
+from ostro.lm_config import TrainLmConfig
+from ostro.models.gpt2 import Gpt2Config
+from ostro.rehearsal import CollectiveCounter, rehearse
+from ostro.trainer import TrainerConfig, build_state, choose_engine, lay_out
+
+sys.path.append(str(Path(__file__).parent / "parallel"))
+from group import MODELS, OPTIMIZER, VOCAB, batch_of, spawned, trainer_config
+
+SPLIT = {"tensor_parallel_axes": ["mlp", "heads", "vocab"], "model_axis_size": 2}
+LAYOUTS = {
+    "fsdp": {},
+    "fsdp x model": SPLIT,
+    "fsdp x context": {"context_axis_size": 2},
+    "replica x fsdp": {"replica_axis_size": 2},
+}
+
+
+def config(model, trainer) -> TrainLmConfig:
+    data = LMDatasetConfig(source=StdlibSource())
+    return TrainLmConfig(data, trainer, model, optimizer=OPTIMIZER, vocab_size=VOCAB)
+
+
+def real_steps(world: World) -> dict[str, tuple[dict, dict]]:
+    found = {}
+    for layout, settings in LAYOUTS.items():
+        for name in ("gpt2", "llama"):
+            trainer = trainer_config(1, **settings)
+            placed, mesh = lay_out(trainer, world)
+            state = build_state(MODELS[name], OPTIMIZER, trainer, VOCAB, world.device, mesh)
+            plan = trainer.batch_plan(world.num_ranks)
+            engine = choose_engine(trainer, OPTIMIZER, plan, placed, mesh)(state)
+            rows = plan.num_micro_batches(0)
+            batch = batch_of(0)
+            with CollectiveCounter() as counter:
+                loss = torch.zeros(())
+                for row in range(rows):
+                    micro = batch.rows(row, row + 1)
+                    loss += engine.backward(micro, 1, is_last=row == rows - 1)
+                engine.update(loss, 0.0, OPTIMIZER.max_grad_norm)
+            found[layout, name] = dict(counter.calls), dict(counter.bytes)
+    return found
+
+
+@pytest.mark.dist
+def test_collectives_are_those_of_four_real_processes():
+    for (layout, name), (calls, num_bytes) in spawned(real_steps, 4).items():
+        played = rehearse(config(MODELS[name], trainer_config(1, **LAYOUTS[layout])), 4)
+        assert played.calls == calls, (layout, name)
+        assert played.bytes == num_bytes, (layout, name)
+        assert {"all-gather", "reduce-scatter", "all-reduce"} <= calls.keys()
+
+
+def test_memory_falls_with_context_parallel_devices():
+    model = Gpt2Config(seq_len=1024, num_layers=4, hidden_dim=128, num_heads=4,
+                       gradient_checkpointing=False)  # fmt: skip
+    held = {}
+    for devices in (1, 2, 4):
+        settings = {"train_batch_size": 1, "per_device_parallelism": 1}
+        trainer = TrainerConfig(context_axis_size=devices, **settings)
+        held[devices] = rehearse(config(model, trainer), devices)
+    assert held[4].working < 0.65 * held[2].working < 0.5 * held[1].working
+    assert held[4].parameters * 4 == held[1].parameters and not held[1].calls
+
+
+def test_step_as_typed(capsys):
+    words = ["plan", "step", "--config_path", "config/llama2_7b.yaml", "--devices", "64"]
+    words += [
+        "--model.num_layers",
+        "2",
+        "--vocab_size",
+        "32000",
+        "--trainer.train_batch_size",
+        "64",
+    ]
+    assert run_command(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("weights  ") and "reduce-scatter        3 " in out
+
+
+def test_copies_have_nothing_to_rehearse():
+    with pytest.raises(ConfigError, match="nothing is split"):
+        rehearse(config(MODELS["gpt2"], trainer_config(fsdp_axis=None)), 4)
