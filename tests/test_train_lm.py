@@ -13,8 +13,9 @@ import torch
 import yaml
 from tiny_run import ostro, read_metrics, write_config
 
-from ostro.checkpoint import find_latest, load
+from ostro.checkpoint import find_latest, load, store
 from ostro.cli.main import run_command
+from ostro.trainer import Trainer
 
 
 def train(path: Path, *flags: str) -> None:
@@ -228,3 +229,43 @@ def test_epoch_ends_the_run(tmp_path):
           "--trainer.train_batch_size", "64")  # fmt: skip
     text = (tmp_path / "train.txt").stat().st_size + 1
     assert len(read_metrics(tmp_path)) == text // 16 // 64
+
+
+OFTEN = {"trainer": {"checkpointer": {"keep": [{"every": 2}]}}}
+
+
+def test_a_save_that_fails_on_the_way_is_reported_and_training_goes_on(
+    tmp_path, monkeypatch, capsys
+):
+    real = store._write_file
+
+    def failing(url, content):
+        if "step-2" in url:
+            raise OSError(28, "No space left on device")
+        return real(url, content)
+
+    monkeypatch.setattr(store, "_write_file", failing)
+    train(write_config(tmp_path, **OFTEN))
+    out = capsys.readouterr().out
+    assert "step-2 - the disk is full" in out and "training goes on" in out
+    assert sorted(p.name for p in (tmp_path / "checkpoints/tiny").iterdir()) == ["step-4", "step-5"]
+
+
+def test_a_run_that_crashes_leaves_the_checkpoint_that_was_being_written(tmp_path, monkeypatch):
+    real_write, real_step = store._write_file, Trainer.train_step
+
+    def slow(url, content):
+        time.sleep(0.2)
+        return real_write(url, content)
+
+    def crashing(self, step, batch):
+        if step == 3:
+            raise KeyError("a mistake")
+        return real_step(self, step, batch)
+
+    monkeypatch.setattr(store, "_write_file", slow)
+    monkeypatch.setattr(Trainer, "train_step", crashing)
+    with pytest.raises(KeyError, match="a mistake"):
+        train(write_config(tmp_path, **OFTEN))
+    assert [p.name for p in (tmp_path / "checkpoints/tiny").iterdir()] == ["step-2"]
+    assert find_latest(str(tmp_path / "checkpoints")).values["step"] == 3

@@ -192,6 +192,13 @@ class World:
         dist.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]
 
+    def gather(self, value: Value) -> list[Value]:
+        """Every rank's value, on all ranks."""
+        values = [value] * self.num_ranks
+        if self.num_ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.any(False)

@@ -146,7 +146,7 @@ def build_session(
     checkpointer = trainer.checkpointer.build(
         trainer.id, run_name(config), in_folders=trainer.deepspeed is not None
     )
-    start = find_start(trainer, checkpointer)
+    start = find_start(trainer, checkpointer, world)
     if start.saved is None and config.initialize_from_hf is not None:
         log.info("starting from the weights of %s", config.initialize_from_hf)
         weights = read_weights(config.initialize_from_hf, config.model, num_tokens)
@@ -226,6 +226,8 @@ class Session:
         )
         self._texts = {"config.yaml": dump_yaml(config), "tokenizer.json": self.tokenizer.to_text()}
         self._token_bytes = self.tokenizer.token_bytes()
+        if self.engine.is_collective and self.world.num_ranks > 1:
+            self.checkpointer.join()
         self._eval_metrics: dict[str, float] = {}
         self._improved: bool | None = None
 
@@ -259,6 +261,8 @@ class Session:
                 self.save(self.state.step - 1, interrupted=True)
             log.info("stopped after %d of %d updates", self.state.step, num_steps)
             raise
+        finally:
+            self._report_save(wait=True)
         return self._eval_metrics
 
     def poll(self, whole_step: bool) -> None:
@@ -309,26 +313,36 @@ class Session:
 
         Where a save on the way fails, the run goes on: older checkpoints are intact.
         """
+        must = force or interrupted
+        self._report_save(wait=must)
         improved, self._improved = self._improved, None
         due = self.checkpointer.due(step, force=force, improved=improved, interrupted=interrupted)
         if self.engine.is_collective:
             due = self.world.from_first(due)  # the clocks of the others may say something else
         if due is None or not (self.world.is_first or self.engine.is_collective):
             return
+        self._report_save(wait=True)
         shards = Path(self.checkpointer.folder).expanduser() / f"{PARTIAL}shards-{step}"
         try:
-            if self.world.is_first:
-                report = self.checkpointer.save(step, due, lambda: self._make_state(shards))
-                log.info("saved %s (%s, %.1f s)", report.path, report.kind, report.seconds)
-            else:
-                self._make_state(shards)
-        except CheckpointError as error:
-            if force or interrupted:
-                raise
-            log.error("%s; training goes on", error)
+            self.checkpointer.save(step, due, lambda: self._make_state(shards))
+            self._report_save(wait=must, must=must)
         finally:
             if self.world.is_first:
                 shutil.rmtree(shards, ignore_errors=True)
+
+    def _report_save(self, *, wait: bool, must: bool = False) -> None:
+        """Say what became of a save if that is known, or once it is."""
+        report = failure = None
+        try:
+            report = self.checkpointer.wait() if wait else self.checkpointer.poll()
+        except CheckpointError as error:
+            if must:
+                raise
+            failure = error
+        if self.world.is_first and failure:  # the others say the same
+            log.error("%s; training goes on", failure)
+        if self.world.is_first and report:
+            log.info("saved %s (%s, %.1f s)", report.path, report.kind, report.seconds)
 
     def _make_state(self, shards: Path) -> State:
         self.trainer.flush()

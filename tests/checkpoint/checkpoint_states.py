@@ -8,7 +8,10 @@ from ostro.checkpoint import State
 def on_step(checkpointer, step, make_state, **fields):
     """Save after update `step` if that is due, as a run does."""
     due = checkpointer.due(step, **fields)
-    return None if due is None else checkpointer.save(step, due, make_state)
+    if due is None:
+        return None
+    checkpointer.save(step, due, make_state)
+    return checkpointer.wait()
 
 
 def small_state(number: int) -> State:

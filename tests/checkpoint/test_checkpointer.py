@@ -1,6 +1,7 @@
 """A run's checkpointer with a clock that is set by hand."""
 
 import os
+import threading
 import time
 from datetime import timedelta
 
@@ -266,6 +267,15 @@ def test_a_store_killed_while_it_moved_a_checkpoint_aside(folder):
     assert load(f"{run.folder}/step-2").values["step"] == 2
 
 
+def test_what_was_uploaded_of_one_that_never_became_complete_goes():
+    run = Run("memory://begun")
+    fs, path = fsspec.url_to_fs(run.folder)
+    fs.pipe_file(f"{path}/step-9/model.safetensors", b"half")
+    fs.pipe_file(f"{path}/notes/mine.txt", b"not a checkpoint")
+    run.step(10, force=True)
+    assert storage.names(run.folder) == ["notes", "step-10"]
+
+
 def test_a_temporary_one_of_the_same_step_as_before_the_restart_stays(folder):
     Run(folder).step(7, now=10)
     again = Run(folder)
@@ -277,3 +287,85 @@ def test_found_checkpoints_are_named_as_the_folder_was(folder):
     run = Run(folder)
     run.step(7, now=10)
     assert [path for path, _ in scan(folder)] == [f"{run.folder}/step-7"]
+
+
+# Saving while training goes on
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Nothing is written until it is set."""
+    opened, real = threading.Event(), store._write_file
+
+    def waiting(url, content):
+        assert opened.wait(30)
+        return real(url, content)
+
+    monkeypatch.setattr(store, "_write_file", waiting)
+    yield opened
+    opened.set()
+
+
+def begin(run, step, state, **fields):
+    due = run.checkpointer.due(step, **fields)
+    run.checkpointer.save(step, due, lambda: state)
+
+
+def test_what_is_saved_is_the_state_of_that_moment(folder, gate):
+    run, state = Run(folder), small_state(1)
+    begin(run, 1, state, interrupted=True)
+    assert run.checkpointer.poll() is None
+    assert run.kinds() == {}
+    for tensors in state.tensors.values():
+        for tensor in tensors.values():
+            tensor.zero_()
+    gate.set()
+    report = run.checkpointer.wait()
+    assert (report.step, run.checkpointer.last) == (1, report)
+    assert run.checkpointer.wait() is None
+    assert (load(report.path).tensors("model")["weight"] == 1).all()
+
+
+def test_the_one_before_goes_only_when_its_successor_is_committed(folder, gate):
+    run = Run(folder)
+    gate.set()
+    run.step(1, now=10)
+    gate.clear()
+    begin(run, 2, small_state(2), interrupted=True)
+    assert run.kinds() == {1: "temporary"}
+    gate.set()
+    run.checkpointer.wait()
+    assert run.kinds() == {2: "temporary"}
+
+
+def test_no_temporary_one_is_due_while_one_is_written(tmp_path, gate):
+    run = Run(tmp_path, keep=[(5,)])
+    begin(run, 1, small_state(1), interrupted=True)
+    run.now = 100
+    assert run.checkpointer.due(2) is None
+    assert run.checkpointer.due(5).kind == "permanent"
+    gate.set()
+    run.checkpointer.wait()
+    assert run.checkpointer.due(2).kind == "temporary"
+
+
+def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.step(1, now=10)
+
+    def failing(url, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_write_file", failing)
+    begin(run, 2, small_state(2), interrupted=True)
+    with pytest.raises(CheckpointError, match="disk is full"):
+        run.checkpointer.wait()
+    assert run.checkpointer.wait() is None
+    assert (run.kinds(), run.checkpointer.last.step) == ({1: "temporary"}, 1)
+
+
+def test_told_so_it_waits(tmp_path):
+    run = Run(tmp_path, async_save=False)
+    begin(run, 1, small_state(1), interrupted=True)
+    assert run.kinds() == {1: "temporary"}
+    assert run.checkpointer.poll().seconds > 0

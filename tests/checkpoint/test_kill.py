@@ -1,8 +1,11 @@
 """Killed with signal 9 before every single operation of a save: nothing is ever lost or torn."""
 
+import os
 import subprocess
 import sys
 import textwrap
+
+HERE = os.path.dirname(__file__)
 
 SCRIPT = """
 import os, shutil, signal, sys
@@ -74,7 +77,7 @@ def test_a_save_killed_anywhere_leaves_an_intact_checkpoint(tmp_path):
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path / "runs")],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(__file__).rpartition("/")[0], "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": os.pathsep.join([HERE, *sys.path]), "OMP_NUM_THREADS": "1"},
         timeout=120,
     )
     assert done.returncode == 0, done.stderr

@@ -190,7 +190,7 @@ def with_file(name, **record):
 
 
 EDITS = {
-    "other format": (lambda f: f.update(format=2), "newer ostro"),
+    "other format": (lambda f: f.update(format=3), "newer ostro"),
     "no format": (lambda f: f.pop("format"), "is not a checkpoint's"),
     "no step": (lambda f: f.pop("step"), "step is not of type int"),
     "bool step": (lambda f: f.update(step=True), "step is not of type int"),

@@ -10,6 +10,7 @@ import torch
 from tiny_run import ostro, read_metrics, torchrun, torchrun_words, write_config
 
 from ostro.checkpoint import find_latest
+from ostro.cli.main import run_command
 from ostro.distributed import DistributedConfig, join
 from ostro.errors import ConfigError
 
@@ -46,6 +47,28 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     first, second = (checkpoint.tensors("model") for checkpoint in saved)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_goes_on_with_other_processes_and_another_mapping(tmp_path):
+    """One process, four that hold parts, one again: the losses of a run that never stopped.
+
+    Evaluations come right before the saves: they must not change what is saved.
+    """
+    changes = {"model": {"num_heads": 4}, "optimizer": {"schedule_steps": 6}}
+    straight = write_config(tmp_path / "one", **changes)
+    assert run_command(["train", "--config_path", str(straight)]) == 0
+    path = write_config(tmp_path / "mixed", **changes)
+    words = ["train", "--config_path", str(path), "--trainer.num_train_steps"]
+    assert run_command([*words, "2"]) == 0
+    split = ["--trainer.tensor_parallel_axes", "[mlp, heads, vocab]", "--trainer.model_axis_size=2"]
+    done = torchrun(4, *words, "4", *split)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tiny/step-1" in done.stdout
+    assert run_command([*words, "6"]) == 0
+    shards = tmp_path / "mixed/checkpoints/tiny/step-3"
+    assert len(list(shards.glob("optimizer-*-of-00004.safetensors"))) == 4
+    alone, mixed = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "mixed")
+    assert mixed == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_signal_stops_all_ranks_after_the_same_update(tmp_path):

@@ -1,11 +1,18 @@
 """The checkpointer of a run: asks the policy after every step, saves, and tidies up."""
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ostro.checkpoint.folders import FolderStore
 from ostro.checkpoint.policy import CheckpointInterval, Kind, Policy, keep_problems
@@ -35,6 +42,8 @@ class CheckpointerConfig:
     """Save at the end of training, whatever the other settings say."""
     delete_old_temp_checkpoints: bool = True
     """After a restart, also delete the temporary checkpoints that the run left before it."""
+    async_save: bool = True
+    """Train on while a checkpoint is written, from a copy of the state in the CPU's memory."""
     format: Literal["folder", "file", "nanogpt"] = "folder"
     """folder: `step-<k>/` of safetensors files. file: `step_<k>.pt`, with `latest_checkpoint.pt`
     always the newest, for `torch.load`. nanogpt: `ckpt.pt`, as nanoGPT reads and writes it; each
@@ -114,7 +123,13 @@ class Due:
 
 
 class Checkpointer:
-    """Saves the state of one run when it is due, on the one rank that writes."""
+    """Saves the state of one run when it is due: on the first rank, or together if it has a group.
+
+    One save is under way at a time. With `async_save` it goes on in a thread of its own.
+    """
+
+    group: ProcessGroup | None = None
+    """All ranks, where each holds a part of the state; for the saving thread only."""
 
     def __init__(
         self,
@@ -127,6 +142,16 @@ class Checkpointer:
         self._config, self._policy, self._store = config, config.policy, store
         self._clock = clock
         self._last_save = clock()
+        self._under_way: Future[tuple[str, int]] | None = None
+        self._begun: tuple[int, Kind, float] = (0, "temporary", 0.0)  # its step, kind, and seconds
+        on_cuda = torch.cuda.is_available()
+        pins = StagingOptions(on_cuda, False, False, on_cuda)  # no shared memory, no other thread
+        self._stager = DefaultStager(pins)  # keeps its buffers
+
+    def join(self) -> None:
+        """Save together with the other ranks from now on; all of them call it."""
+        # The fastest writer waits for the slowest. That a rank is gone is seen at once.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     def due(
         self,
@@ -147,6 +172,8 @@ class Checkpointer:
             self._last_save = now
         force = force and self._config.save_last
         kind = self._policy.due(step, now - self._last_save, force=force)
+        if kind == "temporary" and self._under_way is not None:
+            kind = None  # saving takes longer than the interval
         best = bool(improved) and self._config.save_after_eval != "never"
         after_eval = best or (improved is not None and self._config.save_after_eval == "always")
         counts = step > 0 or self._config.format == "nanogpt"  # which evaluates before updates
@@ -158,17 +185,54 @@ class Checkpointer:
             return None  # it is there already; only a temporary one has to become permanent
         return Due(kind, best)
 
-    def save(self, step: int, due: Due, make_state: Callable[[], State]) -> SaveReport:
-        """Save what is due.
+    def save(self, step: int, due: Due, make_state: Callable[[], State]) -> None:
+        """Save what is due; `poll` and `wait` say what became of it.
 
-        Raises `CheckpointError` where that failed: older checkpoints are intact then, training can
-        go on, and the next attempt is made when the next save is due.
+        Where that fails, older checkpoints are intact, training can go on, and the next attempt
+        is made when the next save is due.
         """
+        assert self._under_way is None, "wait for the save before"
         start = time.perf_counter()
         try:
-            self._store.prepare()
-            path, num_bytes = self._store.save(make_state(), step, due.kind, due.best)
+            if self.group is None or dist.get_rank() == 0:
+                self._store.prepare()
+            state = self._store.gather(make_state(), self.group)
         finally:  # also after a failure: a full disk is not asked again at every step
             self._last_save = self._clock()
-        self.last = SaveReport(path, step, due.kind, time.perf_counter() - start, num_bytes)
+        # A backend's own folders are of this moment; what they are made from goes on.
+        is_async = self._config.async_save and not state.folders
+        if is_async:
+            state = replace(state, tensors=self._stager.stage(dict(state.tensors)))
+        self._under_way = future = Future()
+
+        def write() -> None:
+            try:
+                future.set_result(self._store.save(state, step, due.kind, due.best, self.group))
+            except BaseException as error:
+                future.set_exception(error)
+
+        if is_async:  # a daemon: a run that crashes ends, and leaves a partial folder
+            threading.Thread(target=write, name="checkpoint", daemon=True).start()
+        else:
+            write()
+        self._begun = (step, due.kind, time.perf_counter() - start)
+
+    def poll(self) -> SaveReport | None:
+        """The save that was under way if it has ended since; raises `CheckpointError` if it failed.
+
+        Each save is told of once.
+        """
+        return self.wait() if self._under_way is not None and self._under_way.done() else None
+
+    def wait(self) -> SaveReport | None:
+        """The same, once the save under way has ended; None where there is none."""
+        if self._under_way is None:
+            return None
+        start = time.perf_counter()
+        try:
+            path, size = self._under_way.result()
+        finally:
+            self._under_way = None
+        step, kind, seconds = self._begun
+        self.last = SaveReport(path, step, kind, seconds + time.perf_counter() - start, size)
         return self.last

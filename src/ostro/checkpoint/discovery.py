@@ -3,16 +3,21 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
+
+import torch
 
 from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import Metadata
 from ostro.checkpoint.single_file import SavedFile, files_below, load_file, pointed_folder
 from ostro.checkpoint.store import Saved, load, read_metadata
+from ostro.distributed import World
 from ostro.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
+_ALONE = World(torch.device("cpu"))
 _T = TypeVar("_T")
 
 
@@ -30,8 +35,10 @@ def scan(path: str) -> list[tuple[str, Metadata]]:
     return sorted(found, key=lambda pair: (pair[1].timestamp, pair[1].step), reverse=True)
 
 
-def find_latest(path: str) -> Saved | SavedFile | None:
+def find_latest(path: str, world: World = _ALONE) -> Saved | SavedFile | None:
     """The newest intact checkpoint at or anywhere below `path`, checksums compared.
+
+    The ranks of a `world` call it together: they share the work and agree on the answer.
 
     `path` may be a checkpoint, folder or file, a run's folder, or one further up. Where there is
     no such folder its last part is taken for a run's name, looked up in the checkpoints below its
@@ -41,14 +48,16 @@ def find_latest(path: str) -> Saved | SavedFile | None:
     if storage.is_local(path) and Path(path).expanduser().is_file():
         folder = pointed_folder(Path(path).expanduser())
         return load_file(path) if folder is None else load(folder)
-    for candidate in _candidates(path):
+    for candidate in world.from_first(_candidates(path) if world.is_first else []):
+        saved, fault = None, ""
         try:
-            if candidate.endswith(".pt"):
-                return load_file(candidate)
-            saved = load(candidate)
-            saved.verify()
+            saved = load_file(candidate) if candidate.endswith(".pt") else load(candidate)
+            if isinstance(saved, Saved):
+                saved.verify(world.rank, world.num_ranks)
         except CheckpointError as error:
-            _log.warning("skipping a damaged checkpoint: %s", error)
+            fault = str(error)
+        if faults := [fault for fault in world.gather(fault) if fault]:
+            _log.warning("skipping a damaged checkpoint: %s", faults[0])
         else:
             return saved
     return None
@@ -79,13 +88,15 @@ class Decision(Generic[_T]):
 
 def which_checkpoint(
     own: str,
-    find: Callable[[str], _T | None] = find_latest,
+    find: Callable[[str], _T | None] | None = None,
     *,
+    world: World = _ALONE,
     load_checkpoint: bool | None = None,
     load_checkpoint_path: str | None = None,
     initialize_from: str | None = None,
 ) -> Decision[_T]:
-    """Decide what a run starts from; `find` looks for the newest checkpoint below a path.
+    """Decide what a run starts from; `find` (`find_latest` of all ranks of `world`) looks for the
+    newest checkpoint below a path.
 
     The run's `own` folder comes first, so that a run that was interrupted goes on whatever it
     once started from; then `load_checkpoint_path`, then `initialize_from`, then nothing.
@@ -93,13 +104,15 @@ def which_checkpoint(
     searches. Raises `CheckpointError` naming every place that was looked at.
     """
     warnings: list[str] = []
+    is_real = find is None
+    find = find or partial(find_latest, world=world)
     if load_checkpoint is False:
         if load_checkpoint_path is not None:
             warnings.append(
                 f"load_checkpoint_path = {load_checkpoint_path} - not used, for load_checkpoint is "
                 "false"
             )
-        if initialize_from is None and find is find_latest and _candidates(own):
+        if initialize_from is None and is_real and _candidates(own):
             warnings.append(
                 f"{own} holds checkpoints of an earlier run; this one starts anew and replaces"
                 " those of the same name"

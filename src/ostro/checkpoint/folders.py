@@ -1,8 +1,11 @@
 """The folder of a run's checkpoints: one folder each, tidied up as newer ones come."""
 
 import logging
+import re
 import time
 from pathlib import Path
+
+from torch.distributed import ProcessGroup
 
 from ostro.checkpoint import storage
 from ostro.checkpoint.discovery import scan
@@ -32,9 +35,14 @@ class FolderStore:
         if self._temporaries is None:
             self._temporaries = self._tidy_up()
 
-    def save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
-        """Write a checkpoint; returns its path and size in bytes."""
-        assert self._temporaries is not None, "prepare comes before save"
+    def gather(self, state: State, group: ProcessGroup | None) -> State:
+        """What `save` needs of a state: each rank writes the shards it has."""
+        return state
+
+    def save(
+        self, state: State, step: int, kind: Kind, best: bool, group: ProcessGroup | None
+    ) -> tuple[str, int]:
+        """Write a checkpoint; returns its path and, on the first rank, its size in bytes."""
         # Later than what is there, whatever this machine's clock says: newest wins on resume.
         timestamp = max(time.time(), self._newest + 1e-3)
         metadata = write(
@@ -46,9 +54,13 @@ class FolderStore:
             run_id=self._run_id,
             run_name=self._run_name,
             timestamp=timestamp,
+            group=group,
         )
-        self._newest = timestamp
         path = step_folder(self.folder, step)
+        if metadata is None:  # the first rank looks after the folder
+            return path, 0
+        assert self._temporaries is not None, "prepare comes before save"
+        self._newest = timestamp
         if self._points:
             point_to(Path(path).expanduser())
         kept = [old for old in self._temporaries if old != path and not self._drop(old, best)]
@@ -88,8 +100,15 @@ class FolderStore:
             if storage.is_folder(original):
                 storage.remove(original)
             storage.move(path, original)
-        elif name.startswith((storage.ASIDE, storage.PARTIAL)):
+        elif name.startswith((storage.ASIDE, storage.PARTIAL)) or _is_begun(path):
             storage.remove(path)
+
+
+def _is_begun(path: str) -> bool:
+    """Whether this is a step on an object store whose upload never came to its marker."""
+    if storage.is_local(path) or not re.fullmatch(r"step-\d+", path.rpartition("/")[2]):
+        return False
+    return storage.MARKER not in storage.names(path)
 
 
 def _is_complete(path: str) -> bool:

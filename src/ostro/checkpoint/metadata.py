@@ -10,7 +10,9 @@ from typing import Any
 
 from ostro.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
+SHARDS = "shards.json"
+"""Where the pieces of tensors lie that several ranks saved; a checkpoint without is of format 1."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -43,7 +45,7 @@ class Metadata:
     def to_json(self) -> str:
         """The text of `metadata.json`."""
         fields = {
-            "format": FORMAT,
+            "format": 2 if SHARDS in self.files else 1,
             **{name: getattr(self, name) for name in _FIELDS},
             "saved_at": datetime.fromtimestamp(self.timestamp, UTC).isoformat(timespec="seconds"),
             "files": {name: vars(record) for name, record in self.files.items()},

@@ -17,16 +17,19 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import is_plain_name, read_json
+from ostro.checkpoint.pieces import Stored, whole
 from ostro.checkpoint.policy import Kind
+from ostro.checkpoint.sharded import full_tensors, on_first
 from ostro.checkpoint.store import State
 from ostro.errors import CheckpointError
 
@@ -79,8 +82,17 @@ class FileStore:
     def prepare(self) -> None:
         """Nothing is to be done before a save."""
 
-    def save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
-        """Write a checkpoint; returns its path and size in bytes."""
+    def gather(self, state: State, group: ProcessGroup | None) -> State:
+        """What `save` needs of a state: whole tensors on the first rank."""
+        return state if group is None else replace(state, tensors=full_tensors(state.tensors))
+
+    def save(
+        self, state: State, step: int, kind: Kind, best: bool, group: ProcessGroup | None
+    ) -> tuple[str, int]:
+        """Write a checkpoint on the first rank; returns its path and size in bytes."""
+        return on_first(group, lambda: self._save(state, step, kind, best))
+
+    def _save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
         folder = Path(self.folder).expanduser()
         content = FORMATS[self._format_name].pack(state)
         if self._format_name == "nanogpt":
@@ -219,6 +231,10 @@ class SavedFile:
         if group not in self.state.tensors:
             raise CheckpointError(f"{self.path} - holds no {group!r} tensors")
         return self.state.tensors[group]
+
+    def stored(self, group: str) -> dict[str, Stored]:
+        """The same, each as one piece."""
+        return whole(self.tensors(group))
 
 
 def load_file(path: str | Path) -> SavedFile:

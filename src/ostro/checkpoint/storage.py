@@ -36,6 +36,7 @@ def is_local(url: str) -> bool:
 def is_folder(url: str) -> bool:
     """Whether there is a folder; an object store has one where a file lies below the name."""
     fs, path = locate(url)
+    fs.invalidate_cache()  # another rank or machine may have written there
     return bool(fs.isdir(path))
 
 
@@ -68,6 +69,7 @@ def below(url: str) -> Iterator[str]:
 def names(url: str) -> list[str]:
     """The names directly in a folder; empty where there is none."""
     fs, path = locate(url)
+    fs.invalidate_cache()
     try:
         return sorted(name.rstrip("/").rpartition("/")[2] for name in fs.ls(path, detail=False))
     except (FileNotFoundError, NotADirectoryError):

@@ -2,6 +2,7 @@
 
     step-1000/
       model.safetensors  optimizer.safetensors  state.safetensors   one per group of tensors
+      model-00000-of-00004.safetensors ...  shards.json             where ranks hold parts of it
       values.json                                                   step, position, tracker ids ...
       config.yaml                                                   texts
       deepspeed/                                                    folders that a backend wrote
@@ -17,24 +18,37 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import time
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, get_rank
 
 from ostro.checkpoint import storage
-from ostro.checkpoint.metadata import FileRecord, Metadata, is_plain_name, parse_metadata, read_json
+from ostro.checkpoint.metadata import (
+    SHARDS,
+    FileRecord,
+    Metadata,
+    is_plain_name,
+    parse_metadata,
+    read_json,
+)
+from ostro.checkpoint.pieces import Piece, Stored, whole
+from ostro.checkpoint.sharded import SUFFIX, Index, save_shares
 from ostro.checkpoint.tensorfile import file_size, read_tensors, tensor_pieces
 from ostro.errors import CheckpointError
 
 _VALUES = "values.json"
-_SUFFIX = ".safetensors"
+_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 @dataclass(frozen=True)
@@ -52,12 +66,14 @@ def step_folder(folder: str, step: int) -> str:
     return f"{folder.rstrip('/')}/step-{step}"
 
 
-def _small_files(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, bytes]:
-    for name in texts:
-        assert is_plain_name(name) and not name.endswith(_SUFFIX), name
-        assert name not in (_VALUES, storage.MARKER), name
-    files = {_VALUES: (json.dumps(values, indent=2) + "\n").encode()}
-    return files | {name: text.encode() for name, text in texts.items()}
+def _small_files(state: State, index: Index) -> dict[str, bytes]:
+    for name in state.texts:
+        assert is_plain_name(name) and not name.endswith(SUFFIX), name
+        assert name not in (_VALUES, SHARDS, storage.MARKER), name
+    files = {_VALUES: (json.dumps(state.values, indent=2) + "\n").encode()}
+    if index:
+        files[SHARDS] = json.dumps(index).encode()
+    return files | {name: text.encode() for name, text in state.texts.items()}
 
 
 def checkpoint_bytes(state: State) -> int:
@@ -66,8 +82,8 @@ def checkpoint_bytes(state: State) -> int:
     Tensors count by shape and type alone and may be on the meta device. Exact up to the few
     bytes by which the run's name and the time change the length of `metadata.json`.
     """
-    sizes = {name: len(data) for name, data in _small_files(state.values, state.texts).items()}
-    sizes |= {group + _SUFFIX: file_size(named) for group, named in state.tensors.items()}
+    sizes = {name: len(data) for name, data in _small_files(state, {}).items()}
+    sizes |= {group + SUFFIX: file_size(named) for group, named in state.tensors.items()}
     records = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
     marker = Metadata(10**6, 1e9, False, False, "run-id00", "run-id00", records).to_json()
     return sum(sizes.values()) + len(marker)
@@ -83,58 +99,119 @@ def write(
     run_id: str = "",
     run_name: str = "",
     timestamp: float | None = None,
-) -> Metadata:
+    group: ProcessGroup | None = None,
+) -> Metadata | None:
     """Write `state` as `<folder>/step-<step>`, replacing a checkpoint of that name safely.
 
-    `folder` is a path or an fsspec URL. Returns the metadata written. Raises `CheckpointError`
-    where the disk is too small (before writing), fills up, or refuses; what was being written
-    is removed then, and every older checkpoint is still there.
+    `folder` is a path or an fsspec URL. With a `group` of processes all its ranks call this, and
+    each writes the shards it holds. Returns the metadata written, on the first rank.
+
+    Raises `CheckpointError`, on all ranks, where the disk is too small (before writing), fills up,
+    or refuses; what was being written is removed then, and every older checkpoint is still there.
     """
-    storage.require_space(folder, checkpoint_bytes(state))
-    local, target = storage.is_local(folder), step_folder(folder, step)
-    aside = f"{folder.rstrip('/')}/{storage.ASIDE}step-{step}-{os.getpid()}"
-    # A store has no rename, and needs none where nothing is replaced: the marker comes last.
-    direct = not local and not storage.is_folder(target)
-    work = target if direct else aside.replace(storage.ASIDE, storage.PARTIAL)
     marks = (step, time() if timestamp is None else float(timestamp), is_temporary, is_best)
+    save = _Save(folder, state, group, lambda files: Metadata(*marks, run_id, run_name, files))
     try:
-        metadata = Metadata(*marks, run_id, run_name, _write_files(work, state))
-        _write_file(f"{work}/{storage.MARKER}", metadata.to_json().encode())
-        if not direct:
-            storage.flush_folder(work)
-            if storage.is_folder(target):
-                storage.move(target, aside)
-            storage.move(work, target)  # the commit
-    except BaseException as error:
+        if group is None:
+            work = save.begin()
+            parts = {part + SUFFIX: named for part, named in state.tensors.items()}
+            files = {n: save.write_file(f"{work}/{n}", named) for n, named in parts.items()}
+            save.commit(files, {})
+        else:
+            save_shares(state.tensors, group, save.begin, save.write_file, save.commit)
+    except BaseException:
+        save.undo()
+        raise
+    return save.metadata
+
+
+class _Save:
+    """One checkpoint being written. The first rank begins, commits, and cleans up."""
+
+    def __init__(
+        self,
+        folder: str,
+        state: State,
+        group: ProcessGroup | None,
+        describe: Callable[[dict[str, FileRecord]], Metadata],
+    ):
+        self.metadata: Metadata | None = None  # of what was committed
+        self._folder, self._state, self._describe = folder, state, describe
+        self._is_local = storage.is_local(folder)
+        self._is_alone = group is None
+        self._target = step_folder(folder, describe({}).step)
+        self._work = self._aside = ""  # not begun
+
+    def begin(self) -> str:
+        """Make the folder that is written to."""
+        with self._explained():
+            storage.require_space(self._folder, checkpoint_bytes(self._state))
+            name = self._target.rpartition("/")[2]
+            self._aside = f"{self._folder.rstrip('/')}/{storage.ASIDE}{name}-{os.getpid()}"
+            # A store has no rename, and needs none where nothing is replaced: the marker is last.
+            is_direct = not self._is_local and not storage.is_folder(self._target)
+            partial = self._aside.replace(storage.ASIDE, storage.PARTIAL)
+            self._work = self._target if is_direct else partial
+            fs, path = storage.locate(self._work)
+            if fs.isdir(path):
+                fs.rm(path, recursive=True)
+            fs.makedirs(path, exist_ok=True)
+            return self._work
+
+    def write_file(self, url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
+        """Write one file into that folder, on any rank."""
+        with self._explained():
+            parent = url.rpartition("/")[0]
+            if self._is_local and not self._is_alone and not storage.is_folder(parent):
+                raise OSError(f"{parent}, made by the first rank, is not there: share one disk")
+            return _write_file(url, content)
+
+    def commit(self, files: dict[str, FileRecord], index: Index) -> None:
+        """Write what is no tensor, then make the folder a checkpoint."""
+        work, state = self._work, self._state
+        with self._explained():
+            for name, ready in state.folders.items():
+                # on this machine, and on the same disk
+                os.rename(ready, f"{storage.locate(work)[1]}/{name}")
+            for name, data in _small_files(state, index).items():
+                files[name] = self.write_file(f"{work}/{name}", data)
+            metadata = self._describe(files)
+            self.write_file(f"{work}/{storage.MARKER}", metadata.to_json().encode())
+            if work != self._target:
+                storage.flush_folder(work)
+                if storage.is_folder(self._target):
+                    storage.move(self._target, self._aside)
+                storage.move(work, self._target)  # the commit
+        self.metadata = metadata
+        with contextlib.suppress(OSError):  # committed all the same; the next attempt tidies up
+            if storage.is_folder(self._aside):
+                storage.remove(self._aside)
+
+    def undo(self) -> None:
+        """Remove what was begun, and put back what it was to replace."""
+        if not self._work or self.metadata is not None:
+            return
         with contextlib.suppress(OSError):  # the first error matters; the next save tidies up
-            if storage.is_folder(work):
-                storage.remove(work)
-            if storage.is_folder(aside) and not storage.is_folder(target):
-                storage.move(aside, target)
-        if isinstance(error, OSError) or (isinstance(error, Exception) and not local):
+            if storage.is_folder(self._work):
+                storage.remove(self._work)
+            if storage.is_folder(self._aside) and not storage.is_folder(self._target):
+                storage.move(self._aside, self._target)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what could not be written; the error has to be one that travels between ranks."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if self._is_alone and self._is_local and not isinstance(error, OSError):
+                raise  # a mistake of ours
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = "the disk is full" if full else f"cannot be written: {error}"
+            where = "" if self._is_alone else f"rank {get_rank()}: "
             advice = "older checkpoints are untouched; free space or change base_path"
-            raise CheckpointError(f"{target} - {what} - {advice}") from error
-        raise
-    with contextlib.suppress(OSError):  # committed all the same; the next attempt tidies up
-        if storage.is_folder(aside):
-            storage.remove(aside)
-    return metadata
-
-
-def _write_files(folder: str, state: State) -> dict[str, FileRecord]:
-    fs, path = storage.locate(folder)
-    if fs.isdir(path):
-        fs.rm(path, recursive=True)
-    fs.makedirs(path, exist_ok=True)
-    contents: dict[str, bytes | Mapping[str, Tensor]] = {
-        group + _SUFFIX: named for group, named in state.tensors.items()
-    }
-    contents |= _small_files(state.values, state.texts)
-    for name, ready in state.folders.items():
-        os.rename(ready, f"{path}/{name}")  # on this machine, and on the same disk
-    return {name: _write_file(f"{folder}/{name}", content) for name, content in contents.items()}
+            raise CheckpointError(f"{self._target} - {where}{what} - {advice}") from error
 
 
 def _write_file(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
@@ -160,8 +237,10 @@ class Saved:
         self.metadata = metadata
         self._verified: dict[str, str] = {}  # file name -> local path
         self._downloads: str | None = None
-        small = [name for name in metadata.files if not name.endswith(_SUFFIX)]
+        self._opened: dict[str, dict[str, Tensor]] = {}  # file name -> tensors, mapped
+        small = [name for name in metadata.files if not name.endswith(SUFFIX)]
         contents = {name: self._read(name) for name in small}
+        self._shards: Index = read_json(contents.pop(SHARDS, b"{}"), f"{path}/{SHARDS}")
         if _VALUES not in contents:
             raise CheckpointError(f"{path}/{_VALUES} - is missing from the list of files")
         self.values: dict[str, Any] = read_json(contents.pop(_VALUES), f"{path}/{_VALUES}")
@@ -178,20 +257,67 @@ class Saved:
     @property
     def groups(self) -> list[str]:
         """The groups of tensors that it holds."""
-        return [n.removesuffix(_SUFFIX) for n in self.metadata.files if n.endswith(_SUFFIX)]
+        return list(self._tensor_files)
+
+    @property
+    def _tensor_files(self) -> dict[str, list[str]]:
+        """The files of every group."""
+        files: dict[str, list[str]] = {}
+        for name in sorted(self.metadata.files):
+            if name.endswith(SUFFIX):
+                files.setdefault(_NUMBER.sub("", name.removesuffix(SUFFIX)), []).append(name)
+        return files
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """The tensors of one group, on the CPU, after their file's checksum was compared."""
-        name = group + _SUFFIX
-        if name not in self.metadata.files:
+        """The tensors of one group, on the CPU, after their files' checksums were compared."""
+        return {name: stored.full() for name, stored in self.stored(group).items()}
+
+    def stored(self, group: str) -> dict[str, Stored]:
+        """The tensors of one group, not read yet; files are compared when they are read."""
+        files = self._tensor_files.get(group, [])
+        if not files:
             found = ", ".join(self.groups) or "none"
             raise CheckpointError(f"{self.path} - holds no {group!r} tensors, only {found}")
-        return read_tensors(self._verified_file(name), f"{self.path}/{name}")
+        if files == [group + SUFFIX]:
+            return whole(self._open(files[0]))
+        try:
+            return {
+                name: self._in_pieces(name, files, **entry)
+                for name, entry in self._shards[group].items()
+            }
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            where = f"{self.path}/{SHARDS}"
+            raise CheckpointError(f"{where} - is damaged: {group!r} in it is {error!r}") from error
 
-    def verify(self) -> None:
-        """Compare every file with its checksum; `CheckpointError` names the first that differs."""
-        for name in self.metadata.files:
-            self._verified_file(name)
+    def _in_pieces(self, name: str, files: list[str], shape: list[int], pieces: list) -> Stored:
+        found = []
+        for number, offset, size in pieces:
+            read = partial(self._read_piece, files[number], name, torch.Size(size))
+            found.append(Piece(torch.Size(offset), torch.Size(size), read))
+        if sum(piece.size.numel() for piece in found) != torch.Size(shape).numel():
+            raise ValueError(f"parts of {name} that are not all of it")
+        return Stored(torch.Size(shape), found)
+
+    def _read_piece(self, file: str, name: str, size: torch.Size) -> Tensor:
+        tensor = self._open(file).get(name)
+        if tensor is None or tensor.shape != size:
+            raise CheckpointError(f"{self.path}/{file} - is damaged: it holds no {name} of {size}")
+        return tensor
+
+    def _open(self, file: str) -> dict[str, Tensor]:
+        if file not in self._opened:
+            path = self._verified_file(file)
+            self._opened[file] = read_tensors(path, f"{self.path}/{file}")
+        return self._opened[file]
+
+    def verify(self, rank: int = 0, num_ranks: int = 1) -> None:
+        """Compare every file with its checksum; `CheckpointError` names the first that differs.
+
+        Each of several ranks takes its share: the files it wrote, where their number is the same.
+        """
+        for files in self._tensor_files.values():  # the others were compared when they were read
+            for file in files[rank::num_ranks]:
+                self._verified_file(file)
 
     def _read(self, name: str) -> bytes:
         with open(self._verified_file(name), "rb") as file:
@@ -233,8 +359,10 @@ def read_metadata(path: str) -> Metadata:
     except OSError as error:
         raise CheckpointError(f"{marker} - cannot be read: {error}") from error
     metadata = parse_metadata(data, marker)
+    fs.invalidate_cache()  # another rank or machine may have written there
+    sizes = {e["name"].rpartition("/")[2]: e["size"] for e in fs.ls(root, detail=True)}
     for name, record in metadata.files.items():
-        size = fs.size(f"{root}/{name}") if fs.isfile(f"{root}/{name}") else None
+        size = sizes.get(name)
         if size is None:
             raise CheckpointError(f"{path}/{name} - is missing from the checkpoint")
         if size != record.bytes:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ostro.errors import CheckpointError
 
@@ -59,7 +60,10 @@ def tensor_pieces(
     """The file, piece by piece. Waits for the device that holds the tensors."""
     yield header_bytes(tensors, metadata)
     for name in _ordered(tensors):
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        tensor = tensors[name].detach()
+        if isinstance(tensor, DTensor):  # of one rank: more of them save together
+            tensor = tensor.full_tensor()
+        flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
         data = memoryview(flat.numpy())
         for start in range(0, len(data), _CHUNK):
             yield data[start : start + _CHUNK]

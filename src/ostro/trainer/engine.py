@@ -73,13 +73,11 @@ class Engine(ABC):
         return {"train/loss": loss, "grad/norm/total": norm} | figures
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint, by group; the weights are `model`."""
-        return {
-            group: {
-                name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in own.items()
-            }
-            for group, own in self.state.tensors().items()
-        }
+        """The tensors of a checkpoint, by group; the weights are `model`.
+
+        What is split over ranks is a DTensor; all else is taken from the first rank that has it.
+        """
+        return self.state.tensors()
 
     def values(self) -> dict[str, Any]:
         """The numbers of a checkpoint that are not tensors."""
@@ -97,8 +95,14 @@ class Engine(ABC):
                 " its own - set trainer.deepspeed as its config.yaml does, or start a run with"
                 " another trainer.id"
             )
-        tensors = {group: saved.tensors(group) for group in ("model", "optimizer", "state")}
-        self.state.load(tensors, saved.values, str(saved))
+        fault = None
+        try:
+            self.state.load(saved)
+        except CheckpointError as error:
+            fault = error
+        for error in self.world.gather(fault):  # of any rank, on all of them
+            if error is not None:
+                raise error
 
 
 class TorchEngine(Engine):

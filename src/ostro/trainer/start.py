@@ -127,10 +127,11 @@ def has_compiler() -> bool:
     return False
 
 
-def find_start(trainer: TrainerConfig, checkpointer: Checkpointer) -> Decision:
+def find_start(trainer: TrainerConfig, checkpointer: Checkpointer, world: World) -> Decision:
     """The checkpoint this run should go on from, if there is one; says why."""
     decision = which_checkpoint(
         checkpointer.folder,
+        world=world,
         load_checkpoint=trainer.load_checkpoint,
         load_checkpoint_path=trainer.load_checkpoint_path,
         initialize_from=trainer.initialize_from,

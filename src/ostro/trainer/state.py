@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ostro.checkpoint import Saved, SavedFile, Stored, copy_into, whole
 from ostro.errors import CheckpointError
 from ostro.models.lm_model import LmModel
-from ostro.nn.init import assign
 from ostro.optim import LossScaler, SkipStep, optimizer_tensors
 
 
@@ -91,6 +92,9 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint, by group: `model`, `optimizer`, `state`. Not copies."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves the outermost parameters whole
         state = {"random.torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -132,13 +136,12 @@ class TrainState:
         best = self.best_eval_loss
         return {"step": self.step, "best_eval_loss": best if isfinite(best) else None}
 
-    def load(
-        self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], where: str
-    ) -> None:
+    def load(self, saved: Saved | SavedFile) -> None:
         """Take over the state of a checkpoint; `CheckpointError` when it does not fit."""
-        load_weights(self.model, tensors["model"], where)
-        _copy(tensors["optimizer"], self._optimizer_tensors(), where, "optimizer")
-        state = tensors["state"]
+        own = self.tensors()
+        for what in ("model", "optimizer"):
+            _copy(saved.stored(what), own[what], str(saved), what)
+        state = saved.tensors("state")
         for prefix, guard in self._guards().items():
             own = {
                 n.removeprefix(f"{prefix}."): t for n, t in state.items() if n.startswith(prefix)
@@ -149,7 +152,7 @@ class TrainState:
             torch.set_rng_state(state["random.torch"])
         if "random.cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random.cuda"], self.device)
-        self.load_values(values)
+        self.load_values(saved.values)
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Take over the numbers of a checkpoint."""
@@ -165,11 +168,11 @@ class TrainState:
 def load_weights(model: LmModel, weights: Mapping[str, Tensor], where: str) -> None:
     """Copy `weights` into `model` by name; `CheckpointError` lists what does not fit."""
     named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    _copy(weights, named, where, "model")
+    _copy(whole(weights), named, where, "model")
 
 
 def _copy(
-    source: Mapping[str, Tensor], target: Mapping[str, Tensor], where: str, what: str
+    source: Mapping[str, Stored], target: Mapping[str, Tensor], where: str, what: str
 ) -> None:
     wrong = [f"{name} is missing" for name in target if name not in source]
     wrong += [f"{name} is unknown here" for name in source if name not in target]
@@ -184,5 +187,4 @@ def _copy(
             f"{where} does not fit this run's {what}: {shown} - use the settings it was saved with"
             " (they are in its config.yaml), or start a run with another trainer.id"
         )
-    for name, own in target.items():
-        assign(own, source[name])
+    copy_into(target, source)
