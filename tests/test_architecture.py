@@ -48,7 +48,7 @@ OPTIONAL = {
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_TOTAL_LINES = 16_900
+MAX_TOTAL_LINES = 17_400
 LONGER_FUNCTIONS: dict[str, str] = {}  # "module.function": why it may be longer
 
 
