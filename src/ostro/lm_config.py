@@ -61,6 +61,10 @@ class TrainLmConfig:
             yield Problem("initialize_from_hf", rule, "remove one of the two")
         if self.use_hf_model_config and self.initialize_from_hf is None:
             yield Problem("use_hf_model_config", "needs initialize_from_hf", "name the model there")
+        pieces = 2 * self.trainer.context_axis_size
+        if pieces > 2 and self.model.seq_len % pieces:
+            rule = f"sequences are cut into {pieces} pieces, and seq_len = {self.model.seq_len}"
+            yield Problem("trainer.context_axis_size", rule, "change one of the two")
         for problem in self.optimizer.problems_for(self.trainer.num_train_steps):
             yield dataclasses.replace(problem, setting=f"optimizer.{problem.setting}")
 

@@ -51,7 +51,8 @@ from ostro.trainer import (
     Trainer,
     TrainingDivergedError,
     TrainState,
-    build_state,
+    allocate,
+    build_model,
     choose_engine,
     find_start,
     lay_out,
@@ -128,14 +129,16 @@ def build_session(
     """Everything a run needs, resumed where there is something to resume from."""
     make_engine = choose_engine(config.trainer, config.optimizer, plan, world, mesh)
     tokenizer = config.data.build_tokenizer()
+    num_tokens = vocab_size(config, tokenizer)
+    # Before the data: what cannot be split over the mesh is an error now.
+    model = build_model(config.model, config.trainer, num_tokens, mesh)
     data = build_data(config, tokenizer, world)
     config = _with_epochs(config, plan, data)
     if world.is_first:
         paths.config.write_text(dump_yaml(config))
 
-    num_tokens = vocab_size(config, tokenizer)
     trainer = config.trainer
-    state = build_state(config.model, config.optimizer, trainer, num_tokens, world.device, mesh)
+    state = allocate(model, config.optimizer, trainer, world.device)
     throughput = Throughput(
         config.model.seq_len,
         config.model.flops_per_token(num_tokens),
