@@ -145,7 +145,7 @@ def test_benchmark_prints_and_keeps(folder, tmp_path, capsys, monkeypatch, singl
         saved = find_latest(str(checkpoint))
         store = FileStore(str(tmp_path), "file", only_best=False)
         state = State({"model": saved.tensors("model")}, saved.values, saved.texts)
-        store.save(state, 0, "permanent", False)
+        store.save(state, 0, "permanent", False, None)
         checkpoint = tmp_path / "latest_checkpoint.pt"
     words = ["benchmark", "--checkpoint", str(checkpoint), "--device", "cpu"]
     words += ["--task_folder", str(folder / "tasks"), "--benchmark", "local_text"]

@@ -30,6 +30,7 @@ trainer:
   per_device_eval_parallelism: 4
   steps_per_eval: 10
   eval_when: before
+  fsdp_axis: null
   max_eval_batches: 2
   log_interval: 1
   mp: f32
