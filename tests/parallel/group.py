@@ -29,10 +29,11 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, LmConfig] = {
     "gpt2": Gpt2Config(num_heads=4, mlp_scale=2, **SIZES),
-    "llama": LlamaConfig(num_heads=8, num_kv_heads=4, intermediate_dim=24, **SIZES),
+    "llama": LlamaConfig(
+        num_heads=8, num_kv_heads=4, intermediate_dim=24, gradient_checkpointing=False, **SIZES
+    ),
     "tied llama": LlamaConfig(
-        num_heads=4, num_kv_heads=4, intermediate_dim=24, tie_word_embeddings=True,
-        gradient_checkpointing=False, **SIZES,
+        num_heads=4, num_kv_heads=4, intermediate_dim=24, tie_word_embeddings=True, **SIZES
     ),
 }  # fmt: skip
 OPTIMIZER = AdamConfig(

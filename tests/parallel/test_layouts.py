@@ -54,7 +54,8 @@ def run_all(world: World, layouts: dict[str, dict[str, Any]]) -> dict[str, tuple
 
 def models_of(layout: str) -> list[str]:
     """GPT-2 has a tied head and Llama has not; where these may differ there is a tied Llama too."""
-    return [*MODELS] if "4" in layout or "2 model" in layout else ["gpt2", "llama"]
+    tied = ("4 fsdp", "4 model", "2 fsdp x 2 model", "2 context x 2 model")
+    return [*MODELS] if layout in tied else ["gpt2", "llama"]
 
 
 def placements_and_memory(engine: Engine) -> tuple[dict, int]:
