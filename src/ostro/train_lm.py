@@ -130,13 +130,11 @@ def build_session(
     make_engine = choose_engine(config.trainer, config.optimizer, plan, world, mesh)
     tokenizer = config.data.build_tokenizer()
     num_tokens = vocab_size(config, tokenizer)
-    # Before the data: what cannot be split over the mesh is an error now.
-    model = build_model(config.model, config.trainer, num_tokens, mesh)
+    model = build_model(config.model, config.trainer, num_tokens, mesh)  # errors before the data
     data = build_data(config, tokenizer, world)
     config = _with_epochs(config, plan, data)
     if world.is_first:
         paths.config.write_text(dump_yaml(config))
-
     trainer = config.trainer
     state = allocate(model, config.optimizer, trainer, world.device)
     throughput = Throughput(

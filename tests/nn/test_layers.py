@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ostro.nn import Embedding, LayerNorm, Linear, RMSNorm, initialize
-from ostro.nn.attention import causal_attention, segment_mask
+from ostro.nn.attention import _attend_up_to_end, causal_attention, segment_mask
 from ostro.nn.linear import row_blocks
 from ostro.nn.rotary import DefaultRotaryConfig, apply_rotary
 
@@ -96,3 +96,20 @@ def test_gradients_in_halves_are_those_of_torch(bias):
     expected = [again.grad, weight.grad, *([offset.grad] if bias else [])]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("before", [0, 5, 32])
+def test_the_last_queries_of_a_sequence_attend_as_with_a_mask(before):
+    query = torch.randn(2, 4, 16, 8)
+    key, value = torch.randn(2, 2, 2, 16 + before, 8)
+    mask = torch.ones(16, 16 + before, dtype=torch.bool).tril(before)
+    found = []
+    for function in (
+        lambda q, k, v: causal_attention(q, k, v, scale=0.3, mask=mask),
+        lambda q, k, v: _attend_up_to_end(q, k, v, 0.3, upcast=False),
+    ):
+        inputs = [t.clone().requires_grad_() for t in (query, key, value)]
+        result = function(*inputs)
+        (result * torch.arange(16.0)[:, None]).sum().backward()
+        found.append([result, *(each.grad for each in inputs)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

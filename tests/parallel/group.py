@@ -1,5 +1,6 @@
 """Training in one process and in a spawned group, for comparison."""
 
+import fcntl
 import os
 import pickle
 import socket
@@ -96,7 +97,9 @@ def spawned(function: Callable, num_ranks: int, *args: Any) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
+    lock = Path(tempfile.gettempdir(), f"ostro-tests-{os.getuid()}.lock")
+    with tempfile.TemporaryDirectory() as folder, open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # two groups on the same cores would slow each other down
         path = Path(folder, "found.pickle")
         mp.spawn(_enter, (num_ranks, port, path, function, args), nprocs=num_ranks)
         return pickle.loads(path.read_bytes())

@@ -21,7 +21,7 @@ from ostro.nn import (
     initialize,
     linear_cross_entropy,
 )
-from ostro.nn.attention import position_mask, segment_mask
+from ostro.nn.attention import segment_mask
 from ostro.nn.collectives import Group, enter, gather, local, sequence_part
 from ostro.nn.linear import apply_all
 
@@ -54,7 +54,6 @@ class LmModel(nn.Module, ABC):
     split over the devices of `vocab_group`, and sequences over those of `context`.
     """
 
-    compute_dtype: torch.dtype
     vocab_group: Group | None = None
     context: Group | None = None
 
@@ -112,13 +111,9 @@ class LmModel(nn.Module, ABC):
         tie, positions = TiedGradient(), None
         mask = None if segments is None else segment_mask(segments)
         if self.context is not None:
-            num_tokens = tokens.shape[1]
-            positions = sequence_part(num_tokens, self.context).to(tokens.device)
+            positions = sequence_part(tokens.shape[1], self.context).to(tokens.device)
             tokens, targets = tokens[:, positions], targets[:, positions]
-            if mask is not None:
-                mask = mask[:, :, positions]
-            elif not tokens.is_cuda:  # whose kernels need none
-                mask = position_mask(positions, num_tokens, self.compute_dtype)
+            mask = None if mask is None else mask[:, :, positions]
         hidden = self.hidden(tokens, mask=mask, positions=positions, tie=tie)
         group = self.vocab_group
         return linear_cross_entropy(

@@ -76,17 +76,6 @@ def segment_mask(segments: Tensor) -> Tensor:
     return same.tril()
 
 
-def position_mask(positions: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
-    """(query,) -> (1, 1, query, key): 0 for keys up to the query's position, -inf behind it.
-
-    In the dtype of the queries all layers share it; of a boolean one each would keep a copy.
-    """
-    later = torch.arange(num_keys, device=positions.device) > positions[:, None]
-    return torch.zeros(1, 1, *later.shape, dtype=dtype, device=later.device).masked_fill_(
-        later, -torch.inf
-    )
-
-
 class CausalAttention(nn.Module):
     """`causal_attention` with its settings, a cache, and the sequence in parts on several devices.
 
@@ -132,13 +121,77 @@ class CausalAttention(nn.Module):
         for half, piece in enumerate((context.rank, 2 * context.size - 1 - context.rank)):
             end = (piece + 1) * size
             rows = slice(half * size, (half + 1) * size)
-            seen = causal_lower_right(size, end) if mask is None else mask[:, :, rows, :end]
-            found.append(
-                causal_attention(
-                    query[:, :, rows], key[:, :, :end], value[:, :, :end], mask=seen, **settings
-                )
-            )
+            asked, keys, values = query[:, :, rows], key[:, :, :end], value[:, :, :end]
+            if mask is not None:
+                seen = mask[:, :, rows, :end]
+            elif query.is_cpu and not settings["dropout"]:
+                found.append(_attend_up_to_end(asked, keys, values, self.scale, self.upcast))
+                continue
+            else:
+                seen = causal_lower_right(size, end)  # CUDA's kernels know it; others make a mask
+            found.append(causal_attention(asked, keys, values, mask=seen, **settings))
         return torch.cat(found, 2)
+
+
+def _attend_up_to_end(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, upcast: bool
+) -> Tensor:
+    """Causal attention of the last queries of a sequence, without a mask, on a CPU."""
+    dtype, group = query.dtype, query.shape[1] // key.shape[1]
+    if upcast:
+        query, key, value = query.float(), key.float(), value.float()
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    return _LastQueries.apply(query, key, value, scale).to(dtype)
+
+
+class _LastQueries(torch.autograd.Function):
+    """Attention to the keys before the queries' own, and causally to these, put together.
+
+    The two results are weighted with their shares of the softmax's sum. Its logarithm, of both
+    together, is all that the backward pass of either part needs to know about the other
+    (arXiv:2205.14135).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale):
+        before = key.shape[2] - query.shape[2]
+        result, log_sum = _flash(query, key[:, :, before:], value[:, :, before:], True, scale)
+        if before:
+            other, more = _flash(query, key[:, :, :before], value[:, :, :before], False, scale)
+            both = torch.logaddexp(log_sum, more)
+            first, second = (log_sum - both).exp(), (more - both).exp()
+            mixed = result * first.unsqueeze(-1) + other * second.unsqueeze(-1)
+            result, log_sum = mixed.to(query.dtype), both
+        ctx.save_for_backward(query, key, value, result, log_sum)
+        ctx.before, ctx.scale = before, scale
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, result, log_sum = ctx.saved_tensors
+        grad_query, grad_key, grad_value = None, torch.empty_like(key), torch.empty_like(value)
+        for part in (slice(0, ctx.before), slice(ctx.before, None)):
+            if part.stop == 0:
+                continue
+            found, grad_key[:, :, part], grad_value[:, :, part] = (
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    grad, query, key[:, :, part], value[:, :, part], result, log_sum, 0.0,
+                    part.stop is None, scale=ctx.scale,
+                )
+            )  # fmt: skip
+            grad_query = found if grad_query is None else grad_query + found
+        return grad_query, grad_key, grad_value, None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention, and the logarithm of the softmax's sum: (batch, heads, position)."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, scale=scale
+    )
 
 
 def causal_attention(
@@ -154,15 +207,13 @@ def causal_attention(
     """`softmax(scale * q k^T) v` over earlier positions.
 
     query is (batch, heads, position, head_size); key and value may have fewer heads, each then
-    serves a group of consecutive query heads. `mask` (bool, True = may attend, or what is added to
-    the scores) replaces the causal mask; without one a single query sees every key. `upcast`
+    serves a group of consecutive query heads. `mask` (bool, True = may attend) replaces the
+    causal mask; without one a single query sees every key. `upcast`
     computes in float32. Returns the layout and dtype of the query.
     """
     dtype = query.dtype
     if upcast:
         query, key, value = query.float(), key.float(), value.float()
-        if mask is not None and mask.is_floating_point():
-            mask = mask.float()
     by_products = query.is_cpu and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
     by_products = by_products and mask is None and not dropout and query.shape == key.shape
     if by_products and query.shape[2] <= CPU_TOKENS:
