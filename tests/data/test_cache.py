@@ -265,7 +265,8 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, stop, kind):
             write_lines(path, [text[at : at + 5000] for at in range(0, size, 5000)])
     total = build(tmp_path / "undisturbed", files)
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # as a shell
-    code = f"{listen}; import test_cache as t; t.build({str(tmp_path / 'cache')!r}, {[*map(str, files)]}, "
+    code = f"{listen}; import test_cache as t; "
+    code += f"t.build({str(tmp_path / 'cache')!r}, {[*map(str, files)]}, "
     killed = subprocess.run(
         [sys.executable, "-c", f"{code}{int(stop)})"],
         capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent,
