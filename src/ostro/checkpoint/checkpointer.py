@@ -147,6 +147,7 @@ class Checkpointer:
         on_cuda = torch.cuda.is_available()
         pins = StagingOptions(on_cuda, False, False, on_cuda)  # no shared memory, no other thread
         self._stager = DefaultStager(pins)  # keeps its buffers
+        self._thread: threading.Thread | None = None
 
     def join(self) -> None:
         """Save together with the other ranks from now on; all of them call it."""
@@ -212,7 +213,8 @@ class Checkpointer:
                 future.set_exception(error)
 
         if is_async:  # a daemon: a run that crashes ends, and leaves a partial folder
-            threading.Thread(target=write, name="checkpoint", daemon=True).start()
+            self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+            self._thread.start()
         else:
             write()
         self._begun = (step, due.kind, time.perf_counter() - start)
@@ -233,6 +235,8 @@ class Checkpointer:
             path, size = self._under_way.result()
         finally:
             self._under_way = None
+            if self._thread is not None:  # Python must not end while it does
+                self._thread.join()
         step, kind, seconds = self._begun
         self.last = SaveReport(path, step, kind, seconds + time.perf_counter() - start, size)
         return self.last
