@@ -1,10 +1,8 @@
 """A played step calls the collectives of a real one, and shows where memory falls."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from group import MODELS, OPTIMIZER, VOCAB, batch_of, spawned, trainer_config
 
 from ostro.cli.main import run_command
 from ostro.data.source import StdlibSource
@@ -15,9 +13,6 @@ from ostro.lm_config import TrainLmConfig
 from ostro.models.gpt2 import Gpt2Config
 from ostro.rehearsal import CollectiveCounter, rehearse
 from ostro.trainer import TrainerConfig, build_state, choose_engine, lay_out
-
-sys.path.append(str(Path(__file__).parent / "parallel"))
-from group import MODELS, OPTIMIZER, VOCAB, batch_of, spawned, trainer_config
 
 SPLIT = {"tensor_parallel_axes": ["mlp", "heads", "vocab"], "model_axis_size": 2}
 LAYOUTS = {

@@ -104,8 +104,7 @@ class RayConfig:
             address = world.from_first(address)
             if address is None and world.is_first:
                 log.warning("Ray is not installed: every host tokenises for itself")
-            is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-            if address and self.start_workers and is_first_here and not world.is_first:
+            if address and self.start_workers and world.local_rank == 0 and not world.is_first:
                 nodes.enter_context(_ray_node(f"--address={address}"))
             world.barrier()
             try:
@@ -155,11 +154,15 @@ class World:
     """Which part of its sequences is this process's."""
     batch_group: dist.ProcessGroup | None = None
     """The processes that together have every token of a batch once; None is all."""
+    local_rank: int | None = None
+    """Index of this process on its machine, as the launcher says."""
+    num_local: int | None = None
+    """Processes on this machine, as the launcher says."""
 
     @property
     def num_hosts(self) -> int:
-        """Machines of the run, as the launcher says."""
-        return max(1, self.num_ranks // int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks)))
+        """Machines of the run, as the launcher says; one where it does not."""
+        return max(1, self.num_ranks // (self.num_local or self.num_ranks))
 
     @property
     def is_first(self) -> bool:
@@ -286,9 +289,15 @@ def join(
                 " - set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface"
                 " that joins the hosts, as `ip addr` names it"
             ) from error
-        if place.num_local:  # as torchrun tells all that ask how many hosts there are
-            os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.num_local))
-    return World(picked, rank, num_ranks, data_rank=rank, num_data_ranks=num_ranks)
+    return World(
+        picked,
+        rank,
+        num_ranks,
+        data_rank=rank,
+        num_data_ranks=num_ranks,
+        local_rank=place.local_rank,
+        num_local=place.num_local,
+    )
 
 
 def _gpu(config: DistributedConfig, place: Place, environ: Mapping[str, str]) -> int:

@@ -93,12 +93,12 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
         config = replace_trainer(config, id=run_id)
         check(config)  # the id may come from the environment
         plan = config.trainer.batch_plan(world.num_ranks)
-        world, mesh = lay_out(config.trainer, world)
         if world.device.type == "cpu":
             keep_freed_memory()
         log_dir = run_folder(config.trainer.log_dir, run_id)
         paths = RunPaths(log_dir, log_dir / config.trainer.log_file)
         with logging_to(paths.log if world.is_first else None, config.trainer.log_level):
+            world, mesh = lay_out(config.trainer, world)
             log.info("run %s on %s%s", run_id, world.device, _of(world, mesh))
             session = build_session(config, plan, world, mesh, paths, signals or Signals())
             start, first_step = time.perf_counter(), session.state.step

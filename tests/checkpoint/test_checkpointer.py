@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 
 import fsspec
@@ -49,6 +50,20 @@ class Run:
         """Every checkpoint of the folder: step -> kind."""
         marks = [metadata for _, metadata in scan(self.folder)]
         return {m.step: "temporary" if m.is_temporary else "permanent" for m in marks}
+
+
+def test_no_thread_is_left_when_a_save_is_done(tmp_path, monkeypatch):
+    """A thread that is still ending when Python does aborts the process."""
+
+    class Slow(Future):
+        def set_result(self, result):
+            super().set_result(result)
+            time.sleep(0.5)
+
+    monkeypatch.setattr("ostro.checkpoint.checkpointer.Future", Slow)
+    run = Run(tmp_path)
+    assert run.step(3, force=True) == (3, "permanent")
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_policy_without_time(tmp_path):

@@ -130,6 +130,7 @@ class Host:
 
     is_first: bool
     heard: str | None = None
+    local_rank: int = 0
     num_hosts = 2
 
     def from_first(self, value):
@@ -149,15 +150,13 @@ def test_a_run_of_two_hosts_starts_a_node_on_each(monkeypatch):
         started.remove(" ".join(options))
 
     monkeypatch.setattr("ostro.distributed._ray_node", node)
-    monkeypatch.setenv("LOCAL_RANK", "0")
     with RayConfig().cluster(Host(True)) as address, ExitStack() as other:
         port = address.split(":")[1]
         assert started == [f"--head --port={port} --include-dashboard=false"]
         other.enter_context(RayConfig(start_workers=False).cluster(Host(False, address)))
-        monkeypatch.setenv("LOCAL_RANK", "1")  # of whose host another process takes care
-        other.enter_context(RayConfig().cluster(Host(False, address)))
+        # Of whose host another process takes care:
+        other.enter_context(RayConfig().cluster(Host(False, address, local_rank=1)))
         assert len(started) == 1
-        monkeypatch.setenv("LOCAL_RANK", "0")
         assert other.enter_context(RayConfig().cluster(Host(False, address))) == address
         assert started[1:] == [f"--address={address}"]
     assert not started

@@ -237,6 +237,7 @@ class Checkpointer:
             self._under_way = None
             if self._thread is not None:  # Python must not end while it does
                 self._thread.join()
+                self._thread = None
         step, kind, seconds = self._begun
         self.last = SaveReport(path, step, kind, seconds + time.perf_counter() - start, size)
         return self.last

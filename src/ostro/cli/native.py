@@ -9,6 +9,7 @@ from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, SavedFile, find_latest
 from ostro.cli.arguments import Parser, explained, load_run, start_run, unexpected
 from ostro.cli.translate import translate
+from ostro.cluster import find_place
 from ostro.config import format_tree, json_schema, load
 from ostro.distributed import World, pick_device
 from ostro.dry_run import describe_sharding, draw
@@ -30,7 +31,7 @@ def train(argv: list[str], signals: Signals) -> None:
     parser.add_argument("--dry_run", action="store_true", help="say what would happen, and stop")
     options, flags = parser.parse(argv)
     loaded = load_run(options.config_path, flags)
-    num_devices = int(os.environ.get("WORLD_SIZE", loaded.config.trainer.min_devices))
+    num_devices = max(find_place(os.environ).num_ranks, loaded.config.trainer.min_devices)
     start_run(loaded, signals, is_dry=options.dry_run, num_devices=num_devices)
 
 

@@ -111,7 +111,7 @@ class LmModel(nn.Module, ABC):
         tie, positions = TiedGradient(), None
         mask = None if segments is None else segment_mask(segments)
         if self.context is not None:
-            positions = sequence_part(tokens.shape[1], self.context).to(tokens.device)
+            positions = sequence_part(tokens.shape[1], self.context, tokens.device)
             tokens, targets = tokens[:, positions], targets[:, positions]
             mask = None if mask is None else mask[:, :, positions]
         hidden = self.hidden(tokens, mask=mask, positions=positions, tie=tie)

@@ -83,13 +83,13 @@ def _parts(x: Tensor, group: Group) -> Tensor:
     return parts.unflatten(0, (group.size, -1))
 
 
-def sequence_part(num_tokens: int, group: Group) -> Tensor:
+def sequence_part(num_tokens: int, group: Group, device: torch.device) -> Tensor:
     """The positions of a sequence that this device works on.
 
     The sequence is cut into twice as many pieces as there are devices; each takes one from the
     front and one from the back, so that all see equally many keys (arXiv:2407.21783, 3.3.2).
     """
-    pieces = torch.arange(num_tokens).chunk(2 * group.size)
+    pieces = torch.arange(num_tokens, device=device).chunk(2 * group.size)
     return torch.cat([pieces[group.rank], pieces[-1 - group.rank]])
 
 

@@ -1,6 +1,6 @@
 """One update: gradient norm, clipping, masking of bad steps, float16 loss scale; no host syncs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,14 @@ def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 def gradient_norm(
     gradients: Iterable[Tensor],
-    shares: Sequence[float] | None = None,
+    shares: Tensor | None = None,
     sum_: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The 2-norm of all gradients together, a scalar of at least float32 on their device.
 
-    Where they are split over ranks, `sum_` adds a scalar of all ranks, and `shares` says for each
-    gradient how much of it counts here: 1 / the number of ranks that hold the same part. Does not
-    wait for the device.
+    Where they are split over ranks, `sum_` adds a scalar of all ranks, and `shares` says of each
+    gradient, on their device, how much of it counts here: 1 / the number of ranks that hold the
+    same part. Does not wait for the device.
     """
     grads = list(gradients)
     if not grads:
@@ -29,8 +29,7 @@ def gradient_norm(
     norms = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))
     if shares is None or sum_ is None:
         return torch.linalg.vector_norm(norms)
-    weights = torch.tensor(shares, dtype=dtype, device=norms.device)
-    return sum_((norms.square() * weights).sum()).sqrt()
+    return sum_((norms.square() * shares).sum()).sqrt()
 
 
 def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:

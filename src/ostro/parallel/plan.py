@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from ostro.axes import (
     BATCH,
@@ -37,10 +38,7 @@ class ParameterPlan:
     @property
     def local_size(self) -> int:
         """Elements that the first device holds."""
-        size = 1
-        for length in self.local_shape:
-            size *= length
-        return size
+        return prod(self.local_shape)
 
 
 def plan_sharding(
@@ -151,14 +149,7 @@ def table(plans: Mapping[str, ParameterPlan], itemsize: int) -> Iterator[str]:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)]
         yield "  ".join([*cells, row[4].rjust(widths[4])])
-    whole = sum(_size(plan.shape) for plan in plans.values()) * itemsize
+    whole = sum(prod(plan.shape) for plan in plans.values()) * itemsize
     own = sum(plan.local_size for plan in plans.values()) * itemsize
     yield f"parameters: {format_bytes(whole)} in all, {format_bytes(own)} on each device"
     yield f"with gradients and two moments of AdamW: {format_bytes(4 * own)} on each device"
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

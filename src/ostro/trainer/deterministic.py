@@ -20,7 +20,7 @@ from ostro.distributed import World
 from ostro.optim import gradient_norm
 from ostro.parallel import Mesh
 from ostro.trainer.engine import Engine
-from ostro.trainer.state import TrainState
+from ostro.trainer.state import TrainState, split_like
 
 
 class PairwiseSum:
@@ -139,13 +139,7 @@ class DeterministicEngine(Engine):
         whole = []
         for parameter, grad in zip(state.model.parameters(), grads, strict=True):
             if isinstance(parameter, DTensor):
-                grad = DTensor.from_local(
-                    grad,
-                    parameter.device_mesh,
-                    parameter.placements,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                ).full_tensor()
+                grad = split_like(parameter, grad).full_tensor()
             whole.append(grad)
         norm = gradient_norm(whole) / state.loss_scale
         for parameter, grad in zip(state.parameters.values(), grads, strict=True):

@@ -115,10 +115,11 @@ class TorchEngine(Engine):
     def __init__(self, state: TrainState, world: World, mesh: Mesh | None):
         super().__init__(state, world)
         self.model: torch.nn.Module = state.model
-        self._shares: list[float] | None = None
+        self._shares: Tensor | None = None
         if mesh is not None and mesh.is_split:
             self.is_collective = True
-            self._shares = [_share(p, world.num_ranks) for p in state.model.parameters()]
+            shares = [_share(p, world.num_ranks) for p in state.model.parameters()]
+            self._shares = torch.tensor(shares, device=state.device)
         elif mesh is not None:
             self.model = DistributedDataParallel(
                 state.model,
@@ -152,7 +153,8 @@ class TorchEngine(Engine):
         state = self.state
         loss = self.world.sum(loss)
         scale = state.loss_scale
-        state.take_gradients()
+        if self._shares is not None:
+            state.take_gradients()
         grads = [p.grad for p in state.parameters.values() if p.grad is not None]
         norm = gradient_norm(grads, self._shares, self.world.sum_all) / scale
         return self._finish(loss, norm, learning_rate, max_grad_norm)

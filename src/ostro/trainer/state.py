@@ -114,13 +114,7 @@ class TrainState:
                 for key in self.optimizer.state[self.parameters[name]]:
                     own = found.get(f"{name}.{key}")
                     if own is not None and own.shape == self.parameters[name].shape:
-                        found[f"{name}.{key}"] = DTensor.from_local(
-                            own,
-                            parameter.device_mesh,
-                            parameter.placements,
-                            shape=parameter.shape,
-                            stride=parameter.stride(),
-                        )
+                        found[f"{name}.{key}"] = split_like(parameter, own)
         return found
 
     def take_gradients(self) -> None:
@@ -163,6 +157,13 @@ class TrainState:
     def _guards(self) -> dict[str, SkipStep | LossScaler]:
         guards = {"skip_step": self.skip_step, "loss_scaler": self.loss_scaler}
         return {name: guard for name, guard in guards.items() if guard is not None}
+
+
+def split_like(parameter: DTensor, part: Tensor) -> DTensor:
+    """This rank's part of a tensor that is split as a parameter is. No communication."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(part, mesh, placements, shape=shape, stride=stride)
 
 
 def load_weights(model: LmModel, weights: Mapping[str, Tensor], where: str) -> None:
