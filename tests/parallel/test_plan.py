@@ -98,7 +98,9 @@ def test_what_cannot_be_divided_is_refused(sizes, settings, said):
     ],
 )
 def test_mappings_that_no_model_can_follow(settings, said):
-    assert any(said in f"{p.rule} {p.advice}" for p in TrainerConfig(**settings).problems())
+    found = list(TrainerConfig(**settings).problems())
+    assert any(said in f"{p.rule} {p.advice}" for p in found)
+    assert any(p.setting.partition(".")[0] in settings for p in found), "a setting that was given"
 
 
 def test_devices_that_do_not_come_out_even():

@@ -2,4 +2,4 @@
 
 from ostro.parallel.apply import compile_blocks, shard
 from ostro.parallel.mesh import Mesh, arrange
-from ostro.parallel.plan import mapping_problems, plan_sharding, table
+from ostro.parallel.plan import plan_sharding, table

@@ -5,15 +5,9 @@ from dataclasses import dataclass
 from math import prod
 
 from ostro.axes import (
-    BATCH,
-    CONTEXT,
     DATA,
-    EMBED,
     HEADS,
-    MESH_AXES,
     MODEL,
-    POSITION,
-    REPLICA,
     VOCAB,
     AxisMapping,
     MeshSizes,
@@ -112,27 +106,6 @@ def _fsdp_problems(
         )
         advice = "change the number of devices, name another axis, or null for copies"
         yield Problem("trainer.fsdp_axis", rule, advice, axis)
-
-
-def mapping_problems(mapping: AxisMapping, model_axis_size: int) -> Iterator[Problem]:
-    """What a mapping asks for and no model can do."""
-    for axis, where in {**mapping.parameter, **mapping.compute}.items():
-        for mesh_axis in where:
-            if mesh_axis not in MESH_AXES:
-                rule = f"is no mesh axis: {', '.join(MESH_AXES)} are"
-                yield Problem(f"axis_resources.{axis}", rule, "", mesh_axis)
-    if (found := mapping.compute.get(BATCH, (REPLICA, DATA))) != (REPLICA, DATA):
-        rule = "the examples of a batch are split over replica and data"
-        yield Problem("axis_resources.batch", rule, "leave batch out", "+".join(found))
-    if mapping.is_split(EMBED, MODEL) and model_axis_size > 1:
-        rule = "every device of the model axis needs the whole residual stream"
-        advice = "split mlp, heads or vocab, or use fsdp_axis: embed"
-        yield Problem("tensor_parallel_axes", rule, advice, EMBED)
-    if mapping.compute.get(POSITION, (CONTEXT,)) != (CONTEXT,):
-        rule = "sequences are split over the mesh axis context"
-        advice = "set context_axis_size, and leave position out of the mapping"
-        where = "+".join(mapping.compute[POSITION])
-        yield Problem("axis_resources.position", rule, advice, where)
 
 
 def table(plans: Mapping[str, ParameterPlan], itemsize: int) -> Iterator[str]:

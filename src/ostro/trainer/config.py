@@ -5,12 +5,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ostro.axes import CONTEXT, MODEL, REPLICA, AxisMapping, MeshSizes, map_axes
+from ostro.axes import (
+    BATCH,
+    CONTEXT,
+    DATA,
+    EMBED,
+    MESH_AXES,
+    MODEL,
+    POSITION,
+    REPLICA,
+    AxisMapping,
+    MeshSizes,
+    map_axes,
+)
 from ostro.checkpoint import CheckpointerConfig
 from ostro.data.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
-from ostro.errors import ConfigError, Problem
-from ostro.parallel.plan import mapping_problems
+from ostro.errors import ConfigError, Problem, did_you_mean
 from ostro.tracker import TrackerConfig, WandbConfig
 from ostro.units import Precision
 
@@ -131,8 +142,7 @@ class TrainerConfig:
             if self.deterministic_reduction and getattr(self, name) > 1:
                 rule = "deterministic_reduction holds for the data axis only"
                 yield Problem(name, rule, "remove one of the two")
-        mapping = self.axis_mapping()
-        yield from mapping_problems(mapping, self.model_axis_size)
+        yield from self._mapping_problems()
         for name in ("steps_per_eval", "max_eval_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -151,6 +161,28 @@ class TrainerConfig:
         if self.id is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.id):
             rule = "names folders: letters, digits, '.', '_' and '-' only"
             yield Problem("id", rule, "leave it out for a random one")
+
+    def _mapping_problems(self) -> Iterator[Problem]:
+        """Mesh axes that there are not, and splits that no model can do."""
+        mapping, given = self.axis_mapping(), {}  # axis -> the setting that says where it goes
+        for name in ("axis_resources", "parameter_axis_resources", "compute_axis_resources"):
+            for axis, where in getattr(self, name).items():
+                given[axis] = f"{name}.{axis}"
+                for mesh_axis in [where] if isinstance(where, str) else where:
+                    if mesh_axis not in MESH_AXES:
+                        rule = f"is no mesh axis: {', '.join(MESH_AXES)} are"
+                        yield Problem(f"{name}.{axis}", rule, did_you_mean(mesh_axis, MESH_AXES))
+        if mapping.compute.get(BATCH, (REPLICA, DATA)) != (REPLICA, DATA):
+            rule = "the examples of a batch are split over replica and data"
+            yield Problem(given[BATCH], rule, "leave batch out")
+        if mapping.is_split(EMBED, MODEL) and self.model_axis_size > 1:
+            rule = "every device of the model axis needs the whole residual stream, embed"
+            advice = "split mlp, heads or vocab, or use fsdp_axis: embed"
+            yield Problem(given.get(EMBED, "tensor_parallel_axes"), rule, advice)
+        if mapping.compute.get(POSITION, (CONTEXT,)) != (CONTEXT,):
+            rule = "sequences are split over the mesh axis context"
+            advice = "set context_axis_size, and leave position out of the mapping"
+            yield Problem(given.get(POSITION, "tensor_parallel_axes"), rule, advice)
 
     def _stage_problems(self) -> Iterator[Problem]:
         if isinstance(self.train_batch_size, int):
