@@ -22,19 +22,20 @@ from ostro.optim import AdamConfig, SkipStepConfig
 from ostro.parallel import Mesh
 from ostro.trainer import Engine, TrainerConfig, build_state, choose_engine
 
-SEQ_LEN, VOCAB, BATCH_SIZE = 16, 61, 8
+SEQ_LEN, VOCAB, BATCH_SIZE = 24, 61, 12  # all but the vocabulary can be cut into 2, 3 and 4
 NUM_STEPS = 10
 
 SIZES: dict[str, Any] = {
-    "seq_len": SEQ_LEN, "num_layers": 2, "hidden_dim": 16, "initializer_range": 0.2
+    "seq_len": SEQ_LEN, "num_layers": 2, "hidden_dim": 24, "initializer_range": 0.2
 }  # fmt: skip
 MODELS: dict[str, LmConfig] = {
-    "gpt2": Gpt2Config(num_heads=4, mlp_scale=2, **SIZES),
+    "gpt2": Gpt2Config(num_heads=12, mlp_scale=2, **SIZES),
     "llama": LlamaConfig(
-        num_heads=8, num_kv_heads=4, intermediate_dim=24, gradient_checkpointing=False, **SIZES
+        num_heads=24, num_kv_heads=12, head_dim=2, intermediate_dim=24,
+        gradient_checkpointing=False, **SIZES,
     ),
     "tied llama": LlamaConfig(
-        num_heads=4, num_kv_heads=4, intermediate_dim=24, tie_word_embeddings=True, **SIZES
+        num_heads=12, num_kv_heads=12, intermediate_dim=24, tie_word_embeddings=True, **SIZES
     ),
 }  # fmt: skip
 OPTIMIZER = AdamConfig(

@@ -13,6 +13,7 @@ from ostro.trainer import TrainerConfig, lay_out
 from ostro.trainer.deterministic import PairwiseSum, pairwise_sum
 from ostro.units import Precision
 
+NUM_STEPS = 5
 CASES: dict[str, dict[str, Any]] = {
     "copies": {"fsdp_axis": None},
     "fsdp": {},
@@ -28,7 +29,7 @@ def run_all(world: World, num_micro_batches: int) -> dict[str, tuple[dict, dict]
         trainer = trainer_config(size, deterministic_reduction=True, **settings)
         placed, mesh = lay_out(trainer, world)
         for name in ("gpt2", "llama"):
-            figures, engine = train(MODELS[name], trainer, placed, 8, mesh)
+            figures, engine = train(MODELS[name], trainer, placed, NUM_STEPS, mesh)
             groups = engine.state.tensors()
             tensors = groups["model"] | groups["optimizer"]
             whole = {
@@ -55,7 +56,7 @@ def test_losses_and_weights_are_bit_equal():
     losses = alone["gpt2, fsdp"][0]["train/loss"]
     assert losses == alone["gpt2, copies"][0]["train/loss"]
     assert losses != alone["gpt2, fsdp in bfloat16"][0]["train/loss"]
-    usual = train(MODELS["gpt2"], trainer_config(2), ALONE, 8)[0]["train/loss"]
+    usual = train(MODELS["gpt2"], trainer_config(2), ALONE, NUM_STEPS)[0]["train/loss"]
     assert losses == pytest.approx(usual, rel=1e-5) and losses != usual
 
 

@@ -1,4 +1,4 @@
-"""Every layout of two and four processes trains as one process does."""
+"""Every layout of two to four processes trains as one process does."""
 
 from typing import Any
 
@@ -20,6 +20,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "2 fsdp": (2, {}),
     "2 model": (2, SPLIT | {"model_axis_size": 2}),
     "2 context": (2, {"context_axis_size": 2}),
+    "3 copies": (3, {"fsdp_axis": None}),
+    "3 fsdp": (3, {}),
+    "3 model": (3, SPLIT | {"model_axis_size": 3}),
+    "3 context": (3, {"context_axis_size": 3}),
     "4 copies": (4, {"fsdp_axis": None}),
     "4 fsdp": (4, {}),
     "4 fsdp along mlp": (4, {"fsdp_axis": ["mlp", "heads", "embed"]}),
@@ -44,7 +48,8 @@ def run_all(world: World, layouts: dict[str, dict[str, Any]]) -> dict[str, tuple
     found = {}
     for name, settings in layouts.items():
         rest = settings.get("model_axis_size", 1) * settings.get("context_axis_size", 1)
-        trainer = trainer_config(BATCH_SIZE // (world.num_ranks // rest) // 2, **settings)
+        rows = BATCH_SIZE // (world.num_ranks // rest)
+        trainer = trainer_config(1 if rows == 3 else rows // 2, **settings)
         placed, mesh = lay_out(trainer, world)  # once: every mesh makes groups with threads
         for model in models_of(name):
             figures, engine = train(MODELS[model], trainer, placed, mesh=mesh)
@@ -80,7 +85,7 @@ def placements_and_memory(engine: Engine) -> tuple[dict, int]:
 @pytest.fixture(scope="module")
 def runs():
     found = {}
-    for size in (2, 4):
+    for size in (2, 3, 4):
         layouts = {name: settings for name, (ranks, settings) in LAYOUTS.items() if ranks == size}
         found |= spawned(run_all, size, layouts)
     return found
