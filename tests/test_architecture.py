@@ -12,7 +12,7 @@ SRC = Path(__file__).parents[1] / "src"
 
 # A module imports only from the lines above its own, and from within its own package.
 LEVELS = [
-    {"errors", "units", "axes"},
+    {"errors", "units", "axes", "phases"},
     {"config", "cluster"},
     {"meeting"},
     {
@@ -32,6 +32,7 @@ LEVELS = [
     {"parallel"},
     {"evaluate", "trainer", "sample", "hf"},
     {"lm_config"},
+    {"session"},
     {"train_lm"},
     {"dry_run", "harness", "inference"},
     {"rehearsal"},
@@ -48,7 +49,7 @@ OPTIONAL = {
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_TOTAL_LINES = 17_400
+MAX_TOTAL_LINES = 20_000
 LONGER_FUNCTIONS: dict[str, str] = {}  # "module.function": why it may be longer
 
 

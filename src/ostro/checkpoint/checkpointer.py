@@ -19,6 +19,7 @@ from ostro.checkpoint.policy import CheckpointInterval, Kind, Policy, keep_probl
 from ostro.checkpoint.single_file import FileStore
 from ostro.checkpoint.store import State
 from ostro.errors import Problem
+from ostro.phases import mark
 from ostro.units import in_run_folder
 
 _RUN_ID = "${run_id}"
@@ -203,6 +204,7 @@ class Checkpointer:
         # A backend's own folders are of this moment; what they are made from goes on.
         is_async = self._config.async_save and not state.folders
         if is_async:
+            mark("stage")
             state = replace(state, tensors=self._stager.stage(dict(state.tensors)))
         self._under_way = future = Future()
 

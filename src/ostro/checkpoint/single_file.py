@@ -32,6 +32,7 @@ from ostro.checkpoint.policy import Kind
 from ostro.checkpoint.sharded import full_tensors, on_first
 from ostro.checkpoint.store import State
 from ostro.errors import CheckpointError
+from ostro.phases import mark
 
 LATEST = "latest_checkpoint.pt"
 NANOGPT = "ckpt.pt"
@@ -150,11 +151,14 @@ def write_file(path: Path, content: Mapping[str, Any]) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(new, "wb") as file:
+            mark("save")
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
+        mark("commit")
         os.replace(new, path)  # the commit
+        mark("commit")
         storage.flush_folder(str(path.parent))
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -46,6 +46,7 @@ from ostro.checkpoint.pieces import Piece, Stored, whole
 from ostro.checkpoint.sharded import SUFFIX, Index, save_shares
 from ostro.checkpoint.tensorfile import file_size, read_tensors, tensor_pieces
 from ostro.errors import CheckpointError
+from ostro.phases import mark
 
 _VALUES = "values.json"
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
@@ -176,12 +177,15 @@ class _Save:
             for name, data in _small_files(state, index).items():
                 files[name] = self.write_file(f"{work}/{name}", data)
             metadata = self._describe(files)
+            mark("commit")
             self.write_file(f"{work}/{storage.MARKER}", metadata.to_json().encode())
             if work != self._target:
                 storage.flush_folder(work)
                 if storage.is_folder(self._target):
                     storage.move(self._target, self._aside)
+                mark("commit")
                 storage.move(work, self._target)  # the commit
+        mark("commit")
         self.metadata = metadata
         with contextlib.suppress(OSError):  # committed all the same; the next attempt tidies up
             if storage.is_folder(self._aside):
@@ -220,6 +224,7 @@ def _write_file(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
     digest, size = hashlib.sha256(), 0
     with fs.open(path, "wb") as file:
         for piece in [content] if isinstance(content, bytes) else tensor_pieces(content):
+            mark("save")
             file.write(piece)
             digest.update(piece)
             size += len(piece)

@@ -8,6 +8,7 @@ import torch
 
 from ostro.data.mixture import BatchSchedule
 from ostro.data.sequences import Batch, TrainData
+from ostro.phases import mark
 
 _AHEAD = 2
 """Batches that the thread has read, or reads, beside the one in use."""
@@ -38,6 +39,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the batch of a step: the rank-th of `num_ranks` equal parts."""
+        mark("load")
         offset, size = self._schedule.offset(step), self._schedule.size(step)
         if self._interleaved:
             whole = self._data.get(offset, size, self._schedule)

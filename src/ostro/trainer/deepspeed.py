@@ -18,6 +18,7 @@ from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.errors import CheckpointError, ConfigError, Problem
 from ostro.optim import OptimizerConfig, global_norm, set_learning_rate
+from ostro.phases import mark
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.engine import Engine
 from ostro.trainer.state import TrainState
@@ -221,9 +222,11 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed divides by the number of ranks. After a divergence nothing is updated any
         # more: a gradient that is not finite is what it leaves out.
         scale = nan if self._halted else self.world.num_ranks
+        mark("forward")
         loss = self.engine(
             micro.tokens, micro.targets, segments=micro.segments, scale=scale / num_targets
         )
+        mark("backward")
         # Another tensor than the model's output: a hook on that one divides by the number of
         # micro-batches.
         self.engine.backward(loss * 1, scale_wrt_gas=False)

@@ -19,6 +19,7 @@ from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.optim import gradient_norm
 from ostro.parallel import Mesh
+from ostro.phases import mark
 from ostro.trainer.engine import Engine
 from ostro.trainer.state import TrainState, split_like
 
@@ -105,7 +106,9 @@ class DeterministicEngine(Engine):
             self._num_rows += 1
             one = micro.rows(row, row + 1)
             scale = state.loss_scale / num_targets
+            mark("forward")
             loss = state.model(one.tokens, one.targets, segments=one.segments, scale=scale)
+            mark("backward")
             loss.backward()
             loss = loss.detach() / state.loss_scale
             total += loss

@@ -17,6 +17,7 @@ from ostro.distributed import World
 from ostro.errors import CheckpointError
 from ostro.optim import apply_update, clip_scale, gradient_norm, set_learning_rate
 from ostro.parallel import Mesh
+from ostro.phases import mark
 from ostro.trainer.state import TrainState
 
 
@@ -135,10 +136,12 @@ class TorchEngine(Engine):
         scale = self.state.loss_scale * (self.world.num_ranks if is_copied else 1)
         # FSDP shares the gradients of every micro-batch: keeping them whole would take the memory
         # that it saves.
+        mark("forward")
         with self._unshared() if not is_last else contextlib.nullcontext():
             loss = self.model(
                 micro.tokens, micro.targets, segments=micro.segments, scale=scale / num_targets
             )
+            mark("backward")
             loss.backward()
         return loss.detach() / scale
 

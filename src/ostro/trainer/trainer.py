@@ -9,6 +9,7 @@ from ostro.callbacks import Callback, StepInfo
 from ostro.data.sequences import Batch
 from ostro.errors import OstroError
 from ostro.optim import Schedule
+from ostro.phases import mark
 from ostro.throughput import Throughput
 from ostro.tracker import Tracker
 from ostro.trainer.config import BatchPlan, TrainerConfig
@@ -78,6 +79,7 @@ class Trainer:
             self.state.seed_dropout(step, number, engine.world.context_rank)
             micro = batch.rows(start, start + micro_size).to(device)
             loss += engine.backward(micro, num_targets, is_last=index == len(starts) - 1)
+        mark("update")
         return engine.update(loss, self.schedule(step), self.max_grad_norm)
 
     def fit(self, batches: Iterator[Batch], callbacks: Sequence[Callback] = ()) -> None:
@@ -91,6 +93,7 @@ class Trainer:
         for step in range(self.state.step, num_steps):
             info = StepInfo(step, is_last=step == num_steps - 1)
             start = time.perf_counter()
+            mark("data", step)
             batch = next(batches)
             self._loading_time += time.perf_counter() - start
             figures = self.train_step(step, batch)

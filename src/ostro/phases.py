@@ -1,0 +1,54 @@
+"""Where a process is: the phases that a run passes through, told to whoever listens.
+
+    data  forward  backward  update  evaluation      the main thread, again and again
+    compile                                          within any of them
+    load  stage  save  commit                        any thread: one batch read; a checkpoint's
+                                                     copy made, its files written, made to count
+
+The watchdog looks here for what stalls, and the tests of failures let them happen here.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the main thread was last seen to begin."""
+
+    phase: str
+    step: int
+    """0-based index of the update that is being made."""
+    since: float
+    """Seconds of `time.monotonic`."""
+
+
+_place = Place("start", 0, time.monotonic())
+_listeners: list[Callable[[str], None]] = []
+
+
+def place() -> Place:
+    """Where the main thread is."""
+    return _place
+
+
+def mark(phase: str, step: int | None = None) -> None:
+    """This thread begins `phase`; of the main thread that is remembered, with its step."""
+    global _place
+    if threading.current_thread() is threading.main_thread():
+        _place = Place(phase, _place.step if step is None else step, time.monotonic())
+    for listener in _listeners:
+        listener(phase)
+
+
+@contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """Call `listener` with every phase that any thread begins; what it raises comes out there."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
