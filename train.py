@@ -2,8 +2,8 @@
 
 import sys
 
-from ostro.cli.main import guarded
 from ostro.cli.nanogpt import train
+from ostro.guard import guarded
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--debug"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ostro.cli.main import guarded
 from ostro.cluster import find_place
 from ostro.distributed import DistributedConfig, joined
 from ostro.errors import ConfigError
+from ostro.guard import guarded
 
 
 def main(mode: str, signals: object) -> None:

@@ -28,7 +28,7 @@ LEVELS = [
         "run_log",
         "squad",
     },
-    {"models", "checkpoint"},
+    {"models", "checkpoint", "guard"},
     {"parallel"},
     {"evaluate", "trainer", "sample", "hf"},
     {"lm_config"},
@@ -36,7 +36,7 @@ LEVELS = [
     {"train_lm"},
     {"dry_run", "harness", "inference"},
     {"rehearsal"},
-    {"dialects", "launch"},
+    {"dialects", "launch", "doctor"},
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

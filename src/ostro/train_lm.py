@@ -3,7 +3,7 @@
 import logging
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +67,14 @@ class RunPaths:
         return self.log_dir / "config.yaml"
 
 
-def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
+def run(
+    config: TrainLmConfig,
+    signals: Signals | None = None,
+    on_ready: Callable[[Session], None] = lambda session: None,
+) -> None:
     """Train as `config` says: data, model, optimizer, resume, fit, report.
+
+    `on_ready` is called before the first update, when everything has been restored.
 
     Raises an `OstroError` for what the user can mend and `Interrupted` when stopped by a
     signal, with a checkpoint of the last whole update in place.
@@ -92,6 +98,7 @@ def run(config: TrainLmConfig, signals: Signals | None = None) -> None:
             start, first_step = time.perf_counter(), session.state.step
             try:
                 session.tracker.log_summary(_summary(session.state, world, session.throughput))
+                on_ready(session)
                 metrics = session.fit()
             except (Interrupted, TrainingDivergedError) as stop:
                 go_on = f"go on with: {_resume(config, paths)}"

@@ -17,11 +17,11 @@ from tiny_run import torchrun_words, write_text
 
 from ostro.checkpoint import find_latest
 from ostro.cli import nanogpt
-from ostro.cli.main import guarded
 from ostro.cli.nanogpt import load_nanogpt
 from ostro.cli.native import saved_config
 from ostro.dialects.nanogpt import NanoGptConfig, names
 from ostro.errors import CheckpointError, ConfigError
+from ostro.guard import guarded
 from ostro.inference import load_model, load_tokenizer
 from ostro.signals import Interrupted, Signals
 from ostro.train_lm import run

@@ -7,11 +7,11 @@ from typing import NoReturn
 from ostro.checkpoint import Saved, SavedFile
 from ostro.cli.arguments import Parser, unexpected
 from ostro.cli.benchmark import add_benchmark_options, score
-from ostro.cli.main import guarded
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.config import load
 from ostro.distributed import pick_device
 from ostro.errors import ConfigError, Problem
+from ostro.guard import guarded
 from ostro.inference import load_model, load_tokenizer
 from ostro.sample import SamplingConfig, complete_all
 

@@ -1,0 +1,48 @@
+"""The way errors and signals leave a process: one message, one exit code."""
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from ostro.errors import OstroError
+from ostro.meeting import LostRankError, Meeting, last_words
+from ostro.signals import Interrupted, Signals
+
+
+def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
+    """Run `command` under signal handlers; turn what it raises into a message and an exit code."""
+    try:
+        with Signals() as signals:
+            command(signals)
+    except Interrupted as stop:
+        print(f"ostro: stopped by {stop}; {stop.go_on}", file=sys.stderr)
+        return stop.exit_code
+    except BrokenPipeError:  # `ostro config show | head`
+        sys.stderr.close()  # or Python reports that it could not flush standard output
+        return 0
+    except Exception as error:
+        message = None if debug else _message(error)
+        if message is None:
+            get_error_handler().record_exception(error)  # torchrun repeats it in its last words
+            if Meeting.current is None:
+                raise
+        last_words(message or traceback.format_exc(), is_lost=isinstance(error, LostRankError))
+        return 1 if message is None else getattr(error, "exit_code", 2)
+    return 0
+
+
+def _message(error: Exception) -> str | None:
+    """What a user reads of an error that a user can mend; None for any other."""
+    if isinstance(error, OstroError):
+        return f"ostro: error: {error}"
+    kinds = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
+    if not isinstance(error, OSError) or error.errno not in kinds:
+        return None
+    where = f" ({error.filename})" if error.filename else ""
+    return (
+        f"ostro: error: {error.strerror}{where} - free space or change the permission, or write"
+        " elsewhere with trainer.checkpointer.base_path, trainer.log_dir and data.cache_dir"
+    )
