@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_run import ostro, read_metrics, write_config
+from tiny_run import merge, ostro, read_metrics, write_config
 
 from ostro.checkpoint import find_latest, load, store
 from ostro.cli.main import run_command
+from ostro.phases import listening
 from ostro.trainer import Trainer
 
 
@@ -232,6 +233,11 @@ def test_epoch_ends_the_run(tmp_path):
 
 
 OFTEN = {"trainer": {"checkpointer": {"keep": [{"every": 2}]}}}
+GUARDED = {
+    "model": {"resid_pdrop": 0.1},
+    "optimizer": {"skip_bad_steps": True},
+    "trainer": {"mp": "p=f32,c=f16", "checkpointer": {}},
+}
 
 
 def test_a_save_that_fails_on_the_way_is_reported_and_training_goes_on(
@@ -249,6 +255,26 @@ def test_a_save_that_fails_on_the_way_is_reported_and_training_goes_on(
     out = capsys.readouterr().out
     assert "step-2 - the disk is full" in out and "training goes on" in out
     assert sorted(p.name for p in (tmp_path / "checkpoints/tiny").iterdir()) == ["step-4", "step-5"]
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_what_is_saved_while_training_goes_on_is_the_state_of_its_step(tmp_path, form):
+    """The copy begins only when the next gradients would long be there."""
+    change = merge(OFTEN, GUARDED)
+    change["trainer"]["checkpointer"] |= {"format": form, "async_save": False}
+    train(write_config(tmp_path / "waits", **change))
+    change["trainer"]["checkpointer"]["async_save"] = True
+    with listening(lambda phase: phase == "stage" and time.sleep(0.5)):
+        train(write_config(tmp_path / "overlaps", **change))
+    name = "step-{}" if form == "folder" else "step_{}.pt"
+    for step in (2, 4, 5):
+        waited, overlapped = (
+            find_latest(str(tmp_path / run / "checkpoints/tiny" / name.format(step)))
+            for run in ("waits", "overlaps")
+        )
+        assert waited.values == overlapped.values and waited.values["step"] == step + 1
+        for group in ("model", "optimizer", "state"):
+            assert_same(waited.tensors(group), overlapped.tensors(group))
 
 
 def test_a_run_that_crashes_leaves_the_checkpoint_that_was_being_written(tmp_path, monkeypatch):

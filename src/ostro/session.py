@@ -55,6 +55,7 @@ class Session:
             tracker=self.tracker,
             throughput=self.throughput,
             poll=self.poll,
+            before_update=self.checkpointer.before_update,
         )
         self._texts = {"config.yaml": dump_yaml(config), "tokenizer.json": self.tokenizer.to_text()}
         self._token_bytes = self.tokenizer.token_bytes()

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 from functools import partial
 
 import torch
@@ -32,6 +33,7 @@ from ostro.checkpoint import (
 )
 from ostro.distributed import World
 from ostro.errors import CheckpointError
+from ostro.phases import listening
 from ostro.trainer import TrainState
 
 NUM_RANKS = 4
@@ -255,7 +257,9 @@ def training_goes_on_while_it_is_saved(ranks: Ranks, folder: str, mapping: str, 
     checkpointer.join()
     for number, step in enumerate((5, 6)):
         due = checkpointer.due(step, interrupted=True)
-        checkpointer.save(step, due, lambda: State(state.tensors(), state.values()))
+        with listening(lambda phase: phase == "stage" and time.sleep(0.2)):
+            checkpointer.save(step, due, lambda: State(state.tensors(), state.values()))
+            checkpointer.before_update()
         update(state)  # while it is written
         report = checkpointer.wait()
         assert report.step == step

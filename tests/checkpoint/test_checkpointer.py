@@ -331,6 +331,7 @@ def test_what_is_saved_is_the_state_of_that_moment(folder, gate):
     begin(run, 1, state, interrupted=True)
     assert run.checkpointer.poll() is None
     assert run.kinds() == {}
+    run.checkpointer.before_update()
     for tensors in state.tensors.values():
         for tensor in tensors.values():
             tensor.zero_()

@@ -9,17 +9,15 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ostro.checkpoint.folders import FolderStore
 from ostro.checkpoint.policy import CheckpointInterval, Kind, Policy, keep_problems
 from ostro.checkpoint.single_file import FileStore
+from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.store import State
 from ostro.errors import Problem
-from ostro.phases import mark
 from ostro.units import in_run_folder
 
 _RUN_ID = "${run_id}"
@@ -44,7 +42,8 @@ class CheckpointerConfig:
     delete_old_temp_checkpoints: bool = True
     """After a restart, also delete the temporary checkpoints that the run left before it."""
     async_save: bool = True
-    """Train on while a checkpoint is written, from a copy of the state in the CPU's memory."""
+    """Train on while a checkpoint is written, from a copy of the state in the CPU's memory; the
+    copy is made while the gradients of the next update are computed."""
     format: Literal["folder", "file", "nanogpt"] = "folder"
     """folder: `step-<k>/` of safetensors files. file: `step_<k>.pt`, with `latest_checkpoint.pt`
     always the newest, for `torch.load`. nanogpt: `ckpt.pt`, as nanoGPT reads and writes it; each
@@ -126,7 +125,8 @@ class Due:
 class Checkpointer:
     """Saves the state of one run when it is due: on the first rank, or together if it has a group.
 
-    One save is under way at a time. With `async_save` it goes on in a thread of its own.
+    One save is under way at a time. With `async_save` it goes on in a thread of its own, which
+    first copies the state: call `before_update` before anything changes that.
     """
 
     group: ProcessGroup | None = None
@@ -145,9 +145,7 @@ class Checkpointer:
         self._last_save = clock()
         self._under_way: Future[tuple[str, int]] | None = None
         self._begun: tuple[int, Kind, float] = (0, "temporary", 0.0)  # its step, kind, and seconds
-        on_cuda = torch.cuda.is_available()
-        pins = StagingOptions(on_cuda, False, False, on_cuda)  # no shared memory, no other thread
-        self._stager = DefaultStager(pins)  # keeps its buffers
+        self._stager = Stager()
         self._thread: threading.Thread | None = None
 
     def join(self) -> None:
@@ -203,23 +201,33 @@ class Checkpointer:
             self._last_save = self._clock()
         # A backend's own folders are of this moment; what they are made from goes on.
         is_async = self._config.async_save and not state.folders
-        if is_async:
-            mark("stage")
-            state = replace(state, tensors=self._stager.stage(dict(state.tensors)))
         self._under_way = future = Future()
 
         def write() -> None:
             try:
-                future.set_result(self._store.save(state, step, due.kind, due.best, self.group))
+                copy = (
+                    replace(state, tensors=self._stager.copy(state.tensors)) if is_async else state
+                )
+                future.set_result(self._store.save(copy, step, due.kind, due.best, self.group))
             except BaseException as error:
                 future.set_exception(error)
 
         if is_async:  # a daemon: a run that crashes ends, and leaves a partial folder
+            self._stager.begin()
             self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
             self._thread.start()
         else:
             write()
         self._begun = (step, due.kind, time.perf_counter() - start)
+
+    def before_update(self) -> None:
+        """Return once the save under way has its copy of the state, which may change then."""
+        if self._thread is None:
+            return
+        start = time.perf_counter()
+        self._stager.wait()
+        step, kind, seconds = self._begun
+        self._begun = (step, kind, seconds + time.perf_counter() - start)
 
     def poll(self) -> SaveReport | None:
         """The save that was under way if it has ended since; raises `CheckpointError` if it failed.

@@ -46,8 +46,11 @@ class Trainer:
         tracker: Tracker,
         throughput: Throughput,
         poll: Callable[[bool], None] = lambda whole_step: None,
+        before_update: Callable[[], None] = lambda: None,
     ):
-        """`poll(whole_step)` may raise to stop: between micro-batches, and after whole updates."""
+        """`poll(whole_step)` may raise to stop: between micro-batches, and after whole updates.
+        `before_update()` is called when the gradients are made and the state is about to change.
+        """
         self.config = config
         self.plan = plan
         self.engine = engine
@@ -57,6 +60,7 @@ class Trainer:
         self.tracker = tracker
         self.throughput = throughput
         self.poll = poll
+        self.before_update = before_update
         self._pending: list[tuple[int, float, dict[str, torch.Tensor]]] = []
         self._restart_clock()
 
@@ -80,6 +84,7 @@ class Trainer:
             micro = batch.rows(start, start + micro_size).to(device)
             loss += engine.backward(micro, num_targets, is_last=index == len(starts) - 1)
         mark("update")
+        self.before_update()
         return engine.update(loss, self.schedule(step), self.max_grad_norm)
 
     def fit(self, batches: Iterator[Batch], callbacks: Sequence[Callback] = ()) -> None:
