@@ -54,7 +54,7 @@ def write_token_files(
             files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in SPLITS}
             workers = stack.enter_context(encoder(tokenizer, tokenizer.eos_id, "<u2", None))
             batches = _batches(documents, tokenizer.splittable)
-            for (split, _), tokens in workers.run(batches, lambda batch: batch[1]):
+            for (split, _), (tokens, _) in workers.run(batches, lambda batch: batch[1]):
                 before, counts[split] = counts[split], counts[split] + len(tokens)
                 tokens.tofile(files[split])
                 if counts[split] // _REPORT_EVERY > before // _REPORT_EVERY:
@@ -74,7 +74,7 @@ def _batches(documents: Iterable[Document], splittable: bool) -> Iterator[tuple[
     for split, text in documents:
         for piece in pieces([text], splittable):
             waiting[split].append(piece)
-            sizes[split] += len(piece[0])
+            sizes[split] += len(piece.text)
             if sizes[split] >= _BATCH_CHARS:
                 yield split, waiting[split]
                 waiting[split], sizes[split] = [], 0

@@ -174,8 +174,17 @@ def build_session(
     )
 
 
-def build_data(config: TrainLmConfig, tokenizer: Tokenizer, world: World | None = None) -> LMData:
-    """Training and validation data; says every few seconds how far tokenising has come."""
+def build_data(
+    config: TrainLmConfig,
+    tokenizer: Tokenizer,
+    world: World | None = None,
+    *,
+    must_exist: bool = False,
+) -> LMData:
+    """Training and validation data; says every few seconds how far tokenising has come.
+
+    `must_exist`: from finished caches only.
+    """
     reported = time.monotonic()
 
     def progress(name: str, done: int, total: int) -> None:
@@ -188,7 +197,12 @@ def build_data(config: TrainLmConfig, tokenizer: Tokenizer, world: World | None 
     seed = config.trainer.seed if config.data_seed is None else config.data_seed
     with config.trainer.ray.cluster(world or World(torch.device("cpu"))) as address:
         return config.data.build(
-            tokenizer, config.model.seq_len, seed, progress=progress, ray_address=address
+            tokenizer,
+            config.model.seq_len,
+            seed,
+            progress=progress,
+            ray_address=address,
+            must_exist=must_exist,
         )
 
 

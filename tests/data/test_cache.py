@@ -68,7 +68,7 @@ def test_documents_come_in_order(files, where):
     expected = expected_tokens(files)
     assert cache.store.read(0, cache.store.num_tokens).tolist() == expected
     assert cache.num_documents == expected.count(256) and cache.num_bad_records == 0
-    assert sorted(content(cache.folder)) == ["ledger.json", "tokens-00000.bin"]
+    assert sorted(content(cache.folder)) == ["documents.bin", "ledger.json", "tokens-00000.bin"]
 
 
 def test_without_end_of_document(files, where):
@@ -365,7 +365,7 @@ def test_a_cache_behind_a_url(files, tmp_path, monkeypatch):
     url = f"memory://{tmp_path.name}/cache/"
     cache = open_cache(request_for(files), CacheDir(url))
     stored = fsspec.filesystem("memory").ls(f"/{tmp_path.name}/cache/train", detail=False)
-    assert len(stored) == 2 and any(name.endswith("ledger.json") for name in stored)
+    assert len(stored) == 3 and any(name.endswith("ledger.json") for name in stored)
 
     monkeypatch.setenv("OSTRO_CACHE_HOME", str(tmp_path / "second machine"))
     monkeypatch.setattr("ostro.data.cache._Build", None)

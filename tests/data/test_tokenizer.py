@@ -12,7 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ostro.data.encode import PIECE_CHARS, encode, pieces
+from ostro.data.encode import PIECE_CHARS, Piece, encode, pieces
 from ostro.data.tokenizer import (
     BpeTokenizer,
     BytesTokenizer,
@@ -177,14 +177,17 @@ def test_long_documents_are_cut_without_a_trace(by_name, name):
     tokenizer = by_name[name]
     long = TEXT * (4 * PIECE_CHARS // len(TEXT) + 1)
     cut = list(pieces([long, "", "class"], tokenizer.splittable))
-    assert [last for _, last in cut].count(True) == 2 and len(cut) > 3
-    assert "".join(text for text, _ in cut) == long + "class"
-    tokens = encode(tokenizer, None, "uint32", cut)
+    assert [piece.is_last for piece in cut].count(True) == 2 and len(cut) > 3
+    assert "".join(piece.text for piece in cut) == long + "class"
+    tokens, lengths = encode(tokenizer, None, "uint32", cut)
+    assert lengths.sum() == len(tokens) and len(lengths) == len(cut)
     assert tokens.tolist() == tokenizer.encode(long) + tokenizer.encode("class")
 
 
 def test_end_of_document_is_the_id_alone(gpt2):
-    tokens = encode(gpt2, 50256, "uint16", [("hello", True), ("hello", True)])
+    hello = Piece("hello", True)
+    tokens, lengths = encode(gpt2, 50256, "uint16", [hello, Piece("", False), hello])
+    assert lengths.tolist() == [2, 0, 2]
     assert tokens.tolist() == [31373, 50256, 31373, 50256] and tokens.dtype == np.uint16
 
 
@@ -221,7 +224,7 @@ def test_a_local_tokenizer_and_its_named_end_of_document(tmp_path):
 
 def test_a_template_that_adds_the_end_of_document_adds_it_once(tmp_path):
     built = PretrainedTokenizer(write_word_level(tmp_path, template=True)).build()
-    tokens = encode(built, built.eos_id, "uint16", [("a b", True)])
+    tokens, _ = encode(built, built.eos_id, "uint16", [Piece("a b", True)])
     assert tokens.tolist() == [1, 4, 5, 2]
 
 

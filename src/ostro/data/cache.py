@@ -21,10 +21,20 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from ostro.data.documents import ROW, DocumentIndex, Documents, TokenFiles
 from ostro.data.encode import Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.source import SourceConfig
-from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, locked, read_json, write_json
+from ostro.data.store import (
+    LEDGER,
+    CacheDir,
+    TokenStore,
+    fits,
+    locked,
+    not_there,
+    read_json,
+    write_json,
+)
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
 
@@ -32,6 +42,7 @@ logger = logging.getLogger("ostro.data")
 
 FORMAT = 1
 _PROGRESS, _TOKENS, _QUARANTINE = "progress.jsonl", "tokens-00000.bin", "quarantine.jsonl"
+_INDEX = "documents.bin"
 _SYNC_SECONDS = 1.0
 
 Progress = Callable[[str, int, int], None]
@@ -53,6 +64,8 @@ class CacheRequest:
     num_workers: int | None = None
     ray_address: str | None = None
     """Ray cluster that encodes in place of local workers."""
+    must_exist: bool = False
+    """Open a finished cache, and build none."""
 
     @property
     def eos_id(self) -> int | None:
@@ -89,6 +102,7 @@ class Cache:
 
     folder: Path
     store: TokenStore
+    documents: Documents
     num_documents: int
     num_bad_records: int
     fingerprint: str
@@ -99,10 +113,13 @@ def open_cache(request: CacheRequest, where: CacheDir, progress: Progress | None
     """The finished cache of a request, built now if need be.
 
     Raises `DataError` when a finished cache was built from something else, naming each
-    difference; when a file or record is bad; when the disk is full.
+    difference; when a file or record is bad; when the disk is full; when there is none and it
+    `must_exist`.
     """
     folder = where.fetch(request.name)
     ledger = read_json(folder / LEDGER)
+    if ledger is None and request.must_exist:
+        raise not_there(folder)
     shards: list[Shard] | None = None
     try:
         shards = request.source.list_shards(request.split)
@@ -138,17 +155,26 @@ def _disk_error(folder: Path, error: OSError) -> DataError:
 
 def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:
     size = np.dtype(ledger["dtype"]).itemsize
-    paths = [folder / shard["file"] for shard in ledger["shards"]]
-    for path, shard in zip(paths, ledger["shards"], strict=True):
-        if not path.exists() or path.stat().st_size != shard["tokens"] * size:
+    paths = {str(folder / shard["file"]): shard["tokens"] for shard in ledger["shards"]}
+    sizes = {path: tokens * size for path, tokens in paths.items()}
+    if has_index := "index" in ledger:
+        sizes[str(folder / ledger["index"])] = ledger["documents"] * ROW.itemsize
+    for path, expected in sizes.items():
+        if not os.path.exists(path) or os.path.getsize(path) != expected:
             raise DataError(
                 f"{path} - is missing or has the wrong size, the cache is damaged - delete {folder}"
             )
     key = {k: v for k, v in ledger["key"].items() if k != "places"}
+    names = [file[0] for file in key["files"]]
     key["files"] = [file[1:] for file in key["files"]]
+    store = TokenStore.open(list(paths), ledger["dtype"])
+    if has_index:
+        documents = DocumentIndex(folder / ledger["index"], names)
+    else:  # as earlier versions wrote it
+        documents = TokenFiles(store, list(paths.items()), key["tokenizer"]["eos_id"])
     return Cache(
-        folder, TokenStore.open(paths, ledger["dtype"]), ledger["documents"],
-        ledger["bad_records"], json.dumps(key, sort_keys=True),
+        folder, store, documents, ledger["documents"], ledger["bad_records"],
+        json.dumps(key, sort_keys=True),
     )  # fmt: skip
 
 
@@ -156,7 +182,8 @@ def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:
 class _Batch:
     """Items for one worker, and the position behind them."""
 
-    items: list[Piece | BadRecord]
+    items: list[tuple[int, Piece | BadRecord]]
+    """Index of an item's shard, and the item."""
     shard: int
     """Index of the shard to go on with."""
     skip: int
@@ -166,7 +193,7 @@ class _Batch:
     chars: int
 
     def texts(self) -> list[Piece]:
-        return [item for item in self.items if not isinstance(item, BadRecord)]
+        return [item for _, item in self.items if isinstance(item, Piece)]
 
 
 class _Build:
@@ -191,8 +218,8 @@ class _Build:
                 # A kill costs what was read ahead (two batches a worker) and what was not yet
                 # noted: together under a twentieth of all but tiny corpora.
                 size = min(max(self._total // (80 * workers.num_workers), 1 << 12), 1 << 17)
-                for batch, tokens in workers.run(self._batches(size), _Batch.texts):
-                    writer.append(batch, tokens)
+                for batch, encoded in workers.run(self._batches(size), _Batch.texts):
+                    writer.append(batch, *encoded)
                     since += batch.chars
                     if since >= self._commit_chars:
                         writer.commit(sync=False)
@@ -207,16 +234,16 @@ class _Build:
     def _batches(self, batch_chars: int) -> Iterator[_Batch]:
         first, skip = self._writer.position
         done = sum(shard.size for shard in self._shards[:first])
-        items: list[Piece | BadRecord] = []
+        items: list[tuple[int, Piece | BadRecord]] = []
         chars = 0
         for index in range(first, len(self._shards)):
             shard, read = self._shards[index], 0
             for within, item in enumerate(self._items(shard), 1):
-                size = len(item.raw) if isinstance(item, BadRecord) else len(item[0])
+                size = len(item.raw) if isinstance(item, BadRecord) else len(item.text)
                 read += size
                 if index == first and within <= skip:
                     continue
-                items.append(item)
+                items.append((index, item))
                 chars += size
                 if chars >= batch_chars:
                     yield _Batch(items, index, within, done + min(read, shard.size), chars)
@@ -247,7 +274,8 @@ class _Writer:
         print_ = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self._state: dict[str, Any] = {
             "key": print_, "position": [0, 0], "documents": 0, "bad_records": 0,
-            "files": {_TOKENS: [0, 0, 0], _QUARANTINE: [0, 0, 0]},  # bytes, of these synced, CRC
+            # name: bytes, of these synced, CRC of the others
+            "files": {name: [0, 0, 0] for name in (_TOKENS, _INDEX, _QUARANTINE)},
         }  # fmt: skip
         notes = folder / _PROGRESS
         lines = notes.read_bytes().splitlines(keepends=True) if notes.exists() else []
@@ -275,6 +303,8 @@ class _Writer:
             note = json.loads(line)
             if note["key"] != self._state["key"] or not line.endswith(b"\n"):
                 return False
+            if note["files"].keys() != self._state["files"].keys():  # of an earlier version
+                return False
             for name, (size, synced, crc) in note["files"].items():
                 with open(self._folder / name, "rb") as file:
                     file.seek(synced)
@@ -291,20 +321,30 @@ class _Writer:
         shard, skip = self._state["position"]
         return shard, skip
 
-    def append(self, batch: _Batch, tokens: np.ndarray) -> None:
-        """Add a batch; nothing counts before the next `commit`."""
+    def append(self, batch: _Batch, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Add a batch, `lengths` its pieces' tokens; nothing counts before the next `commit`."""
         self._torn, state = True, self._state
+        stops = iter((np.cumsum(lengths) + self._num_tokens).tolist())
+        rows = []
         little_endian = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
         self._write(_TOKENS, little_endian.tobytes())
-        for item in batch.items:
+        for shard, item in batch.items:
             if isinstance(item, BadRecord):
                 line = json.dumps(vars(item), ensure_ascii=False) + "\n"
                 self._write(_QUARANTINE, line.encode())
                 state["bad_records"] += 1
-            else:
-                state["documents"] += item[1]
+                continue
+            stop = next(stops)
+            if item.is_last:
+                rows.append((stop, shard, item.record, item.byte))
+        self._write(_INDEX, np.array(rows, dtype=ROW).tobytes())
+        state["documents"] += len(rows)
         state["position"] = [batch.shard, batch.skip]
         self._torn = False
+
+    @property
+    def _num_tokens(self) -> int:
+        return self._state["files"][_TOKENS][0] // np.dtype(self._request.dtype).itemsize
 
     def _write(self, name: str, data: bytes) -> None:
         self._files[name].write(data)
@@ -349,7 +389,7 @@ class _Writer:
             )  # fmt: skip
         else:
             (self._folder / _QUARANTINE).unlink()
-        tokens = state["files"][_TOKENS][0] // np.dtype(request.dtype).itemsize
+        tokens = self._num_tokens
         if not tokens:
             raise DataError(
                 f"{request.name} - the corpus is empty: {len(self._key['files'])} files hold "
@@ -357,6 +397,7 @@ class _Writer:
             )
         kept = {"tokens": tokens, "documents": state["documents"], "bad_records": bad}
         kept["shards"] = [{"file": _TOKENS, "tokens": tokens}]
-        kept["stored"] = [_TOKENS, *([_QUARANTINE] if bad else [])]
+        kept["index"] = _INDEX
+        kept["stored"] = [_TOKENS, _INDEX, *([_QUARANTINE] if bad else [])]
         write_json(self._folder / LEDGER, {"key": self._key, "dtype": request.dtype, **kept})
         (self._folder / _PROGRESS).unlink()

@@ -11,11 +11,12 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ostro.data.files import BadRecord
+from ostro.data.documents import UNKNOWN
+from ostro.data.files import BadRecord, Document
 from ostro.data.on_ray import ray_workers
 from ostro.data.tokenizer import Tokenizer
 
@@ -24,40 +25,50 @@ PIECE_CHARS = 1 << 14
 _CUT = re.compile(r"\n(?<=\S\n)(?=[A-Za-z0-9])")  # a literal first is found fast
 _LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
-Piece = tuple[str, bool]
-"""A part of a document, and whether it is the last."""
+
+class Piece(NamedTuple):
+    """A part of a document."""
+
+    text: str
+    is_last: bool
+    record: int = 1
+    """1-based number of the document's record in its file."""
+    byte: int = UNKNOWN
+    """Bytes before that record."""
 
 
 def pieces(records: Iterable[str | BadRecord], splittable: bool) -> Iterator[Piece | BadRecord]:
     """Cut long documents where the ids stay the same; empty documents are dropped."""
-    for record in records:
+    for number, record in enumerate(records, 1):
         if isinstance(record, BadRecord):
             yield record
             continue
-        start = 0
+        known = isinstance(record, Document)
+        place, start = (record.record, record.byte) if known else (number, UNKNOWN), 0
         while splittable and len(record) - start > 2 * PIECE_CHARS:
             cut = _CUT.search(record, start + PIECE_CHARS)
             if cut is None:
                 break
-            yield record[start : cut.end()], False
+            yield Piece(record[start : cut.end()], False, *place)
             start = cut.end()
         if record:
-            yield record[start:], True
+            yield Piece(record[start:], True, *place)
 
 
 def encode(
     tokenizer: Tokenizer, eos_id: int | None, dtype: str, texts: Sequence[Piece]
-) -> np.ndarray:
-    """Tokens of the pieces, with the end of document behind each last one."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the pieces, with the end of document behind each last one; how many each has."""
     eos = np.array([] if eos_id is None else [eos_id], dtype=dtype)
-    parts = [eos[:0]]
-    for ids, (_, is_last) in zip(
-        tokenizer.encode_batch([text for text, _ in texts]), texts, strict=True
-    ):
+    parts, lengths = [eos[:0]], []
+    encoded = tokenizer.encode_batch([piece.text for piece in texts])
+    for ids, piece in zip(encoded, texts, strict=True):
         parts.append(ids)
-        if is_last and not (len(ids) and ids[-1] == eos_id):  # the template may have added it
+        lengths.append(len(ids))
+        if piece.is_last and not (len(ids) and ids[-1] == eos_id):  # the template may have added it
             parts.append(eos)
-    return np.concatenate(parts).astype(dtype, copy=False)
+            lengths[-1] += len(eos)
+    return np.concatenate(parts).astype(dtype, copy=False), np.array(lengths, dtype=np.int64)
 
 
 def usable_cores() -> int:
@@ -73,7 +84,7 @@ class Encoder:
     submit: Callable[[Sequence[Piece]], Future]
 
     def run(self, batches: Iterable[Any], texts_of: Callable) -> Iterator[tuple]:
-        """(batch, tokens) in the order of the batches, a bounded number of them ahead."""
+        """(batch, what `encode` made of it) in the order of the batches, a bounded number ahead."""
         pending: deque[tuple] = deque()
         for batch in batches:
             pending.append((batch, self.submit(texts_of(batch))))
@@ -145,6 +156,6 @@ def _start_worker(*setup: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _encode_in_worker(texts: Sequence[Piece]) -> np.ndarray:
+def _encode_in_worker(texts: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
     assert _setup is not None, "the worker was started"
     return encode(*_setup, texts)

@@ -55,6 +55,21 @@ class BadRecord:
         return f"{self.file}, {self.where} - {self.reason}"
 
 
+class Document(str):
+    """A text that knows where it stands in its file."""
+
+    __slots__ = ("byte", "record")
+    record: int
+    """1-based number of its line, where records are lines."""
+    byte: int
+    """Bytes before it in the file, decompressed."""
+
+    def __new__(cls, text: str, record: int, byte: int):
+        document = super().__new__(cls, text)
+        document.record, document.byte = record, byte
+        return document
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file (or one part of a data set): the unit in which a source is listed and read."""
@@ -215,16 +230,19 @@ def _damaged(path: str, error: BaseException) -> DataError:
 def _text(file: BinaryIO, path: str, text_key: str) -> Iterator[str | BadRecord]:
     data = file.read()
     try:
-        yield data.decode("utf-8-sig")
+        yield Document(data.decode("utf-8-sig"), 1, 0)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         yield BadRecord(path, f"line {line}", "is not UTF-8", _raw(data[error.start :]))
 
 
 def _json_lines(file: BinaryIO, path: str, text_key: str) -> Iterator[str | BadRecord]:
+    byte = 0
     for number, line in enumerate(file, 1):
         if line.strip():
-            yield _parsed(line, path, f"line {number}", text_key)
+            text = _parsed(line, path, f"line {number}", text_key)
+            yield text if isinstance(text, BadRecord) else Document(text, number, byte)
+        byte += len(line)
 
 
 def _parsed(line: bytes, path: str, where: str, text_key: str) -> str | BadRecord:

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from ostro.errors import ConfigError, DataError, OstroError, Problem
 
 logger = logging.getLogger("ostro.data")
@@ -33,7 +31,7 @@ def ray_workers(address: str, encode: Callable, setup: tuple) -> Iterator[tuple[
     with _connected(address) as ray:
 
         @ray.remote(num_cpus=1, max_retries=_RETRIES)
-        def task(shared: list[Any], texts: Sequence) -> np.ndarray:
+        def task(shared: list[Any], texts: Sequence) -> tuple:
             return encode(*_fetched(shared[0]), texts)
 
         shared = [ray.put(setup)]  # in a list it is fetched once a worker, not once a task

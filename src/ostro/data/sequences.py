@@ -139,27 +139,36 @@ class TrainData:
 
         `schedule` is needed when the mixture changes at given steps.
         """
+        source, offsets = self.places(first, count, schedule)
+        shape = (count, self.seq_len)
+        tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        segments: np.ndarray | None = None
+        for number, windows in enumerate(self.sources.values()):
+            chosen = source == number
+            if not chosen.any():
+                continue
+            tokens[chosen], targets[chosen] = windows.gather(offsets[chosen])
+            found = windows.segments(tokens[chosen])
+            if found is not None:
+                segments = np.zeros(shape, dtype=np.int32) if segments is None else segments
+                segments[chosen] = found
+        return make_batch(tokens, targets, segments)
+
+    def places(
+        self, first: int, count: int, schedule: BatchSchedule | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of the same examples the numbers of their sources, and their token offsets there."""
         indices = np.arange(first, first + count, dtype=np.int64)
         mixture = self.mixture(schedule)
         if mixture is None:
             source, within = np.zeros_like(indices), indices
         else:
             source, within = mixture(indices)
-        shape = (count, self.seq_len)
-        tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-        segments: np.ndarray | None = None
+        offsets = np.empty_like(within)
         for number, (name, windows) in enumerate(self.sources.items()):
             chosen = source == number
-            if not chosen.any():
-                continue
-            tokens[chosen], targets[chosen] = windows.gather(
-                self._offsets(name, windows, within[chosen])
-            )
-            found = windows.segments(tokens[chosen])
-            if found is not None:
-                segments = np.zeros(shape, dtype=np.int32) if segments is None else segments
-                segments[chosen] = found
-        return make_batch(tokens, targets, segments)
+            offsets[chosen] = self._offsets(name, windows, within[chosen])
+        return source, offsets
 
     def _offsets(self, name: str, windows: Windows, indices: np.ndarray) -> np.ndarray:
         """Token offsets of a source's examples."""

@@ -86,6 +86,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise DataError(f"{path} - cannot be read ({error}) - delete the folder") from error
 
 
+def not_there(folder: Path) -> DataError:
+    """What is wrong where a finished cache is needed, and none may be built now."""
+    return DataError(
+        f"{folder} - holds no finished cache - make it with: ostro cache --config_path FILE, or"
+        " correct data.cache_dir"
+    )
+
+
 def fits(folder: Path, was: dict, now: dict, rebuild: bool, more: Sequence[str] = ()) -> bool:
     """Whether what a folder was built from (`was`) is what the configuration asks for (`now`).
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,22 @@ from typing import Any, Literal
 import numpy as np
 
 from ostro.data.cache import CacheRequest, Progress, file_list, open_cache
+from ostro.data.documents import Documents, TokenFiles
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.mixture import block_counts
 from ostro.data.permutation import derive_key
 from ostro.data.sequences import EvalData, TrainData, Windows, cut
 from ostro.data.source import HfSource, SourceConfig, TokensSource, UrlsSource
-from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, locked, read_json, write_json
+from ostro.data.store import (
+    LEDGER,
+    CacheDir,
+    TokenStore,
+    fits,
+    locked,
+    not_there,
+    read_json,
+    write_json,
+)
 from ostro.data.tokenizer import (
     LEARNED,
     Gpt2Tokenizer,
@@ -173,8 +183,11 @@ class LMDatasetConfig:
         weights = [weights for _, weights in self.stages()]
         return [name for name in self.sources() if any(w.get(name, 0) > 0 for w in weights)]
 
-    def build_tokenizer(self) -> Tokenizer:
-        """Load the tokenizer, or learn it from the training text and keep it in the cache."""
+    def build_tokenizer(self, *, must_exist: bool = False) -> Tokenizer:
+        """Load the tokenizer, or learn it from the training text and keep it in the cache.
+
+        `must_exist`: learn none.
+        """
         for name, source in self.sources().items():
             if isinstance(source, TokensSource) and name in self._trained():
                 source.list_shards("train")  # what is missing is said before anything is fetched
@@ -200,11 +213,14 @@ class LMDatasetConfig:
             if not (folder / LEDGER).exists():
                 raise
             logger.warning("using the learned tokenizer without its files: %s", error)
+        if must_exist and not (folder / LEDGER).exists():
+            raise not_there(folder)
+        rebuild = self.rebuild_cache and not must_exist
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "tokenizer.json"
         with locked(folder):
             ledger = read_json(folder / LEDGER)
-            if ledger is None or not fits(folder, ledger["key"], key, self.rebuild_cache):
+            if ledger is None or not fits(folder, ledger["key"], key, rebuild):
                 logger.info("learning the tokenizer from %d files", len(shards))
                 texts = [partial(self._texts, source, shard) for source, shard in shards]
                 path.write_text(self.tokenizer.learn(texts).to_text(), encoding="utf-8")
@@ -227,14 +243,23 @@ class LMDatasetConfig:
         *,
         progress: Progress | None = None,
         ray_address: str | None = None,
+        must_exist: bool = False,
     ) -> "LMData":
         """Open the token caches, building what is missing, and lay out the examples.
 
         `seq_len`: tokens in an example. `progress`: called with (name, done, total) while a cache
-        is built. `ray_address`: the cluster that tokenises. Raises `DataError` for bad files,
-        records or caches, and for too little text.
+        is built. `ray_address`: the cluster that tokenises. `must_exist`: build no cache. Raises
+        `DataError` for bad files, records or caches, and for too little text.
         """
-        return _Builder(self, tokenizer, seq_len, seed, progress, ray_address).build()
+        requests = {
+            "enforce_eos": self.enforce_eos,
+            "on_bad_record": self.on_bad_record,
+            "rebuild": self.rebuild_cache and not must_exist,
+            "num_workers": self.num_workers,
+            "ray_address": ray_address,
+            "must_exist": must_exist,
+        }
+        return _Builder(self, tokenizer, seq_len, seed, progress, requests).build()
 
 
 @dataclass(frozen=True)
@@ -244,6 +269,8 @@ class LMData:
     train: TrainData
     validation: dict[str, EvalData]
     """Evaluation sets by name: `validation` for a single source, else the source's name."""
+    documents: Mapping[str, Documents]
+    """Which documents the tokens of a source's `train` are of, by name."""
     fingerprint: str
     """Equal for equal data in an equal order; recorded in checkpoints."""
     tokenizer: Tokenizer
@@ -253,11 +280,12 @@ class _Builder:
     """Collects the sets of a configuration."""
 
     def __init__(self, config: LMDatasetConfig, tokenizer: Tokenizer, seq_len: int, seed: int,
-                 progress: Progress | None, ray_address: str | None):  # fmt: skip
+                 progress: Progress | None, requests: Mapping[str, Any]):  # fmt: skip
         self._config, self._tokenizer, self._seq_len, self._seed = config, tokenizer, seq_len, seed
-        self._progress, self._ray_address = progress, ray_address
+        self._progress, self._requests = progress, requests
         self._where = CacheDir(config.cache_dir)
         self._prints: list[str] = [tokenizer.fingerprint]
+        self._documents: dict[str, Documents] = {}
 
     def build(self) -> LMData:
         config, trained = self._config, self._config._trained()
@@ -290,6 +318,7 @@ class _Builder:
             TrainData(train, self._seed, config.shuffle, config.sampling, tuple(config.stages()),
                       config.mixture_block_size),
             validation,
+            self._documents,
             hashlib.sha256(text.encode()).hexdigest()[:32],
             self._tokenizer,
         )  # fmt: skip
@@ -326,23 +355,24 @@ class _Builder:
     def _windows(self, name: str, source: SourceConfig, split: str) -> Windows:
         config = self._config
         folder = self._folder(name, split)
-        request = CacheRequest(
-            folder, source, split, self._tokenizer, config.enforce_eos, config.on_bad_record,
-            config.rebuild_cache, config.num_workers, self._ray_address,
-        )  # fmt: skip
+        request = CacheRequest(folder, source, split, self._tokenizer, **self._requests)
         if not source.places(split):
             raise DataError(f"{folder} - there are no training files - name some, or give the "
                             "data set the weight 0")  # fmt: skip
         if isinstance(source, TokensSource):
-            store = self._token_files(request, source)
+            store, documents = self._token_files(request, source)
         else:
             cache = open_cache(request, self._where, self._progress)
             self._prints.append(cache.fingerprint)
-            store = cache.store
+            store, documents = cache.store, cache.documents
+        if split == "train":
+            self._documents[name] = documents
         segment_id = self._tokenizer.eos_id if config.document_mask else None
         return cut(store, self._seq_len, folder, segment_id)
 
-    def _token_files(self, request: CacheRequest, source: TokensSource) -> TokenStore:
+    def _token_files(
+        self, request: CacheRequest, source: TokensSource
+    ) -> tuple[TokenStore, TokenFiles]:
         """Map token files; their largest id is looked for once and remembered in the cache."""
         size = np.dtype(source.dtype).itemsize
         shards = source.list_shards(request.split)
@@ -368,4 +398,5 @@ class _Builder:
                 "file, or dtype"
             )
         self._prints.append(json.dumps(key, sort_keys=True))
-        return store
+        files = [(name, shard.size // size) for name, shard in zip(names, shards, strict=True)]
+        return store, TokenFiles(store, files, self._tokenizer.eos_id)
