@@ -157,7 +157,7 @@ class Session:
         self._report_save(wait=True)
         shards = Path(self.checkpointer.folder).expanduser() / f"{PARTIAL}shards-{step}"
         try:
-            self.checkpointer.save(step, due, lambda: self._make_state(shards))
+            self.checkpointer.save(step, due, lambda: self.make_state(shards))
             self._report_save(wait=must, must=must)
         finally:
             if self.world.is_first:
@@ -177,7 +177,7 @@ class Session:
         if self.world.is_first and report:
             log.info("saved %s (%s, %.1f s)", report.path, report.kind, report.seconds)
 
-    def _make_state(self, shards: Path) -> State:
+    def make_state(self, shards: Path) -> State:
         self.trainer.flush()
         values = self.engine.values() | {
             "tracker": self.tracker.state(),

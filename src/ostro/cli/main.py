@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ostro.cli.benchmark import benchmark
+from ostro.cli.doctor import verify_resume
 from ostro.cli.export import export
 from ostro.cli.launch import launch
 from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, train
@@ -26,6 +27,8 @@ commands:
   plan        sharding: where every parameter lies on so many devices; step: what each holds
               and sends in an update
   schedule    the learning rate, evaluations and permanent checkpoints by step
+  verify-resume
+              kill and resume a run of this configuration; compare it with one that nothing hit
 
 `ostro <command> --help` lists what it takes. `--debug` shows tracebacks.
 """
@@ -42,6 +45,7 @@ COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "config": config,
     "schedule": schedule,
     "plan": plan,
+    "verify-resume": verify_resume,
 }
 
 

@@ -1,0 +1,183 @@
+"""Training runs in child processes, forked from this one: quick to start, and free to die."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from ostro.checkpoint import CheckpointInterval
+from ostro.distributed import DistributedConfig
+from ostro.guard import guarded
+from ostro.lm_config import TrainLmConfig, replace_trainer
+from ostro.phases import listening, place
+from ostro.session import Session
+from ostro.tracker import JsonLoggerConfig
+from ostro.train_lm import run
+
+RUN_ID = "doctor"
+_GRACE = 30.0
+"""Seconds that the others have to notice that a rank is gone."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process of a run ended."""
+
+    code: int
+    """Exit code; -9 for one that signal 9 ended."""
+    output: str
+    """What all processes of the run printed, the log included."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a process does beside training."""
+
+    listener: Callable[[str], None] = lambda phase: None
+    """Called with every phase that begins; may raise, signal, or never return."""
+    on_ready: Callable[[Session], None] = lambda session: None
+    """Called before the first update, when everything was restored."""
+    wrapper: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    """Entered around the run."""
+
+
+def quiet(config: TrainLmConfig, folder: Path, keep: Sequence[CheckpointInterval]) -> TrainLmConfig:
+    """The same run with all that it leaves in `folder`, and checkpoints where `keep` says."""
+    checkpointer = dataclasses.replace(
+        config.trainer.checkpointer,
+        base_path=f"{folder}/checkpoints/.",
+        save_interval=None,
+        keep=list(keep),
+        save_after_eval="never",
+        format="folder",
+    )
+    return replace_trainer(
+        config,
+        id=RUN_ID,
+        log_dir=f"{folder}/logs/.",
+        log_level="INFO",
+        log_interval=1,
+        tracker=JsonLoggerConfig(),
+        progress=False,
+        checkpointer=checkpointer,
+        max_eval_batches=min(config.trainer.max_eval_batches or 2, 2),
+    )
+
+
+def train(
+    config: TrainLmConfig, output: Path, orders: Sequence[Orders], patience: float = 3600.0
+) -> list[Ended]:
+    """Train in as many processes as there are orders; returns how each ended, by rank.
+
+    Once one has ended by a signal, the others are killed if they do not notice. A process that
+    takes longer than `patience` seconds is killed too.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    address = _free_address()
+    pids = [_fork(config, output, o, rank, len(orders), address) for rank, o in enumerate(orders)]
+    ended: dict[int, tuple[int, float]] = {}
+    deadline = begun + patience
+    try:
+        while len(ended) < len(pids):
+            for rank in set(range(len(pids))) - set(ended):
+                if status := _ended(pids[rank]):
+                    ended[rank] = (status[0], time.monotonic() - begun)
+                    if status[0] < 0:
+                        deadline = min(deadline, time.monotonic() + _GRACE)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
+    finally:
+        for rank in set(range(len(pids))) - set(ended):
+            os.kill(pids[rank], signal.SIGKILL)
+            os.waitpid(pids[rank], 0)
+            ended[rank] = (-signal.SIGKILL, time.monotonic() - begun)
+    text = output.read_text(errors="replace")
+    return [Ended(ended[rank][0], text, ended[rank][1]) for rank in range(len(pids))]
+
+
+def _ended(pid: int) -> tuple[int] | None:
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return (os.waitstatus_to_exitcode(status),) if found else None
+
+
+def _fork(
+    config: TrainLmConfig, output: Path, orders: Orders, rank: int, num_ranks: int, address: str
+) -> int:
+    if num_ranks > 1:
+        distributed = dataclasses.replace(
+            config.trainer.distributed,
+            coordinator_address=address,
+            num_processes=num_ranks,
+            process_id=rank,
+        )
+    else:
+        distributed = DistributedConfig()
+    config = replace_trainer(config, distributed=distributed)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        with listening(orders.listener), orders.wrapper():
+            code = guarded(lambda signals: run(config, signals, orders.on_ready))
+    except BaseException:  # what `guarded` lets through is a crash
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def say(text: str) -> None:
+    """A line into the run's output that is there even if the process dies at once."""
+    os.write(2, f"doctor: {text}\n".encode())
+
+
+def strike(signum: int, text: str) -> None:
+    """Say what happens and where, then send this process a signal."""
+    at = place()
+    say(f"{text}, the main thread in {at.phase} of step {at.step}")
+    os.kill(os.getpid(), signum)
+
+
+def sleep_on() -> NoReturn:
+    """Never return; the process has to be killed."""
+    while True:
+        time.sleep(60)
+
+
+def changed(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """A tree of settings as dotted names, without those that `quiet` sets."""
+    flat: dict[str, object] = {}
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and value and path not in _OWN:
+            flat |= changed(value, f"{path}.")
+        elif path not in _OWN:
+            flat[path] = value
+    return flat
+
+
+_OWN = {f"trainer.{name}" for name in ("id", "log_dir", "checkpointer", "distributed")}
