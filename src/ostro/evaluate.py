@@ -71,7 +71,7 @@ def evaluate(
     token_bytes: np.ndarray,
     world: World,
     max_batches: int | None = None,
-    poll: Callable[[], None] = lambda: None,
+    poll: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Metrics of `model` over `sets`, dropout off, the model's mode restored.
 

@@ -10,6 +10,7 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.errors import Problem
 from ostro.models.lm_model import LmModel, inference
 from ostro.nn import KeyValueCache
+from ostro.phases import mark
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,16 @@ class SamplingConfig:
 
 
 def complete_all(
-    model: LmModel, tokenizer: Tokenizer, prompts: Sequence[str], config: SamplingConfig
+    model: LmModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    poll: Callable[[], object] = lambda: None,
 ) -> list[str]:
     """Each prompt and what the model writes after it, in one batch.
 
-    An empty prompt stands for the start of a document.
+    An empty prompt stands for the start of a document. `poll` is called before every token and
+    may raise to stop.
     """
     start = tokenizer.encode("\n") if tokenizer.eos_id is None else [tokenizer.eos_id]
     written = generate(
@@ -53,6 +59,7 @@ def complete_all(
         [tokenizer.encode(prompt) or start for prompt in prompts],
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
+        poll=poll,
         **vars(config),
     )
     pairs = zip(prompts, written, strict=True)
@@ -72,6 +79,7 @@ def generate(
     eos_id: int | None = None,
     vocab_size: int | None = None,
     ended: Callable[[Sequence[int]], bool] | None = None,
+    poll: Callable[[], object] = lambda: None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, without the prompt and without `eos_id`.
 
@@ -80,7 +88,7 @@ def generate(
     model's `seq_len`: when a row's context is full it is cut to its last `seq_len / 2` tokens and
     computed anew. Ids of `vocab_size` and above (padding of the head) are never chosen. A row
     also ends when `ended` says so of the tokens it has written. Dropout is off meanwhile. Waits for
-    the device at every token.
+    the device at every token, and calls `poll` before it.
     """
     assert all(prompts), "a prompt has at least one token"
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
@@ -90,6 +98,8 @@ def generate(
         for _ in range(max_new_tokens):
             if not any(rows.active):
                 break
+            mark("sample")
+            poll()
             logits = rows.next_logits(device)[:, :vocab_size]
             uniform = torch.stack([torch.rand((), generator=each) for each in generators])
             drawn = choose(logits, uniform.to(device), temperature, top_k, top_p)

@@ -5,20 +5,27 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch._dynamo.callback import callback_handler
 
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Checkpointer, State
 from ostro.checkpoint.storage import PARTIAL
 from ostro.config import dump_yaml
 from ostro.data.loader import Loader
+from ostro.data.sequences import Batch
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
 from ostro.errors import CheckpointError
 from ostro.evaluate import evaluate
 from ostro.lm_config import TrainLmConfig
+from ostro.phases import mark, place
 from ostro.sample import complete_all
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput
@@ -26,6 +33,8 @@ from ostro.tracker import Tracker
 from ostro.trainer import BatchPlan, Engine, Trainer, TrainingDivergedError, TrainState
 
 log = logging.getLogger("ostro")
+
+_LOOK = 1.0  # seconds between two looks at whether another rank has got a signal
 
 
 @dataclass
@@ -54,7 +63,7 @@ class Session:
             max_grad_norm=config.optimizer.max_grad_norm,
             tracker=self.tracker,
             throughput=self.throughput,
-            poll=self.poll,
+            poll=self.agree,
             before_update=self.checkpointer.before_update,
         )
         self._texts = {"config.yaml": dump_yaml(config), "tokenizer.json": self.tokenizer.to_text()}
@@ -69,7 +78,12 @@ class Session:
 
         Returns the metrics of the last evaluation. With `eval_only` that is all there is.
         """
-        trainer, first_step = self.config.trainer, self.state.step
+        self._first_step = self.state.step
+        with self.signals.deferred(unless=self._loses_nothing), _compilation_marked():
+            return self._fit()
+
+    def _fit(self) -> dict[str, float]:
+        trainer, first_step = self.config.trainer, self._first_step
         num_steps = trainer.num_train_steps
         if trainer.eval_only or (trainer.eval_when == "before" and first_step == 0):
             self.evaluate(first_step)
@@ -83,9 +97,9 @@ class Session:
             num_ranks=self.world.num_data_ranks,
             interleaved=trainer.deterministic_reduction,
         )
-        batches = loader.batches(first_step, num_steps)
+        batches = loader.batches(first_step, num_steps, self.wait_for)
         try:
-            with self.signals.deferred(), contextlib.closing(batches):
+            with contextlib.closing(batches):
                 self.trainer.fit(batches, [self.evaluate_if_due, self.save_if_due])
         except (Interrupted, TrainingDivergedError):
             with contextlib.suppress(TrainingDivergedError):
@@ -98,12 +112,29 @@ class Session:
             self._report_save(wait=True)
         return self._eval_metrics
 
-    def poll(self, whole_step: bool) -> None:
-        """Raise `Interrupted` if a signal has come, on all ranks after the same update."""
-        if self.world.num_ranks == 1:
-            self.signals.poll()
-        elif whole_step and self.world.any(self.signals.received):
+    def agree(self, ready: bool = True) -> bool:
+        """Whether every rank is ready; raises `Interrupted`, on all, if any has got a signal."""
+        counts = torch.tensor([self.signals.received, not ready], dtype=torch.int32)
+        num_signals, num_waiting = self.world.sum_all(counts).tolist()
+        if num_signals:
             raise Interrupted(self.signals.signum)
+        return not num_waiting
+
+    def wait_for(self, coming: Future[Batch]) -> Batch:
+        """The batch, once every rank has its own: a signal is heeded while one has to wait."""
+        while True:
+            wait([coming], _LOOK)
+            if coming.done() and place().phase == "data":
+                mark("ready")
+            if self.agree(coming.done()):
+                return coming.result()
+
+    def _loses_nothing(self) -> bool:
+        """Whether a signal may raise right here: alone and between updates, or before the first."""
+        phase, is_alone = place().phase, self.world.num_ranks == 1
+        if self.state.step == self._first_step:
+            return is_alone or phase == "compile"
+        return is_alone and phase in ("data", "ready", "compile")
 
     def evaluate_if_due(self, info: StepInfo) -> None:
         """Evaluate after update k, or before update k, when k is a multiple of `steps_per_eval`."""
@@ -128,18 +159,29 @@ class Session:
                 token_bytes=self._token_bytes,
                 world=self.world,
                 max_batches=self.config.trainer.max_eval_batches,
-                poll=self.signals.poll if self.world.num_ranks == 1 else lambda: None,
+                poll=self.agree,
             )
             elapsed = {"eval/total_time": time.perf_counter() - start}
             self.tracker.log(self._eval_metrics | elapsed, step=step)
             loss = self._eval_metrics.get("eval/loss", math.nan)
             self._improved = loss < self.state.best_eval_loss
             self.state.best_eval_loss = min(self.state.best_eval_loss, loss)
-        writes = self.world.is_first or self.engine.is_collective
-        if (prompts := self.config.sample_prompts) and writes:
-            texts = complete_all(self.state.model, self.tokenizer, prompts, self.config.sampling)
+        if self.config.sample_prompts:
+            self._sample(step)
+
+    def _sample(self, step: int) -> None:
+        if self.world.is_first or self.engine.is_collective:
+            texts = complete_all(
+                self.state.model,
+                self.tokenizer,
+                self.config.sample_prompts,
+                self.config.sampling,
+                poll=lambda: self.agree(ready=False),
+            )
             for index, text in enumerate(texts):
                 self.tracker.log_text(f"sample/{index}", text, step=step)
+        while not self.agree():  # once for every token
+            mark("sample")
 
     def save(self, step: int, *, force: bool = False, interrupted: bool = False) -> None:
         """Save the state after update `step`, if the policy, `force` or `interrupted` says so.
@@ -188,3 +230,25 @@ class Session:
         }
         tensors = self.engine.tensors()
         return State(tensors, values, self._texts, self.engine.write_shards(shards))
+
+
+@contextlib.contextmanager
+def _compilation_marked() -> Iterator[None]:
+    """Mark when torch compiles something, and go back to the phase before when it has."""
+    before = place().phase
+
+    def begin(_: object) -> None:
+        nonlocal before
+        before = place().phase
+        mark("compile")
+
+    def end(_: object) -> None:
+        mark(before)
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(begin)
+        callback_handler.remove_end_callback(end)

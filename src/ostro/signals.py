@@ -1,16 +1,23 @@
 """Ctrl-C and SIGTERM: finish the work in hand, then leave.
 
 While weights are being trained a signal only raises a flag, which the loops poll between
-micro-batches and evaluation batches, so that no update is torn. Anywhere else it raises
-`Interrupted` at once. A second signal ends the process on the spot.
+micro-batches, evaluation batches and sampled tokens, so that no update is torn. Anywhere else it
+raises `Interrupted` at once. A second signal ends the process on the spot.
 """
 
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+from ostro.phases import place
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE = 8.0  # seconds in which the main thread heeds a signal, if it does at all
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,31 +43,58 @@ class Signals:
 
     def __init__(self) -> None:
         self._received: int | None = None
-        self._deferred = False
+        self._may_raise: Callable[[], bool] | None = None  # None: anywhere
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[signum] = signal.signal(signum, self._handle)
-            except ValueError:  # not the main thread
-                break
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for signum in _SIGNALS:
+            self._previous[signum] = signal.signal(signum, self._handle)
+        # Python runs handlers in the main thread, and not while that is inside of C code: waiting
+        # for another rank, say. A thread is told of signals through a pipe all the same.
+        come, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        self._previous_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._insist, args=[come], name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._previous:
+            return
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._previous_pipe)
+        os.close(self._pipe)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._received is not None:
-            print("\nostro: stopped at once by a second signal", file=sys.stderr, flush=True)
-            os._exit(128 + signum)
+            return  # `_insist` ends the process
         self._received = signum
-        if not self._deferred:
+        if self._may_raise is None or self._may_raise():
             raise Interrupted(signum)
         name = signal.Signals(signum).name
-        message = f"\nostro: {name} received; saving and leaving (again to stop at once)"
+        when = " once the compilation has ended" if place().phase == "compile" else ""
+        message = f"\nostro: {name} received; saving and leaving{when} (again to stop at once)"
         print(message, file=sys.stderr, flush=True)
+
+    def _insist(self, come: int) -> None:
+        """End the process at a second signal, or where the main thread does not heed the first."""
+        first = None
+        for byte in iter(lambda: os.read(come, 1), b""):
+            if byte[0] not in _SIGNALS:
+                continue
+            if first is not None:
+                _end(byte[0], "stopped at once by a second signal")
+            first = threading.Timer(_PATIENCE, self._end_if_unheeded, byte)
+            first.daemon = True
+            first.start()
+        os.close(come)
+
+    def _end_if_unheeded(self, signum: int) -> None:
+        if self._received is None and self._may_raise is None:
+            _end(signum, f"stopped by {signal.Signals(signum).name}")
 
     @property
     def received(self) -> bool:
@@ -73,15 +107,15 @@ class Signals:
         return signal.SIGTERM if self._received is None else self._received
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, a signal waits for the next `poll`."""
-        self._deferred = True
+    def deferred(self, unless: Callable[[], bool]) -> Iterator[None]:
+        """Inside, a signal is only noted as `received`, unless that says that it may raise."""
+        self._may_raise = unless
         try:
             yield
         finally:
-            self._deferred = False
+            self._may_raise = None
 
-    def poll(self) -> None:
-        """Raise `Interrupted` if a signal has come."""
-        if self._received is not None:
-            raise Interrupted(self._received)
+
+def _end(signum: int, why: str) -> NoReturn:
+    print(f"\nostro: {why}", file=sys.stderr, flush=True)
+    os._exit(128 + signum)

@@ -407,10 +407,10 @@ def test_an_interrupted_run_leaves_the_best_weights_alone(tmp_path):
         class Stopping(Signals):
             polls = 0
 
-            def poll(self) -> None:
+            @property
+            def received(self) -> bool:
                 self.polls += 1
-                if self.polls == 25:
-                    raise Interrupted(15)
+                return self.polls == 20
 
         run(loaded.config, Stopping())
 

@@ -1,8 +1,10 @@
 """The loader: step number -> this rank's rows, read ahead by a thread."""
 
+import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 import torch
 
@@ -12,6 +14,8 @@ from ostro.phases import mark
 
 _AHEAD = 2
 """Batches that the thread has read, or reads, beside the one in use."""
+
+_PATIENCE = 2.0  # seconds that the end of a run waits for the batch that is being read
 
 
 class Loader:
@@ -52,16 +56,38 @@ class Loader:
         segments = None if batch.segments is None else batch.segments.pin_memory()
         return Batch(batch.tokens.pin_memory(), batch.targets.pin_memory(), segments)
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start..stop-1; the thread ends with the iterator."""
-        reader = ThreadPoolExecutor(1, "loader")
+    def batches(
+        self, start: int, stop: int, wait: Callable[[Future[Batch]], Batch] = Future.result
+    ) -> Iterator[Batch]:
+        """The batches of steps start..stop-1; the thread ends with the iterator.
+
+        `wait` takes a batch that may not have been read yet, and returns it.
+        """
+        orders: SimpleQueue[tuple[int, Future[Batch]] | None] = SimpleQueue()
+
+        def read() -> None:
+            while (order := orders.get()) is not None:
+                step, future = order
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(self.batch(step))
+                    except BaseException as error:
+                        future.set_exception(error)
+
+        # A daemon: a read that hangs, on a disk of the network say, must not keep the process.
+        reader = threading.Thread(target=read, name="loader", daemon=True)
+        reader.start()
         ahead: deque[Future[Batch]] = deque()
         try:
             for step in range(start, stop):
-                ahead.append(reader.submit(self.batch, step))
+                ahead.append(Future())
+                orders.put((step, ahead[-1]))
                 if len(ahead) > _AHEAD:
-                    yield ahead.popleft().result()
+                    yield wait(ahead.popleft())
             while ahead:
-                yield ahead.popleft().result()
+                yield wait(ahead.popleft())
         finally:
-            reader.shutdown(cancel_futures=True)
+            for future in ahead:
+                future.cancel()
+            orders.put(None)
+            reader.join(_PATIENCE)

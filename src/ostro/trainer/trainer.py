@@ -45,11 +45,11 @@ class Trainer:
         max_grad_norm: float | None,
         tracker: Tracker,
         throughput: Throughput,
-        poll: Callable[[bool], None] = lambda whole_step: None,
+        poll: Callable[[], object] = lambda: None,
         before_update: Callable[[], None] = lambda: None,
     ):
-        """`poll(whole_step)` may raise to stop: between micro-batches, and after whole updates.
-        `before_update()` is called when the gradients are made and the state is about to change.
+        """`poll` is called between micro-batches and may raise to stop; `before_update` when the
+        gradients are made and the state is about to change.
         """
         self.config = config
         self.plan = plan
@@ -78,7 +78,8 @@ class Trainer:
         micro_size = self.plan.micro_batch_size(step)
         starts = range(0, len(batch.tokens), micro_size)
         for index, start in enumerate(starts):
-            self.poll(False)
+            if index:
+                self.poll()
             number = engine.world.data_rank * len(starts) + index
             self.state.seed_dropout(step, number, engine.world.context_rank)
             micro = batch.rows(start, start + micro_size).to(device)
@@ -90,8 +91,8 @@ class Trainer:
     def fit(self, batches: Iterator[Batch], callbacks: Sequence[Callback] = ()) -> None:
         """Make the updates that are left of `num_train_steps`, calling the hooks after each.
 
-        Raises `TrainingDivergedError`; lets what `poll` raises through, with the state of the
-        last whole update.
+        Raises `TrainingDivergedError`; lets what `poll` and `batches` raise through, with the
+        state of the last whole update.
         """
         num_steps = self.config.num_train_steps
         self._restart_clock()
@@ -111,7 +112,6 @@ class Trainer:
             for callback in callbacks:
                 callback(info)
             self._hook_time += time.perf_counter() - start
-            self.poll(True)
 
     def flush(self) -> None:
         """Hand the figures of the steps since the last flush to the tracker.
