@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ostro.units import (
+    ByteSize,
     Precision,
     expand_braces,
     format_bytes,
@@ -152,6 +153,32 @@ def test_128_shards():
 )
 def test_bytes(value, text):
     assert format_bytes(value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("200GB", 200 * 10**9),
+        ("1.5 tb", 15 * 10**11),
+        ("512MiB", 2**29),
+        ("4k", 4000),
+        ("0.1GB", 10**8),
+        ("1234567", 1234567),
+    ],
+)
+def test_sizes(text, size):
+    assert ByteSize.from_text(text) == size
+
+
+@given(st.integers(0, 10**15))
+def test_a_size_is_read_as_it_is_written(size):
+    assert ByteSize.from_text(str(ByteSize(size))) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "10 parsecs", "1e9", "1.5.1MB", "5 G i B"])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="500MB"):
+        ByteSize.from_text(text)
 
 
 @pytest.mark.parametrize(

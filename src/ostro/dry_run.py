@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ostro.checkpoint import State, checkpoint_bytes, disk_bytes
+from ostro.checkpoint import State, checkpoint_bytes, deletions, disk_bytes
 from ostro.config import dump_yaml
 from ostro.errors import ConfigError, Problem
 from ostro.lm_config import TrainLmConfig
@@ -54,11 +54,18 @@ def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
     texts = {"config.yaml": dump_yaml(config), "tokenizer.json": tokenizer}
     size = checkpoint_bytes(State(tensors, texts=texts))
     yield f"checkpoint size: {size} bytes ({format_bytes(size)})"
-    kept, needed = disk_bytes(config.trainer.checkpointer, num_steps, size)
+    checkpointer = config.trainer.checkpointer
+    kept, needed = disk_bytes(checkpointer, num_steps, size)
     yield (
         f"disk for checkpoints: {needed} bytes ({format_bytes(needed)}):"
         f" {kept} permanent and the one being written"
     )
+    planned = list(deletions(checkpointer, num_steps, size))
+    for step, deleted in planned[:5]:
+        names = ", ".join(map(str, deleted))
+        yield f"keep_bytes: before step {step} is saved, the checkpoint of {names} is deleted"
+    if more := sum(len(deleted) for _, deleted in planned[5:]):
+        yield f"keep_bytes: {more} more are deleted later, so that the rest lies evenly"
     schedule = config.optimizer.schedule(num_steps)
     for warning in schedule.warnings:
         yield f"warning: {warning}"

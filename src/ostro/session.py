@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.callback import callback_handler
 
 from ostro.callbacks import StepInfo, is_due
-from ostro.checkpoint import Checkpointer, State
+from ostro.checkpoint import Checkpointer, State, checkpoint_bytes, require_budget
 from ostro.checkpoint.storage import PARTIAL
 from ostro.config import dump_yaml
 from ostro.data.loader import Loader
@@ -72,6 +72,10 @@ class Session:
             self.checkpointer.join()
         self._eval_metrics: dict[str, float] = {}
         self._improved: bool | None = None
+        saving = config.trainer.checkpointer
+        # DeepSpeed's folders have no size before they are written.
+        if saving.keep_bytes is not None and config.trainer.deepspeed is None:
+            require_budget(saving, checkpoint_bytes(self._make_state(Path())))
 
     def fit(self) -> dict[str, float]:
         """Train to the end, or to a signal or divergence, and leave a checkpoint either way.
@@ -225,6 +229,7 @@ class Session:
             "tracker": self.tracker.state(),
             "data": self.data.fingerprint,
             "eos_id": self.tokenizer.eos_id,
+            "eval_loss": self._eval_metrics.get("eval/loss"),
             "run_id": self.config.trainer.id,
             "num_ranks": self.world.num_ranks,
         }

@@ -182,6 +182,29 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
 
 
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+class ByteSize(int):
+    """A number of bytes: `200GB`, `1.5 TB`, `512MiB` or `1000000`."""
+
+    @classmethod
+    def from_text(cls, text: str) -> "ByteSize":
+        """Read it; decimal units unless an `i` says binary."""
+        match = _BYTES.fullmatch(text.strip())
+        if not match:
+            raise ValueError("must be a number of bytes such as 500MB, 200GB or 1.5TiB")
+        number, unit, binary = match.groups()
+        power = " kmgt".index(unit.lower() or " ")
+        return cls(round(float(number) * (1024 if binary else 1000) ** power))
+
+    def __str__(self) -> str:
+        for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "KB")):
+            if self and self % 1000**power == 0:
+                return f"{self // 1000**power}{unit}"
+        return int.__repr__(self)
+
+
 def format_count(count: float) -> str:
     """`124439808` as `124.4M`, for tables and progress lines."""
     for unit in ("", "k", "M", "B", "T"):

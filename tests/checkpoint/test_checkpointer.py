@@ -1,6 +1,7 @@
 """A run's checkpointer with a clock that is set by hand."""
 
 import os
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -13,13 +14,16 @@ from checkpoint_states import on_step, small_state
 from ostro.checkpoint import (
     CheckpointerConfig,
     CheckpointInterval,
+    entries,
     find_latest,
     load,
     scan,
     storage,
     store,
+    total_bytes,
 )
 from ostro.errors import CheckpointError
+from ostro.units import ByteSize
 
 
 class Run:
@@ -302,6 +306,107 @@ def test_found_checkpoints_are_named_as_the_folder_was(folder):
     run = Run(folder)
     run.step(7, now=10)
     assert [path for path, _ in scan(folder)] == [f"{run.folder}/step-7"]
+
+
+# A budget of bytes
+
+
+def size_of_one(folder, **fields):
+    run = Run(f"{folder}-measured", **fields)
+    run.step(1, force=True)
+    return entries(run.folder)[0].bytes
+
+
+def steps_of(run):
+    return sorted(int(re.search(r"step[-_](\d+)", e.path)[1]) for e in entries(run.folder))
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_within_its_budget_a_run_keeps_the_newest_the_best_and_an_even_choice(
+    tmp_path, form, caplog, monkeypatch
+):
+    monkeypatch.setattr("ostro.checkpoint.single_file._RESERVE", 1 << 12)  # these are as small
+    size = size_of_one(tmp_path, format=form)
+    most = ByteSize(5.5 * size)
+    run = Run(tmp_path, keep=[(1,)], seconds=None, save_after_eval="improved", format=form,
+              keep_bytes=most)  # fmt: skip
+    with caplog.at_level("INFO"):
+        for step in range(1, 33):
+            assert run.step(step, improved=step in (2, 9)) == (step, "permanent")
+            assert total_bytes(entries(run.folder)) <= most
+    left = steps_of(run)
+    assert 9 in left and 2 not in left and left[-1] == 32 and len(left) >= 4, left
+    assert max(b - a for a, b in zip([0, *left], left, strict=False)) <= 15, left
+    lines = [line for line in caplog.messages if line.startswith("deleted ")]
+    assert len(lines) == 32 - len(left) and "bytes" in lines[0] and "keep_bytes" in lines[0]
+
+
+def test_temporary_ones_make_room_first(folder):
+    size = size_of_one(folder)
+    Run(folder).step(5, now=10)
+    run = Run(folder, keep=[(10,)], keep_bytes=ByteSize(3.5 * size),
+              delete_old_temp_checkpoints=False)  # fmt: skip
+    for step in (10, 20):
+        run.step(step)
+    assert run.kinds() == {5: "temporary", 10: "permanent", 20: "permanent"}
+    run.step(30)
+    assert run.kinds() == {10: "permanent", 20: "permanent", 30: "permanent"}
+
+
+def test_the_newest_stays_although_it_is_temporary_until_its_successor_is_there(folder):
+    size = size_of_one(folder)
+    run = Run(folder, keep=[(10,)], keep_bytes=ByteSize(3.5 * size))
+    for step, now in ((10, 0), (20, 0), (25, 10)):
+        run.step(step, now=now)
+    run.step(30)
+    assert run.kinds() == {10: "permanent", 30: "permanent"}
+
+
+def test_a_budget_for_less_than_two_is_refused_before_anything_goes(folder):
+    size = size_of_one(folder)
+    Run(folder, seconds=None).step(1, force=True)
+    run = Run(folder, seconds=None, keep_bytes=ByteSize(1.5 * size))
+    with pytest.raises(CheckpointError, match="newest and the best - raise it to that"):
+        run.step(2, force=True)
+    assert run.kinds() == {1: "permanent"}
+
+
+def test_checkpoints_of_another_run_neither_count_nor_go(tmp_path):
+    size = size_of_one(tmp_path)
+    Run(tmp_path / "x-${run_id}", run_id="a").step(1, force=True)
+    os.rename(tmp_path / "x-a", tmp_path / "x-b")
+    budget = ByteSize(2.5 * size)
+    other = Run(tmp_path / "x-${run_id}", keep=[(1,)], run_id="b", keep_bytes=budget)
+    for step in (2, 3, 4):
+        other.step(step)
+    assert sorted(other.kinds()) == [1, 3, 4]
+
+
+# One file for each checkpoint
+
+
+def test_temporary_files_go_once_their_successor_is_there_also_after_a_kill(tmp_path):
+    run = Run(tmp_path, format="file")
+    run.step(1, force=True)
+    run.step(2, now=10)
+    run.step(3, now=20)
+    open(f"{run.folder}/.tmp-step_4.pt-123", "w").close()
+    assert sorted(os.listdir(run.folder)) == [
+        ".tmp-step_4.pt-123", "latest_checkpoint.pt", "step_1.pt", "step_3.pt"
+    ]  # fmt: skip
+    Run(tmp_path, format="file", run_id="me").step(5, now=10)
+    assert sorted(os.listdir(run.folder)) == ["latest_checkpoint.pt", "step_1.pt", "step_5.pt"]
+
+
+def test_the_best_file_stays_until_a_better_one(tmp_path):
+    run = Run(tmp_path, format="file", save_after_eval="improved")
+    run.step(1, improved=True)
+    run.step(2, now=10)
+    run.step(3, now=20)
+    assert steps_of(run) == [1, 3]
+    again = Run(tmp_path, format="file", save_after_eval="improved")
+    again.step(4, improved=True)
+    assert steps_of(run) == [4]
 
 
 # Saving while training goes on

@@ -1,12 +1,21 @@
 """Which steps get a checkpoint: pure rules, no files."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostro.checkpoint import CheckpointerConfig, CheckpointInterval, Policy, disk_bytes
+from ostro.checkpoint import (
+    CheckpointerConfig,
+    CheckpointInterval,
+    Policy,
+    deletions,
+    disk_bytes,
+)
+from ostro.errors import ConfigError
+from ostro.units import ByteSize
 
 
 def policy(*keep, seconds=None):
@@ -85,6 +94,22 @@ def test_disk_counts_the_last_step_and_the_temporary_one_being_replaced():
     assert disk_bytes(best, 12, 100) == (3, 500)
 
 
+def test_disk_of_the_file_that_each_save_replaces():
+    assert disk_bytes(CheckpointerConfig(format="nanogpt"), 12, 100) == (1, 200)
+    best = CheckpointerConfig(format="nanogpt", save_after_eval="improved")
+    assert disk_bytes(best, 12, 100) == (1, 300)
+
+
+def test_a_budget_bounds_the_disk_and_says_what_goes_when():
+    keep = [CheckpointInterval(5)]  # 5, 10, 15 and the last step, 19
+    config = CheckpointerConfig(keep=keep, save_interval=None, keep_bytes=ByteSize(350))
+    assert list(deletions(config, 20, 100)) == [(19, [5])]
+    assert disk_bytes(config, 20, 100) == (3, 350)
+    with pytest.raises(ConfigError, match=r"keep_bytes.*200"):
+        list(deletions(replace(config, keep_bytes=ByteSize(199)), 20, 100))
+    assert list(deletions(CheckpointerConfig(keep=keep), 20, 100)) == []
+
+
 def problems(**fields):
     found = CheckpointerConfig(**fields).problems()
     return {problem.setting: problem.rule for problem in found}
@@ -115,6 +140,7 @@ def test_keep_problems(keep, setting, rule):
 def test_other_problems():
     assert "save_interval" in problems(save_interval=timedelta(0))
     assert "base_path" in problems(base_path=" ")
+    assert "keep_bytes" in problems(keep_bytes=ByteSize(9), format="nanogpt")
     assert "${run_name} is unknown" in problems(base_path="a/${run_name}")["base_path"]
 
 

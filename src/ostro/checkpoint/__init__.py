@@ -1,9 +1,24 @@
 """Checkpoints: when to save, atomic and checksummed storage, and what to resume from."""
 
-from ostro.checkpoint.checkpointer import Checkpointer, CheckpointerConfig, SaveReport, disk_bytes
-from ostro.checkpoint.discovery import Decision, find_latest, scan, which_checkpoint
+from ostro.checkpoint.checkpointer import (
+    Checkpointer,
+    CheckpointerConfig,
+    SaveReport,
+    deletions,
+    disk_bytes,
+    require_budget,
+)
+from ostro.checkpoint.discovery import (
+    Decision,
+    delete,
+    entries,
+    find_latest,
+    scan,
+    which_checkpoint,
+)
 from ostro.checkpoint.metadata import Metadata
 from ostro.checkpoint.pieces import Stored, copy_into, whole
 from ostro.checkpoint.policy import CheckpointInterval, Policy
+from ostro.checkpoint.retention import Entry, to_prune, total_bytes
 from ostro.checkpoint.single_file import SavedFile, read_file, register_format, write_file
 from ostro.checkpoint.store import Saved, State, checkpoint_bytes, load, write

@@ -12,13 +12,15 @@ from typing import Literal
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ostro.checkpoint.discovery import make_room
+from ostro.checkpoint.files import FileStore
 from ostro.checkpoint.folders import FolderStore
 from ostro.checkpoint.policy import CheckpointInterval, Kind, Policy, keep_problems
-from ostro.checkpoint.single_file import FileStore
+from ostro.checkpoint.retention import planned_deletions
 from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.store import State
-from ostro.errors import Problem
-from ostro.units import in_run_folder
+from ostro.errors import ConfigError, Problem
+from ostro.units import ByteSize, format_bytes, in_run_folder
 
 _RUN_ID = "${run_id}"
 
@@ -34,6 +36,10 @@ class CheckpointerConfig:
     """Time after which a temporary checkpoint is saved, replaced by the next save. Null: none."""
     keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(10_000)])
     """Which steps to keep for good, as intervals with increasing `until`. Empty: the last only."""
+    keep_bytes: ByteSize | None = None
+    """The most that all checkpoints of the run may take, such as `200GB`, the one being written
+    included: others are deleted before it is written, temporary ones first, then permanent ones so
+    that the rest lies evenly; never the newest and the best. Null: no permanent one is deleted."""
     save_after_eval: Literal["never", "improved", "always"] = "never"
     """Also save after an evaluation: always, or when its loss is the lowest so far. The lowest
     one is kept until a lower one is saved; the others are temporary."""
@@ -60,6 +66,9 @@ class CheckpointerConfig:
         if self.save_interval is not None and self.save_interval <= timedelta(0):
             yield Problem("save_interval", "must be positive", "use null for no temporary ones")
         yield from keep_problems(self.keep)
+        if self.keep_bytes is not None and self.format == "nanogpt":
+            rule = "format: nanogpt keeps one checkpoint, so there is nothing to choose from"
+            yield Problem("keep_bytes", rule, "remove it")
         if self.format != "folder" and "://" in self.base_path:
             yield Problem("base_path", f"must be a local folder with format: {self.format}")
 
@@ -85,12 +94,23 @@ class CheckpointerConfig:
         `in_folders`: one file cannot hold a state; `format: file` then is a file that points to
         the newest folder.
         """
-        folder = self.folder(run_id)
-        if self.format != "folder" and not in_folders:
-            only_best = self.save_after_eval == "improved"
-            return Checkpointer(self, FileStore(folder, self.format, only_best), clock)
-        delete_old = self.delete_old_temp_checkpoints
-        store = FolderStore(folder, run_id, run_name, delete_old, points=in_folders)
+        folder, delete_old = self.folder(run_id), self.delete_old_temp_checkpoints
+
+        def room(need: int, step: int) -> None:
+            if self.keep_bytes is not None:
+                make_room(folder, run_id, self.keep_bytes, need, step)
+
+        if self.format == "folder" or in_folders:
+            store = FolderStore(folder, run_id, run_name, delete_old, in_folders, room)
+        else:
+            store = FileStore(
+                folder,
+                self.format,
+                run_id=run_id,
+                only_best=self.save_after_eval == "improved",
+                delete_old=delete_old,
+                make_room=room,
+            )
         return Checkpointer(self, store, clock)
 
 
@@ -98,9 +118,39 @@ def disk_bytes(config: CheckpointerConfig, num_steps: int, size: int) -> tuple[i
     """How many checkpoints of `size` bytes a run of `num_steps` leaves for good, and the most
     bytes it has on disk at one time: a temporary one goes only once its successor is complete.
     """
-    kept = len(config.policy.kept_steps(num_steps))
-    best = config.save_after_eval != "never"
-    return kept, (kept + (config.save_interval is not None) + best) * size
+    if config.format == "nanogpt":  # one file, beside it the stopped run's, or its successor
+        return 1, (2 + (config.save_after_eval == "improved")) * size
+    kept = config.policy.kept_steps(num_steps)
+    for _, deleted in deletions(config, num_steps, size):
+        kept = [step for step in kept if step not in deleted]
+    count = len(config.policy.kept_steps(num_steps)) + _num_beside(config)
+    most = min(count * size, int(config.keep_bytes or count * size))
+    return len(kept), most
+
+
+def deletions(
+    config: CheckpointerConfig, num_steps: int, size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Before which permanent steps `keep_bytes` deletes which others, each of `size` bytes."""
+    if config.keep_bytes is None:
+        return
+    require_budget(config, size)
+    budget = config.keep_bytes - _num_beside(config) * size
+    yield from planned_deletions(config.policy.kept_steps(num_steps), size, budget)
+
+
+def require_budget(config: CheckpointerConfig, size: int) -> None:
+    """Raise a `ConfigError` where `keep_bytes` is too little for checkpoints of `size` bytes."""
+    least = (2 + (config.save_after_eval != "never")) * size
+    if config.keep_bytes is not None and config.keep_bytes < least:
+        rule = f"the newest, the best if there is one, and the one being written take {least} bytes"
+        advice = f"raise it to {format_bytes(1.01 * least)}, or to null"
+        raise ConfigError(Problem("trainer.checkpointer.keep_bytes", rule, advice))
+
+
+def _num_beside(config: CheckpointerConfig) -> int:
+    """How many there can be that no step's number calls for: a temporary one and the best."""
+    return (config.save_interval is not None) + (config.save_after_eval != "never")
 
 
 @dataclass(frozen=True)

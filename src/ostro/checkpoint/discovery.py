@@ -1,6 +1,7 @@
 """Finding the checkpoint to start from: the newest complete one, and which folder counts."""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +12,12 @@ import torch
 
 from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import Metadata
+from ostro.checkpoint.retention import Entry, to_delete, total_bytes
 from ostro.checkpoint.single_file import SavedFile, files_below, load_file, pointed_folder
 from ostro.checkpoint.store import Saved, load, read_metadata
 from ostro.distributed import World
 from ostro.errors import CheckpointError
+from ostro.units import format_bytes
 
 _log = logging.getLogger(__name__)
 _ALONE = World(torch.device("cpu"))
@@ -33,6 +36,62 @@ def scan(path: str) -> list[tuple[str, Metadata]]:
         except CheckpointError as error:
             _log.warning("skipping a damaged checkpoint: %s", error)
     return sorted(found, key=lambda pair: (pair[1].timestamp, pair[1].step), reverse=True)
+
+
+def entries(path: str) -> list[Entry]:
+    """Every complete checkpoint at or below `path`, folders and files, newest first.
+
+    Contents are not compared with checksums. A damaged one is named in a warning and left out.
+    """
+    found = [
+        Entry(
+            folder, m.step, storage.size(folder), m.timestamp, m.is_temporary, m.is_best, m.run_id
+        )
+        for folder, m in scan(path)
+    ]
+    for timestamp, file in files_below(path) if storage.is_local(path) else []:
+        try:
+            saved = load_file(file, check=False)
+        except CheckpointError as error:
+            _log.warning("skipping a damaged checkpoint: %s", error)
+            continue
+        marks = {name: bool(saved.values.get(name)) for name in ("is_temporary", "is_best")}
+        run_id = str(saved.values.get("run_id", ""))
+        found.append(Entry(file, saved.step, storage.size(file), timestamp, run_id=run_id, **marks))
+    return sorted(found, key=lambda entry: (entry.timestamp, entry.step), reverse=True)
+
+
+def delete(entry: Entry, why: str) -> None:
+    """Delete a checkpoint, and say so."""
+    try:
+        if entry.path.endswith(".pt"):
+            os.unlink(entry.path)
+        else:
+            storage.remove(entry.path)
+    except OSError as error:
+        raise CheckpointError(f"{entry.path} - cannot be deleted: {error}") from error
+    size = format_bytes(entry.bytes)
+    _log.info(
+        "deleted %s (step %d, %d bytes, %s): %s", entry.path, entry.step, entry.bytes, size, why
+    )
+
+
+def make_room(folder: str, run_id: str, keep_bytes: int, need: int, step: int) -> None:
+    """Delete what has to go so that a run's checkpoints and `need` more bytes take `keep_bytes`.
+
+    Where that cannot be had nothing is deleted, and a `CheckpointError` says what to do.
+    """
+    own = [entry for entry in entries(folder) if entry.run_id == run_id]
+    doomed = to_delete(own, keep_bytes - need, step)
+    left = total_bytes(own) - total_bytes(doomed)
+    if left + need > keep_bytes:
+        raise CheckpointError(
+            f"checkpointer.keep_bytes = {keep_bytes} - {folder} needs {left + need} bytes"
+            f" ({format_bytes(left + need)}) for this checkpoint and those that always stay, the"
+            " newest and the best - raise it to that, or to null; nothing was deleted"
+        )
+    for entry in doomed:
+        delete(entry, f"checkpointer.keep_bytes = {keep_bytes}")
 
 
 def find_latest(path: str, world: World = _ALONE) -> Saved | SavedFile | None:

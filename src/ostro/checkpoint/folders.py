@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed import ProcessGroup
@@ -21,11 +22,18 @@ class FolderStore:
     """Saves each state as `<folder>/step-<k>` and deletes the temporary ones before it."""
 
     def __init__(
-        self, folder: str, run_id: str, run_name: str, delete_old: bool, points: bool = False
+        self,
+        folder: str,
+        run_id: str,
+        run_name: str,
+        delete_old: bool,
+        points: bool = False,
+        make_room: Callable[[int, int], None] = lambda need, step: None,
     ):
-        """`points`: `latest_checkpoint.pt` names the newest one."""
+        """`points`: `latest_checkpoint.pt` names the newest one. `make_room(need, step)` is called
+        before so many bytes are written for a step."""
         self.folder = folder
-        self._points = points
+        self._points, self._make_room = points, make_room
         self._run_id, self._run_name, self._delete_old = run_id, run_name, delete_old
         self._newest = 0.0  # commit time of the newest checkpoint in the folder
         self._temporaries: list[str] | None = None  # None: the folder was not looked at yet
@@ -55,6 +63,7 @@ class FolderStore:
             run_name=self._run_name,
             timestamp=timestamp,
             group=group,
+            make_room=self._make_room,
         )
         path = step_folder(self.folder, step)
         if metadata is None:  # the first rank looks after the folder
@@ -69,6 +78,8 @@ class FolderStore:
 
     def _drop(self, path: str, new_best: bool) -> bool:
         """Delete a superseded temporary checkpoint if it still is one. False: it stays."""
+        if not storage.is_folder(path):  # `make_room` was faster
+            return True
         try:
             metadata = read_metadata(path)
             if metadata.is_best and not new_best:

@@ -17,19 +17,16 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import is_plain_name, read_json
 from ostro.checkpoint.pieces import Stored, whole
-from ostro.checkpoint.policy import Kind
-from ostro.checkpoint.sharded import full_tensors, on_first
 from ostro.checkpoint.store import State
 from ostro.errors import CheckpointError
 from ostro.phases import mark
@@ -71,47 +68,6 @@ def register_format(name: str, file_format: Any) -> None:
     FORMATS[name] = file_format
 
 
-class FileStore:
-    """Saves each state as a file of its own, or over the one before."""
-
-    def __init__(self, folder: str, format_name: str, only_best: bool):
-        """`only_best`: what is not the best so far must not replace it."""
-        self.folder = folder
-        self._format_name, self._only_best = format_name, only_best
-        self._temporary: Path | None = None  # goes once its successor is complete
-
-    def prepare(self) -> None:
-        """Nothing is to be done before a save."""
-
-    def gather(self, state: State, group: ProcessGroup | None) -> State:
-        """What `save` needs of a state: whole tensors on the first rank."""
-        return state if group is None else replace(state, tensors=full_tensors(state.tensors))
-
-    def save(
-        self, state: State, step: int, kind: Kind, best: bool, group: ProcessGroup | None
-    ) -> tuple[str, int]:
-        """Write a checkpoint on the first rank; returns its path and size in bytes."""
-        return on_first(group, lambda: self._save(state, step, kind, best))
-
-    def _save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
-        folder = Path(self.folder).expanduser()
-        content = FORMATS[self._format_name].pack(state)
-        if self._format_name == "nanogpt":
-            aside = self._only_best and not best
-            path = folder / (INTERRUPTED if aside else NANOGPT)
-            size = write_file(path, content)
-            if not aside:
-                (folder / INTERRUPTED).unlink(missing_ok=True)
-            return str(path), size
-        path = folder / f"step_{step}.pt"
-        size = write_file(path, content)
-        point_to(path)
-        if self._temporary is not None and self._temporary != path:
-            self._temporary.unlink(missing_ok=True)
-        self._temporary = path if kind == "temporary" else None
-        return str(path), size
-
-
 def point_to(path: Path) -> None:
     """Make `latest_checkpoint.pt` beside a checkpoint the same file, a copy where there are no
     links; beside a folder a small text that names it."""
@@ -145,8 +101,7 @@ def write_file(path: Path, content: Mapping[str, Any]) -> int:
     Raises `CheckpointError` where the disk is too small, fills up, or refuses; the file that was
     there is untouched then.
     """
-    need = sum(t.numel() * t.element_size() for t in _tensors(content)) + _RESERVE
-    storage.require_space(str(path.parent), need)
+    storage.require_space(str(path.parent), space_for(content))
     new = path.parent / f"{storage.PARTIAL}{path.name}-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +126,11 @@ def write_file(path: Path, content: Mapping[str, Any]) -> int:
             raise CheckpointError(f"{path} - {what} - {advice}") from error
         raise
     return size
+
+
+def space_for(content: Mapping[str, Any]) -> int:
+    """The bytes that a file of `content` takes at most."""
+    return sum(t.numel() * t.element_size() for t in _tensors(content)) + _RESERVE
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -241,9 +201,12 @@ class SavedFile:
         return whole(self.tensors(group))
 
 
-def load_file(path: str | Path) -> SavedFile:
-    """Open a checkpoint file; `CheckpointError` names the file and what is wrong with it."""
-    content = read_file(Path(path))
+def load_file(path: str | Path, *, check: bool = True) -> SavedFile:
+    """Open a checkpoint file; `CheckpointError` names the file and what is wrong with it.
+
+    `check` false as for `read_file`.
+    """
+    content = read_file(Path(path), check=check)
     for file_format in FORMATS.values():
         if file_format.fits(content):
             return SavedFile(str(path), file_format.unpack(content, str(path)))

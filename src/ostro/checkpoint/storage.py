@@ -76,6 +76,12 @@ def names(url: str) -> list[str]:
         return []
 
 
+def size(url: str) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    fs, path = locate(url)
+    return int(fs.du(path))
+
+
 def remove(url: str) -> None:
     """Delete a folder so that it stops being a checkpoint before any of its files goes."""
     fs, path = locate(url)

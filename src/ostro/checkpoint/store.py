@@ -101,17 +101,22 @@ def write(
     run_name: str = "",
     timestamp: float | None = None,
     group: ProcessGroup | None = None,
+    make_room: Callable[[int, int], None] = lambda need, step: None,
 ) -> Metadata | None:
     """Write `state` as `<folder>/step-<step>`, replacing a checkpoint of that name safely.
 
     `folder` is a path or an fsspec URL. With a `group` of processes all its ranks call this, and
-    each writes the shards it holds. Returns the metadata written, on the first rank.
+    each writes the shards it holds. `make_room(need, step)` is called on the first one before so
+    many bytes are written. Returns the metadata written, on the first rank.
 
     Raises `CheckpointError`, on all ranks, where the disk is too small (before writing), fills up,
     or refuses; what was being written is removed then, and every older checkpoint is still there.
     """
     marks = (step, time() if timestamp is None else float(timestamp), is_temporary, is_best)
-    save = _Save(folder, state, group, lambda files: Metadata(*marks, run_id, run_name, files))
+    room = partial(make_room, step=step)
+    save = _Save(
+        folder, state, group, room, lambda files: Metadata(*marks, run_id, run_name, files)
+    )
     try:
         if group is None:
             work = save.begin()
@@ -134,10 +139,12 @@ class _Save:
         folder: str,
         state: State,
         group: ProcessGroup | None,
+        make_room: Callable[[int], None],
         describe: Callable[[dict[str, FileRecord]], Metadata],
     ):
         self.metadata: Metadata | None = None  # of what was committed
         self._folder, self._state, self._describe = folder, state, describe
+        self._make_room = make_room
         self._is_local = storage.is_local(folder)
         self._is_alone = group is None
         self._target = step_folder(folder, describe({}).step)
@@ -146,7 +153,9 @@ class _Save:
     def begin(self) -> str:
         """Make the folder that is written to."""
         with self._explained():
-            storage.require_space(self._folder, checkpoint_bytes(self._state))
+            need, ready = checkpoint_bytes(self._state), self._state.folders.values()
+            self._make_room(need + sum(storage.size(str(path)) for path in ready))
+            storage.require_space(self._folder, need)
             name = self._target.rpartition("/")[2]
             self._aside = f"{self._folder.rstrip('/')}/{storage.ASIDE}{name}-{os.getpid()}"
             # A store has no rename, and needs none where nothing is replaced: the marker is last.

@@ -16,6 +16,7 @@ from ostro.config.fields import (
     members,
     settings,
 )
+from ostro.units import ByteSize
 
 _SIMPLE = {
     str: {"type": "string"},
@@ -29,6 +30,7 @@ _SIMPLE = {
         ]
     },
     timedelta: {"type": ["string", "number"]},
+    ByteSize: {"type": ["string", "integer"]},
     type(None): {"type": "null"},
 }
 
