@@ -28,7 +28,7 @@ LEVELS = [
         "run_log",
         "squad",
     },
-    {"models", "checkpoint", "guard"},
+    {"models", "checkpoint", "contract", "guard"},
     {"parallel"},
     {"evaluate", "trainer", "sample", "hf"},
     {"lm_config"},

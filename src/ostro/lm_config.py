@@ -7,6 +7,8 @@ import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ostro.config.fields import dotted_names
+from ostro.contract import policy_problems
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import ConfigError, Problem
@@ -65,6 +67,8 @@ class TrainLmConfig:
         if pieces > 2 and self.model.seq_len % pieces:
             rule = f"sequences are cut into {pieces} pieces, and seq_len = {self.model.seq_len}"
             yield Problem("trainer.context_axis_size", rule, "change one of the two")
+        if self.trainer.resume_policy:
+            yield from policy_problems(self.trainer.resume_policy, list(dotted_names(type(self))))
         for problem in self.optimizer.problems_for(self.trainer.num_train_steps):
             yield dataclasses.replace(problem, setting=f"optimizer.{problem.setting}")
 

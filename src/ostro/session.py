@@ -5,10 +5,11 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._dynamo.callback import callback_handler
@@ -52,6 +53,8 @@ class Session:
     checkpointer: Checkpointer
     throughput: Throughput
     signals: Signals
+    record: Mapping[str, Any]
+    """What a checkpoint notes for the run that goes on from it, see `ostro.contract`."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -225,13 +228,14 @@ class Session:
 
     def make_state(self, shards: Path) -> State:
         self.trainer.flush()
-        values = self.engine.values() | {
+        values = {
+            **self.engine.values(),
+            **self.record,
             "tracker": self.tracker.state(),
             "data": self.data.fingerprint,
             "eos_id": self.tokenizer.eos_id,
             "eval_loss": self._eval_metrics.get("eval/loss"),
             "run_id": self.config.trainer.id,
-            "num_ranks": self.world.num_ranks,
         }
         tensors = self.engine.tensors()
         return State(tensors, values, self._texts, self.engine.write_shards(shards))

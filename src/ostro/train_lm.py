@@ -6,10 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
+from ostro import contract
 from ostro.allocator import keep_freed_memory
+from ostro.checkpoint import Saved, SavedFile
 from ostro.config import check, dump_yaml, encode
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
@@ -71,10 +75,12 @@ def run(
     config: TrainLmConfig,
     signals: Signals | None = None,
     on_ready: Callable[[Session], None] = lambda session: None,
+    origins: Mapping[str, str] | None = None,
 ) -> None:
     """Train as `config` says: data, model, optimizer, resume, fit, report.
 
-    `on_ready` is called before the first update, when everything has been restored.
+    `on_ready` is called before the first update, when everything has been restored. `origins`:
+    where each setting comes from, as `ostro.config.load` says, for what is told of a resume.
 
     Raises an `OstroError` for what the user can mend and `Interrupted` when stopped by a
     signal, with a checkpoint of the last whole update in place.
@@ -94,7 +100,10 @@ def run(
         with logging_to(paths.log if world.is_first else None, config.trainer.log_level):
             world, mesh = lay_out(config.trainer, world)
             log.info("run %s on %s%s", run_id, world.device, _of(world, mesh))
-            session = build_session(config, plan, world, mesh, paths, signals or Signals())
+            signals, origins = signals or Signals(), origins or {}
+            session = build_session(config, plan, world, mesh, signals, origins)
+            if world.is_first:  # not before: what was there stays if nothing could be resumed
+                paths.config.write_text(dump_yaml(session.config))
             start, first_step = time.perf_counter(), session.state.step
             try:
                 session.tracker.log_summary(_summary(session.state, world, session.throughput))
@@ -118,8 +127,8 @@ def build_session(
     plan: BatchPlan,
     world: World,
     mesh: Mesh | None,
-    paths: RunPaths,
     signals: Signals,
+    origins: Mapping[str, str],
 ) -> Session:
     """Everything a run needs, resumed where there is something to resume from."""
     make_engine = choose_engine(config.trainer, config.optimizer, plan, world, mesh)
@@ -128,21 +137,19 @@ def build_session(
     model = build_model(config.model, config.trainer, num_tokens, mesh)  # errors before the data
     data = build_data(config, tokenizer, world)
     config = _with_epochs(config, plan, data)
-    if world.is_first:
-        paths.config.write_text(dump_yaml(config))
     trainer = config.trainer
-    state = allocate(model, config.optimizer, trainer, world.device)
-    throughput = Throughput(
-        config.model.seq_len,
-        config.model.flops_per_token(num_tokens),
-        device_peak(world.device, getattr(torch, config.trainer.mp.compute)),
-        world.num_ranks,
-    )
     assert trainer.id is not None, "the run id is chosen before"
     checkpointer = trainer.checkpointer.build(
         trainer.id, run_name(config), in_folders=trainer.deepspeed is not None
     )
     start = find_start(trainer, checkpointer, world)
+    if config.epoch:
+        origins = {**origins, "trainer.num_train_steps": "epoch"}
+    record = contract.record(world, num_tokens, tokenizer.fingerprint, data.contents, origins)
+    if start.saved is not None:
+        keep_contract(start.saved, config, record, origins, world)
+    state = allocate(model, config.optimizer, trainer, world.device)
+    throughput = _throughput(config, num_tokens, world)
     if start.saved is None and config.initialize_from_hf is not None:
         log.info("starting from the weights of %s", config.initialize_from_hf)
         weights = read_weights(config.initialize_from_hf, config.model, num_tokens)
@@ -171,7 +178,28 @@ def build_session(
         checkpointer=checkpointer,
         throughput=throughput,
         signals=signals,
+        record=record,
     )
+
+
+def keep_contract(
+    saved: Saved | SavedFile,
+    config: TrainLmConfig,
+    record: Mapping[str, Any],
+    origins: Mapping[str, str],
+    world: World,
+) -> None:
+    """Say what has changed since a checkpoint; `CheckpointError` where it is too much.
+
+    The first rank compares, and all ranks agree.
+    """
+    changes: list[contract.Change] = []
+    if world.is_first and "config.yaml" in saved.texts:
+        saved_config = yaml.safe_load(saved.texts["config.yaml"])
+        changes = contract.compare(config, record, saved_config, saved.values, origins)
+        if "made_by" not in saved.values:
+            log.warning("%s does not say with which code, tokenizer and data it was made", saved)
+    contract.report(world.from_first(changes), str(saved))
 
 
 def build_data(
@@ -214,6 +242,12 @@ def _with_epochs(config: TrainLmConfig, plan: BatchPlan, data: LMData) -> TrainL
     while step < config.trainer.num_train_steps and plan.schedule.offset(step + 1) <= limit:
         step += 1
     return replace_trainer(config, num_train_steps=max(step, 1))
+
+
+def _throughput(config: TrainLmConfig, num_tokens: int, world: World) -> Throughput:
+    flops = config.model.flops_per_token(num_tokens)
+    peak = device_peak(world.device, getattr(torch, config.trainer.mp.compute))
+    return Throughput(config.model.seq_len, flops, peak, world.num_ranks)
 
 
 def _summary(state: TrainState, world: World, throughput: Throughput) -> dict[str, float | str]:

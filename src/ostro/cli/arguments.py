@@ -102,7 +102,7 @@ def start_run(
     for notice in notices if talks else ():
         print(f"note: {notice}", file=sys.stderr)
     if not is_dry:
-        explained(loaded, lambda: run(loaded.config, signals))
+        explained(loaded, lambda: run(loaded.config, signals, origins=loaded.origins))
     elif talks:
         lines = explained(loaded, lambda: list(describe(loaded.config, num_devices)))
         print(format_tree(loaded))

@@ -158,6 +158,6 @@ def written(node: Node, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def value_text(value: Any) -> str:
+def value_text(value: Any, limit: int = 60) -> str:
     """A value of a configuration as text for a message."""
-    return written(from_plain(encode(value), "default"))
+    return written(from_plain(encode(value), "default"), limit)

@@ -273,6 +273,8 @@ class LMData:
     """Which documents the tokens of a source's `train` are of, by name."""
     fingerprint: str
     """Equal for equal data in an equal order; recorded in checkpoints."""
+    contents: dict[str, str]
+    """The same of each split by its folder in the cache, whatever the order."""
     tokenizer: Tokenizer
 
 
@@ -284,7 +286,7 @@ class _Builder:
         self._config, self._tokenizer, self._seq_len, self._seed = config, tokenizer, seq_len, seed
         self._progress, self._requests = progress, requests
         self._where = CacheDir(config.cache_dir)
-        self._prints: list[str] = [tokenizer.fingerprint]
+        self._prints: dict[str, str] = {}
         self._documents: dict[str, Documents] = {}
 
     def build(self) -> LMData:
@@ -313,13 +315,15 @@ class _Builder:
                 self._add_eval(validation, name, source, windows)
         order = [self._seed, config.shuffle, config.sampling, config.stages(), self._seq_len,
                  config.mixture_block_size, config.num_validation_sequences]  # fmt: skip
-        text = json.dumps([self._prints, order], sort_keys=True)
+        prints = [self._tokenizer.fingerprint, *self._prints.values()]
+        text = json.dumps([prints, order], sort_keys=True)
         return LMData(
             TrainData(train, self._seed, config.shuffle, config.sampling, tuple(config.stages()),
                       config.mixture_block_size),
             validation,
             self._documents,
-            hashlib.sha256(text.encode()).hexdigest()[:32],
+            _digest(text),
+            {name: _digest(text) for name, text in self._prints.items()},
             self._tokenizer,
         )  # fmt: skip
 
@@ -363,7 +367,7 @@ class _Builder:
             store, documents = self._token_files(request, source)
         else:
             cache = open_cache(request, self._where, self._progress)
-            self._prints.append(cache.fingerprint)
+            self._prints[folder] = cache.fingerprint
             store, documents = cache.store, cache.documents
         if split == "train":
             self._documents[name] = documents
@@ -397,6 +401,10 @@ class _Builder:
                 f"vocabulary of {self._tokenizer.vocab_size} - set the tokenizer that made the "
                 "file, or dtype"
             )
-        self._prints.append(json.dumps(key, sort_keys=True))
+        self._prints[request.name] = json.dumps(key, sort_keys=True)
         files = [(name, shard.size // size) for name, shard in zip(names, shards, strict=True)]
         return store, TokenFiles(store, files, self._tokenizer.eos_id)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

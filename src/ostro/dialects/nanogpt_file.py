@@ -43,7 +43,7 @@ class NanoGptFormat:
         }
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
         best = state.values.get("best_eval_loss")
-        config = their_config(native, int(state.values.get("num_ranks", 1)))
+        config = their_config(native, state.values["made_by"]["num_ranks"])
         model_args = {key: config[key] for key in MODEL_ARGS if key in config}
         model_args["vocab_size"] = len(weights["lm_head.weight"])
         return {

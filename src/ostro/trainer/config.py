@@ -19,6 +19,7 @@ from ostro.axes import (
     map_axes,
 )
 from ostro.checkpoint import CheckpointerConfig
+from ostro.contract import Policy
 from ostro.data.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
 from ostro.errors import ConfigError, Problem, did_you_mean
@@ -95,6 +96,9 @@ class TrainerConfig:
     """Resume from the newest complete checkpoint below this path, until the run has its own."""
     initialize_from: str | None = None
     """Take the full training state of this checkpoint when the run has none of its own."""
+    resume_policy: dict[str, Policy] = field(default_factory=dict)
+    """What becomes of a change since the checkpoint, by setting or section: accept, warn or refuse.
+    What is not named here has a policy of its own."""
     batch_axis: str = "batch"
     """Logical axis of the examples, split over the data-parallel devices."""
     fsdp_axis: str | list[str] | None = "embed"

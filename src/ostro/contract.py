@@ -1,0 +1,280 @@
+"""The resume contract: what has changed since a checkpoint was saved, and what each change means.
+
+A checkpoint holds the settings of its run (`config.yaml`), which of them were given and not left
+at their default (`given`), and under `made_by` what else decides the numbers: the program, the
+machine, the tokenizer, the data. `POLICIES` says what becomes of a change.
+"""
+
+import hashlib
+import logging
+import platform
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import ostro
+from ostro.config import encode
+from ostro.config.fields import join
+from ostro.config.nodes import children, value_text
+from ostro.distributed import World
+from ostro.errors import CheckpointError, Problem, did_you_mean
+
+log = logging.getLogger("ostro")
+
+Policy = Literal["accept", "warn", "refuse"]
+
+_SUMS = "sums are taken in another order: losses may differ in the last digits"
+_ROUNDING = "numbers are rounded otherwise from here on"
+_ORDER = "the batches to come are not those that the run would have seen"
+_UPDATES = "counts from the next update on"
+_OTHER_MODEL = "the weights were trained as parts of another model"
+_NO_NUMBERS = "changes no loss"
+_AT_THE_START = "counts when a run starts from scratch"
+
+# By setting or the section it is in; the longest that fits counts.
+POLICIES: dict[str, tuple[Policy, str]] = {
+    "": ("warn", "may change what is computed from here on"),
+    "model": ("refuse", _OTHER_MODEL),
+    "model.seq_len": ("warn", _ORDER),
+    "model.embed_pdrop": ("warn", _UPDATES),
+    "model.resid_pdrop": ("warn", _UPDATES),
+    "model.attn_pdrop": ("warn", _UPDATES),
+    "model.upcast_attn": ("warn", _ROUNDING),
+    "model.gradient_checkpointing": ("accept", "the same values are computed again"),
+    "model.initializer_range": ("accept", _AT_THE_START),
+    "vocab_size": ("accept", "what counts is made_by.vocab_size, the rows there are"),
+    "optimizer": ("warn", _UPDATES),
+    "optimizer.type": ("refuse", "what the checkpoint holds belongs to another optimizer"),
+    "data": ("accept", "what counts is made_by.data, the text that is found there"),
+    "data.document_mask": ("warn", _UPDATES),
+    "data.mixture_block_size": ("warn", _ORDER),
+    "data.num_validation_sequences": ("warn", _ORDER),
+    "data.sampling": ("warn", _ORDER),
+    "data.shuffle": ("warn", _ORDER),
+    "data.train_weights": ("warn", _ORDER),
+    "data_seed": ("warn", _ORDER),
+    "epoch": ("accept", "what counts is trainer.num_train_steps"),
+    "sample_prompts": ("accept", _NO_NUMBERS),
+    "sampling": ("accept", _NO_NUMBERS),
+    "imports": ("warn", "modules of your own may do anything, and are not compared"),
+    "trainer": ("accept", _NO_NUMBERS),
+    "trainer.seed": ("warn", "the order of the data and dropout go on with another seed"),
+    "trainer.num_train_steps": (
+        "warn",
+        "the learning rate to come is laid out anew, unless optimizer.schedule_steps is set",
+    ),
+    "trainer.train_batch_size": ("warn", _ORDER),
+    "trainer.crash_on_nan": ("warn", _UPDATES),
+    "trainer.mp": ("warn", _ROUNDING),
+    "trainer.compile": ("warn", _ROUNDING),
+    "trainer.deepspeed": ("warn", "DeepSpeed sums and rounds in its own way"),
+    "trainer.per_device_parallelism": ("warn", _SUMS),
+    "trainer.deterministic_reduction": ("warn", _SUMS),
+    "trainer.batch_axis": ("warn", _SUMS),
+    "trainer.fsdp_axis": ("warn", _SUMS),
+    "trainer.tensor_parallel_axes": ("warn", _SUMS),
+    "trainer.model_axis_size": ("warn", _SUMS),
+    "trainer.context_axis_size": ("warn", _SUMS),
+    "trainer.replica_axis_size": ("warn", _SUMS),
+    "trainer.axis_resources": ("warn", _SUMS),
+    "trainer.parameter_axis_resources": ("warn", _SUMS),
+    "trainer.compute_axis_resources": ("warn", _SUMS),
+    "made_by.ostro": ("warn", "another version may compute something else"),
+    "made_by.code": ("warn", "the source files of ostro are others: they may compute otherwise"),
+    "made_by.python": ("accept", _NO_NUMBERS),
+    "made_by.torch": ("warn", _ROUNDING),
+    "made_by.device": ("warn", _ROUNDING),
+    "made_by.num_threads": ("warn", _SUMS),
+    "made_by.num_ranks": ("warn", _SUMS),
+    "made_by.vocab_size": ("refuse", "the embedding has other rows"),
+    "made_by.tokenizer": ("refuse", "the rows of the embedding stand for other tokens"),
+    "made_by.data": ("warn", "the text is another than before"),
+}
+
+# How this start came about and where it runs; the run itself is the same.
+NOT_COMPARED = {
+    *("trainer.id", "trainer.device", "trainer.distributed", "trainer.resume_policy"),
+    *("trainer.load_checkpoint", "trainer.load_checkpoint_path", "trainer.initialize_from"),
+    *("initialize_from_hf", "use_hf_model_config"),
+}
+
+
+_NO_SETTING = object()
+"""The value of a setting that one of two versions does not have."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between a run and the checkpoint that it goes on from."""
+
+    key: str
+    """Dotted path of the setting, or `made_by.` and what else has changed."""
+    what: str
+    """Both values, and where the new one comes from."""
+    policy: Policy
+    """What is done about it."""
+    why: str
+    """What the change means."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.what} - {self.policy} - {self.why}"
+
+
+def record(
+    world: World,
+    vocab_size: int,
+    tokenizer: str,
+    data: Mapping[str, str],
+    origins: Mapping[str, str],
+) -> dict[str, Any]:
+    """What a checkpoint notes for `compare`: `made_by` and `given`. The texts are fingerprints."""
+    device = world.device
+    kind = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    made_by = {
+        "ostro": ostro.__version__,
+        "code": code_fingerprint(Path(ostro.__file__).parent),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a class of its own, which a file refuses
+        "device": device.type + kind,
+        "num_threads": torch.get_num_threads(),
+        "num_ranks": world.num_ranks,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer,
+        "data": dict(data),
+    }
+    given = [path for path, origin in origins.items() if not _is_default(origin)]
+    # A configuration made in code has no origins: nobody knows what was given.
+    return {"made_by": made_by, "given": given if origins else None}
+
+
+def code_fingerprint(folder: Path) -> str:
+    """Equal for equal Python files in a folder, whatever their time and place."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
+def compare(
+    config: Any,
+    now: Mapping[str, Any],
+    saved_config: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    origins: Mapping[str, str],
+) -> list[Change]:
+    """Every change, settings first; `now` and `saved` are what `record` returned now and then.
+
+    `saved_config` is plain values, of any version; `config` may be too. A checkpoint without a
+    record is compared by its settings alone.
+    """
+    found = list(_differences(config, saved_config))
+    if "made_by" in saved and "made_by" in now:
+        found += _differences(now["made_by"], saved["made_by"], "made_by")
+    trainers = [settings.get("trainer", {}) for settings in (encode(config), saved_config)]
+    policies = trainers[0].get("resume_policy", {})
+    is_deterministic = all(trainer.get("deterministic_reduction") for trainer in trainers)
+    changes = []
+    for key, was, value in found:
+        if any(_is_below(key, other) for other in NOT_COMPARED):
+            continue
+        policy, why = _policy(key, policies)
+        if is_deterministic and why is _SUMS:
+            policy, why = "accept", "trainer.deterministic_reduction takes sums in one order"
+        origin = origins.get(key, "")
+        is_default = bool(origin) and _is_default(origin)
+        if policy == "refuse" and (value is _NO_SETTING or (was is _NO_SETTING and is_default)):
+            policy = "warn"  # nobody chose it, and there is nothing to take back
+        given = saved.get("given")
+        if is_default and was is not _NO_SETTING and given is not None and key not in given:
+            origin = "the default has changed"
+        what = _what(was, value, origin)
+        changes.append(Change(key, what, policy, why))
+    return changes
+
+
+def report(changes: Iterable[Change], where: str) -> None:
+    """Log each change; one `CheckpointError` for all that are refused."""
+    refused = []
+    for change in changes:
+        if change.policy == "refuse":
+            refused.append(change)
+        else:
+            log.log(logging.WARNING if change.policy == "warn" else logging.INFO, "%s", change)
+    if refused:
+        lines = "\n".join(f"  {change}" for change in refused)
+        accepted = ", ".join(f"{change.key}: warn" for change in refused)
+        raise CheckpointError(
+            f"{where} - was saved by another kind of run:\n{lines}\n"
+            "  take the change back, or start anew with another trainer.id; if you mean it and\n"
+            f"  the shapes still fit, add --trainer.resume_policy '{{{accepted}}}'"
+        )
+
+
+def policy_problems(policies: Iterable[str], known: Collection[str]) -> Iterator[Problem]:
+    """The keys of `trainer.resume_policy` that are no setting, section or fact."""
+    names = [*known, *(key for key in POLICIES if key.startswith("made_by"))]
+    sections = {name.rpartition(".")[0] for name in names}
+    for key in policies:
+        # Below what is no section lie the keys of a mapping, which anybody may name.
+        if not any(
+            _is_below(name, key) or (_is_below(key, name) and name not in sections)
+            for name in names
+        ):
+            advice = did_you_mean(key, names) or "name a setting, a section, or made_by.x"
+            yield Problem(f"trainer.resume_policy.{key}", "is no setting", advice)
+
+
+def _differences(now: Any, was: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, then, now) of every setting that differs; a section of another `type` is one."""
+    plain = encode(now)
+    if isinstance(plain, dict) and isinstance(was, dict):
+        if plain.get("type") != was.get("type"):
+            yield join(path, "type"), was.get("type"), plain.get("type")
+            return
+        before, after = was, {str(key): part for key, part in children(now)}
+    elif _is_list_of_sections(plain) and _is_list_of_sections(was) and len(plain) == len(was):
+        before, after = dict(enumerate(was)), dict(children(now))
+    else:
+        if repr(plain) != repr(was):  # a warm-up of 1 is a step, of 1.0 the whole cycle
+            yield path, was, plain
+        return
+    absent = _NO_SETTING if is_dataclass(now) else None
+    for key in dict.fromkeys([*after, *before]):
+        if key in after and key in before:
+            yield from _differences(after[key], before[key], join(path, key))
+        elif key != "type":
+            now_there = encode(after[key]) if key in after else absent
+            yield join(path, key), before.get(key, absent), now_there
+
+
+def _is_list_of_sections(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
+def _what(was: Any, now: Any, origin: str) -> str:
+    if now is _NO_SETTING:
+        return f"was {value_text(was, limit=200)}, and this version has no such setting"
+    after = value_text(now, limit=200) + (f" ({origin})" if origin else "")
+    if was is _NO_SETTING:
+        return f"is new in this version, {after}"
+    return f"was {value_text(was, limit=200)}, now {after}"
+
+
+def _policy(key: str, policies: Mapping[str, Policy]) -> tuple[Policy, str]:
+    fits = [prefix for prefix in POLICIES if _is_below(key, prefix)]
+    policy, why = POLICIES[max(fits, key=len)]
+    own = [prefix for prefix in policies if _is_below(key, prefix)]
+    return (policies[max(own, key=len)] if own else policy), why
+
+
+def _is_below(key: str, prefix: str) -> bool:
+    return not prefix or f"{key}.".startswith(f"{prefix}.")
+
+
+def _is_default(origin: str) -> bool:
+    """Whether nobody gave a setting; `; ` parts the keys of another dialect that decide it."""
+    return all(part.endswith("default") for part in origin.split("; "))
