@@ -20,7 +20,7 @@ _STATES = {
     "skip_step.": "skip-step window",
     "loss_scaler.": "loss scaler",
 }
-_OWN_VALUES = {"run_id", "num_ranks", "tracker"}
+_OWN_VALUES = {"run_id", "made_by", "tracker"}
 _CHANGING = ("throughput/", "eval/total_time", "event")
 
 
