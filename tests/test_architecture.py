@@ -35,7 +35,7 @@ LEVELS = [
     {"session"},
     {"train_lm"},
     {"dry_run", "harness", "inference"},
-    {"rehearsal"},
+    {"rehearsal", "why"},
     {"dialects", "launch", "doctor"},
     {"cli"},
 ]

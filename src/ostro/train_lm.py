@@ -136,7 +136,7 @@ def build_session(
     num_tokens = vocab_size(config, tokenizer)
     model = build_model(config.model, config.trainer, num_tokens, mesh)  # errors before the data
     data = build_data(config, tokenizer, world)
-    config = _with_epochs(config, plan, data)
+    config = with_epochs(config, data)
     trainer = config.trainer
     assert trainer.id is not None, "the run id is chosen before"
     checkpointer = trainer.checkpointer.build(
@@ -234,12 +234,13 @@ def build_data(
         )
 
 
-def _with_epochs(config: TrainLmConfig, plan: BatchPlan, data: LMData) -> TrainLmConfig:
+def with_epochs(config: TrainLmConfig, data: LMData) -> TrainLmConfig:
     """`num_train_steps` cut to `epoch` passes over the data, if that is shorter."""
     if not config.epoch:
         return config
+    schedule = config.trainer.batch_schedule()
     limit, step = config.epoch * data.train.num_windows, 0
-    while step < config.trainer.num_train_steps and plan.schedule.offset(step + 1) <= limit:
+    while step < config.trainer.num_train_steps and schedule.offset(step + 1) <= limit:
         step += 1
     return replace_trainer(config, num_train_steps=max(step, 1))
 

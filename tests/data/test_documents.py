@@ -79,6 +79,7 @@ def test_stretches_at_every_place_are_made_of_the_same_documents(files, tmp_path
             found = []
             for part in cache.documents.parts(start, stop):
                 assert part.start - part.token == part.begin == owner[part.start].start
+                assert part.end == owner[part.start].stop
                 found += [(part.file, part.record)] * (part.stop - part.start)
             assert found == [(part.file, part.record) for part in owner[start:stop]]
 

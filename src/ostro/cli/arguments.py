@@ -55,12 +55,12 @@ class Parser(argparse.ArgumentParser):
             help="YAML file of settings; .yaml may be left out",
         )
 
-    def add_checkpoint(self) -> None:
+    def add_checkpoint(self, required: bool = True) -> None:
         """`--checkpoint PATH`."""
         self.add_argument(
             "--checkpoint",
             metavar="PATH",
-            required=True,
+            required=required,
             help="a checkpoint, or a folder above some: the newest is taken",
         )
 

@@ -8,6 +8,7 @@ from ostro.cli.doctor import verify_resume
 from ostro.cli.export import export
 from ostro.cli.launch import launch
 from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, train
+from ostro.cli.why import why
 from ostro.errors import ConfigError, did_you_mean
 from ostro.guard import guarded
 from ostro.signals import Signals
@@ -21,6 +22,7 @@ commands:
   benchmark   score a checkpoint on benchmarks of lm-evaluation-harness
   sample      let a checkpoint write
   export      write a checkpoint as another program reads it
+  why         the documents of a batch, and the loss of each
   cache       tokenise the data of a configuration, and stop
   config      show: the resolved settings and where each came from; schema: for editors;
               translate: a configuration of nanoGPT or GPT-3 style files
@@ -41,6 +43,7 @@ COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "benchmark": benchmark,
     "sample": sample,
     "export": export,
+    "why": why,
     "cache": cache,
     "config": config,
     "schedule": schedule,

@@ -38,13 +38,11 @@ class Part:
     token: int
     """Tokens before the part: in its document, or in the file where there is no index."""
     start: int
-    """First token in the store."""
     stop: int
-
-    @property
-    def begin(self) -> int:
-        """The token of the store at which the document begins, as far as that is known."""
-        return self.start if self.record is None else self.start - self.token
+    """The part is tokens start..stop-1 of the store."""
+    begin: int
+    end: int
+    """The document is tokens begin..end-1; without an index these are the part's."""
 
 
 class DocumentIndex:
@@ -64,7 +62,7 @@ class DocumentIndex:
             first, last = max(begin, start), min(end, stop)
             if first < last:
                 known = None if byte == UNKNOWN else byte
-                yield Part(self._files[file], record, known, first - begin, first, last)
+                yield Part(self._files[file], record, known, first - begin, first, last, begin, end)
             begin, number = end, number + 1
 
 
@@ -84,7 +82,7 @@ class TokenFiles:
         for first, last in pairwise(sorted({start, *inner, stop})):
             file = bisect_right(self._starts, first) - 1
             token = first - self._starts[file]
-            yield Part(self._names[file], None, None, token, first, last)
+            yield Part(self._names[file], None, None, token, first, last, first, last)
 
 
 Documents = DocumentIndex | TokenFiles

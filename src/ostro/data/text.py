@@ -195,6 +195,9 @@ class LMDatasetConfig:
             return self.tokenizer.build()
         where = CacheDir(self.cache_dir)
         folder = where.fetch(LEARNED)
+        if must_exist and not (folder / LEDGER).exists():
+            raise not_there(folder)
+        rebuild = self.rebuild_cache and not must_exist
         sources = {name: source for name, source in self.sources().items()
                    if name in self._trained() and not isinstance(source, TokensSource)}  # fmt: skip
         if not sources:
@@ -213,9 +216,6 @@ class LMDatasetConfig:
             if not (folder / LEDGER).exists():
                 raise
             logger.warning("using the learned tokenizer without its files: %s", error)
-        if must_exist and not (folder / LEDGER).exists():
-            raise not_there(folder)
-        rebuild = self.rebuild_cache and not must_exist
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "tokenizer.json"
         with locked(folder):

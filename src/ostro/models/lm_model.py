@@ -20,6 +20,7 @@ from ostro.nn import (
     TiedGradient,
     initialize,
     linear_cross_entropy,
+    token_losses,
 )
 from ostro.nn.attention import segment_mask
 from ostro.nn.collectives import Group, enter, gather, local, sequence_part
@@ -104,6 +105,15 @@ class LmModel(nn.Module, ABC):
         weight, group = self.head_weight(), self.vocab_group
         logits = F.linear(hidden, local(weight).to(hidden.dtype))
         return logits if group is None else gather(logits, group, len(weight))
+
+    def token_losses(self, tokens: Tensor, targets: Tensor, segments: Tensor | None) -> Tensor:
+        """The loss of each target in nats, float32 (batch, position), 0 where there is none.
+
+        For whole models without gradients; arguments as of `forward`.
+        """
+        hidden = self.hidden(tokens, mask=None if segments is None else segment_mask(segments))
+        weight = self.head_weight().to(hidden.dtype)
+        return token_losses(hidden.flatten(0, 1), weight, targets.flatten()).view_as(targets)
 
     def _loss(
         self, tokens: Tensor, targets: Tensor, segments: Tensor | None, scale: float | Tensor

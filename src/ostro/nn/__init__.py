@@ -9,6 +9,6 @@ from ostro.nn.attention import CausalAttention, KeyValueCache
 from ostro.nn.embedding import Embedding, TiedGradient
 from ostro.nn.init import axes_of, initialize
 from ostro.nn.linear import Linear
-from ostro.nn.loss import IGNORE, linear_cross_entropy
+from ostro.nn.loss import IGNORE, linear_cross_entropy, token_losses
 from ostro.nn.norm import LayerNorm, RMSNorm
 from ostro.nn.rotary import RotaryConfig, apply_rotary

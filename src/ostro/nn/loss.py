@@ -72,17 +72,27 @@ def _slices(weight: Tensor) -> list[slice]:
 
 def _loss(rows: Tensor, weight: Tensor, targets: Tensor, share: Share | None) -> Tensor:
     """The sum without gradients."""
+    if share is None:
+        return token_losses(rows, weight, targets).sum()
     size = max(1, CHUNK_ELEMENTS // 4 // weight.shape[0])
-    losses = []
-    for part, target in zip(rows.split(size), targets.split(size), strict=True):
-        logits = part @ weight.T
-        if share is not None:
-            losses.append(split_softmax_minus_target_(logits, target, 1.0, *share)[None])
-            continue
-        losses.append(
-            F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
-        )
-    return torch.cat(losses).sum()
+    losses = [
+        split_softmax_minus_target_(part @ weight.T, target, 1.0, *share)
+        for part, target in zip(rows.split(size), targets.split(size), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def token_losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each of the `rows`, (rows,), 0 where nothing is predicted.
+
+    Both matrices have the same dtype. Gradients would hold on to all logits.
+    """
+    size = max(1, CHUNK_ELEMENTS // 4 // weight.shape[0])
+    losses = [
+        F.cross_entropy((part @ weight.T).float(), target, ignore_index=IGNORE, reduction="none")
+        for part, target in zip(rows.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat(losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
