@@ -86,16 +86,14 @@ def _weights(
         local = Path(path).expanduser()
         if local.is_file() or str(given).rstrip("/") == path.rstrip("/"):
             return given, path
-        place = str(given).rpartition("/")[0]
+        place = str(given).rpartition("/")[0] or "."
     elif run_id is not None:
         place = config.trainer.checkpointer.folder(run_id)
     else:
         return None, "a run without trainer.id"
-    for entry in entries(place):
-        if entry.step < step and (entry.run_id or run_id) == run_id:
-            if (saved := find_latest(entry.path)) is not None:  # not damaged
-                return saved, place
-    return None, place
+    own = [entry for entry in entries(place) if (entry.run_id or run_id) == run_id]
+    earlier = (find_latest(entry.path) for entry in own if entry.step < step)
+    return next((saved for saved in earlier if saved is not None), None), place
 
 
 def _about(saved: Saved | SavedFile | None, place: str, data: LMData, step: int) -> list[str]:
