@@ -1,7 +1,6 @@
 """`metadata.json`: what a checkpoint is and which files belong to it. Pure: text in, value out."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ FORMAT = 2
 SHARDS = "shards.json"
 """Where the pieces of tensors lie that several ranks saved; a checkpoint without is of format 1."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_YEAR_9999 = 253_370_764_800  # later ones cannot be written as a date
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -88,7 +88,7 @@ def _fault(value: dict[str, Any]) -> str | None:
     for name, kind in _FIELDS.items():
         if type(value.get(name)) is not kind:
             return f"{name} is not of type {kind.__name__}"
-    if value["step"] < 0 or not 0 <= value["timestamp"] < math.inf:
+    if value["step"] < 0 or not 0 <= value["timestamp"] < _YEAR_9999:
         return "step or timestamp is out of range"
     if not isinstance(files := value.get("files"), dict):
         return "files is not an object"

@@ -157,8 +157,10 @@ def read_file(path: Path, *, check: bool = True) -> dict[str, Any]:
         ) from error
     except FileNotFoundError:
         raise CheckpointError(f"{path} - not found") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive or pickle raises almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} - is damaged or no checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} - is no checkpoint: it holds a {type(content).__name__}")
@@ -209,9 +211,24 @@ def load_file(path: str | Path, *, check: bool = True) -> SavedFile:
     content = read_file(Path(path), check=check)
     for file_format in FORMATS.values():
         if file_format.fits(content):
-            return SavedFile(str(path), file_format.unpack(content, str(path)))
+            state = file_format.unpack(content, str(path))
+            if not _is_state(state):
+                raise CheckpointError(f"{path} - is damaged: its parts are not of the right types")
+            return SavedFile(str(path), state)
     found = ", ".join(map(str, list(content)[:8]))
     raise CheckpointError(f"{path} - is no checkpoint of ostro or nanoGPT: it holds {found}")
+
+
+def _is_state(state: State) -> bool:
+    """Whether what was read is what `State` says; a file may hold anything under these names."""
+    values, texts, groups = state.values, state.texts, state.tensors.values()
+    mappings = all(isinstance(part, dict) for part in (values, texts, *groups))
+    return (
+        mappings
+        and type(values.get("step")) is int
+        and all(isinstance(text, str) for pair in texts.items() for text in pair)
+        and all(isinstance(tensor, Tensor) for group in groups for tensor in group.values())
+    )
 
 
 def files_below(path: str) -> list[tuple[float, str]]:

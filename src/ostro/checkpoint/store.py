@@ -308,7 +308,11 @@ class Saved:
         for number, offset, size in pieces:
             read = partial(self._read_piece, files[number], name, torch.Size(size))
             found.append(Piece(torch.Size(offset), torch.Size(size), read))
-        if sum(piece.size.numel() for piece in found) != torch.Size(shape).numel():
+            box = zip(offset, size, shape, strict=True)
+            if any(o < 0 or n < 0 or o + n > end for o, n, end in box):
+                raise ValueError(f"a part of {name} that lies outside of it")
+        areas = [piece.size.numel() for piece in found]
+        if not found or sum(areas) != torch.Size(shape).numel():
             raise ValueError(f"parts of {name} that are not all of it")
         return Stored(torch.Size(shape), found)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import zlib
@@ -26,10 +27,12 @@ from ostro.data.encode import Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.source import SourceConfig
 from ostro.data.store import (
+    FILE_NAME,
     LEDGER,
     CacheDir,
     TokenStore,
     fits,
+    has_shape,
     locked,
     not_there,
     read_json,
@@ -44,6 +47,16 @@ FORMAT = 1
 _PROGRESS, _TOKENS, _QUARANTINE = "progress.jsonl", "tokens-00000.bin", "quarantine.jsonl"
 _INDEX = "documents.bin"
 _SYNC_SECONDS = 1.0
+FILES = [(str, int, str)]
+"""How a ledger lists what was read: name, size, fingerprint."""
+_LEDGER = {
+    "key": {"files": FILES}, "dtype": re.compile("uint16|uint32"), "documents": int,
+    "bad_records": int, "shards": [{"file": FILE_NAME, "tokens": int}], "stored": [FILE_NAME],
+}  # fmt: skip
+_NOTE = {
+    "key": str, "position": (int, int), "documents": int, "bad_records": int,
+    "files": dict.fromkeys((_TOKENS, _INDEX, _QUARANTINE), (int, int, int)),
+}  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 """Called with (name, done, total), in stored bytes; total 0 where unknown."""
@@ -117,7 +130,7 @@ def open_cache(request: CacheRequest, where: CacheDir, progress: Progress | None
     `must_exist`.
     """
     folder = where.fetch(request.name)
-    ledger = read_json(folder / LEDGER)
+    ledger = read_json(folder / LEDGER, _LEDGER)
     if ledger is None and request.must_exist:
         raise not_there(folder)
     shards: list[Shard] | None = None
@@ -132,14 +145,15 @@ def open_cache(request: CacheRequest, where: CacheDir, progress: Progress | None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder):
-                ledger = read_json(folder / LEDGER)  # another process may have finished it
+                # another process may have finished it
+                ledger = read_json(folder / LEDGER, _LEDGER)
                 if ledger is None or not request.fits(folder, ledger, shards):
                     (folder / LEDGER).unlink(missing_ok=True)
                     _Build(request, folder, shards, progress).run()
                     where.publish(request.name)
         except OSError as error:
             raise _disk_error(folder, error) from error
-        ledger = read_json(folder / LEDGER)
+        ledger = read_json(folder / LEDGER, _LEDGER)
         assert ledger is not None, "the build writes a ledger"
     return _opened(folder, ledger)
 
@@ -158,7 +172,7 @@ def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:
     paths = {str(folder / shard["file"]): shard["tokens"] for shard in ledger["shards"]}
     sizes = {path: tokens * size for path, tokens in paths.items()}
     if has_index := "index" in ledger:
-        sizes[str(folder / ledger["index"])] = ledger["documents"] * ROW.itemsize
+        sizes[str(folder / _INDEX)] = ledger["documents"] * ROW.itemsize
     for path, expected in sizes.items():
         if not os.path.exists(path) or os.path.getsize(path) != expected:
             raise DataError(
@@ -169,7 +183,7 @@ def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:
     key["files"] = [file[1:] for file in key["files"]]
     store = TokenStore.open(list(paths), ledger["dtype"])
     if has_index:
-        documents = DocumentIndex(folder / ledger["index"], names)
+        documents = DocumentIndex(folder / _INDEX, names)
     else:  # as earlier versions wrote it
         documents = TokenFiles(store, list(paths.items()), key["tokenizer"]["eos_id"])
     return Cache(
@@ -275,7 +289,7 @@ class _Writer:
         self._state: dict[str, Any] = {
             "key": print_, "position": [0, 0], "documents": 0, "bad_records": 0,
             # name: bytes, of these synced, CRC of the others
-            "files": {name: [0, 0, 0] for name in (_TOKENS, _INDEX, _QUARANTINE)},
+            "files": {name: [0, 0, 0] for name in _NOTE["files"]},
         }  # fmt: skip
         notes = folder / _PROGRESS
         lines = notes.read_bytes().splitlines(keepends=True) if notes.exists() else []
@@ -301,17 +315,19 @@ class _Writer:
         """Whether a note is whole, of this cache, and true of the files."""
         try:
             note = json.loads(line)
+            if not has_shape(note, _NOTE) or note["files"].keys() != _NOTE["files"].keys():
+                return False  # of an earlier version, or damaged
             if note["key"] != self._state["key"] or not line.endswith(b"\n"):
-                return False
-            if note["files"].keys() != self._state["files"].keys():  # of an earlier version
                 return False
             for name, (size, synced, crc) in note["files"].items():
                 with open(self._folder / name, "rb") as file:
+                    if not 0 <= synced <= size <= file.seek(0, os.SEEK_END):
+                        return False
                     file.seek(synced)
                     data = file.read(size - synced)
-                if len(data) != size - synced or zlib.crc32(data) != crc:
+                if zlib.crc32(data) != crc:
                     return False
-        except (ValueError, FileNotFoundError):
+        except (ValueError, RecursionError, FileNotFoundError):
             return False
         return True
 

@@ -9,10 +9,7 @@ import glob
 import hashlib
 import io
 import json
-import lzma
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,7 +213,9 @@ def read_file(path: str, format: str, text_key: str) -> Iterator[str | BadRecord
         if isinstance(error, OSError) and error.errno is None:
             raise _damaged(path, error) from error
         raise Unreachable(f"{path} - cannot be opened: {_reason(error)}") from error
-    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ValueError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # what is compressed or parquet, and damaged, raises almost anything
         raise _damaged(path, error) from error
 
 
@@ -291,7 +290,7 @@ def _json(file: BinaryIO, path: str, text_key: str) -> Iterator[str | BadRecord]
         return
     try:
         json.loads(lines[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         one_a_line = False
     else:
         one_a_line = not lines[0].startswith(b"[")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ostro.errors import DataError
 logger = logging.getLogger("ostro.data")
 
 LEDGER = "ledger.json"
+FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+"""How a ledger may name a file of its folder, lest it reaches out of there."""
 
 
 class TokenStore:
@@ -76,13 +79,13 @@ def write_json(path: Path, value: Any) -> None:
         os.close(folder)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no file."""
+def read_json(path: Path, shape: dict[str, Any]) -> dict[str, Any] | None:
+    """A JSON object of this shape, or None where there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), str(path), shape)
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise DataError(f"{path} - cannot be read ({error}) - delete the folder") from error
 
 
@@ -92,6 +95,33 @@ def not_there(folder: Path) -> DataError:
         f"{folder} - holds no finished cache - make it with: ostro cache --config_path FILE, or"
         " correct data.cache_dir"
     )
+
+
+def parse_json(data: bytes, where: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object of this shape; the `DataError` that it is none names `where`."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} - cannot be read ({error}) - delete the folder") from error
+    if not has_shape(value, shape):
+        raise DataError(f"{where} - is damaged: not what ostro writes there - delete the folder")
+    return value
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a JSON value is of a type, a text that matches a pattern, a list of values of the
+    shape in `[shape]`, of just those in a tuple, or an object with these keys and maybe others."""
+    if isinstance(shape, dict):
+        has_keys = isinstance(value, dict) and shape.keys() <= value.keys()
+        return has_keys and all(has_shape(value[key], part) for key, part in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    if isinstance(shape, tuple):
+        same = isinstance(value, list) and len(value) == len(shape)
+        return same and all(map(has_shape, value, shape))
+    if isinstance(shape, re.Pattern):
+        return isinstance(value, str) and shape.fullmatch(value) is not None
+    return type(value) is shape
 
 
 def fits(folder: Path, was: dict, now: dict, rebuild: bool, more: Sequence[str] = ()) -> bool:
@@ -194,16 +224,17 @@ class CacheDir:
             if not self.remote.exists(f"{path}/{LEDGER}"):
                 return folder
             text = self.remote.cat_file(f"{path}/{LEDGER}")
+            ledger = parse_json(text, f"{self.url}/{name}/{LEDGER}", {"stored": [FILE_NAME]})
             if (folder / LEDGER).exists() and (folder / LEDGER).read_bytes() == text:
                 return folder
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder):
                 logger.info("copying %s/%s to %s", self.url, name, folder)
                 (folder / LEDGER).unlink(missing_ok=True)
-                for file in json.loads(text)["stored"]:
+                for file in ledger["stored"]:
                     self.remote.get_file(f"{path}/{file}", str(folder / file))
-                write_json(folder / LEDGER, json.loads(text))
-        except (OSError, ValueError, KeyError) as error:
+                write_json(folder / LEDGER, ledger)
+        except (OSError, ValueError) as error:
             raise DataError(f"{self.url}/{name} - cannot be copied: {error}") from error
         return folder
 

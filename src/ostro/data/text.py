@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ostro.data.cache import CacheRequest, Progress, file_list, open_cache
+from ostro.data.cache import FILES, CacheRequest, Progress, file_list, open_cache
 from ostro.data.documents import Documents, TokenFiles
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.mixture import block_counts
@@ -219,14 +219,15 @@ class LMDatasetConfig:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "tokenizer.json"
         with locked(folder):
-            ledger = read_json(folder / LEDGER)
-            if ledger is None or not fits(folder, ledger["key"], key, rebuild):
+            ledger = read_json(folder / LEDGER, {"key": {"files": FILES}})
+            fit = ledger and fits(folder, ledger["key"], key, rebuild)
+            if not fit or not path.exists():
                 logger.info("learning the tokenizer from %d files", len(shards))
                 texts = [partial(self._texts, source, shard) for source, shard in shards]
                 path.write_text(self.tokenizer.learn(texts).to_text(), encoding="utf-8")
                 write_json(folder / LEDGER, {"key": key, "stored": [path.name]})
                 where.publish(LEARNED)
-        return tokenizer_from_text(path.read_text(encoding="utf-8"), None, str(path))
+        return tokenizer_from_text(path.read_text("utf-8", "replace"), None, str(path))
 
     def _texts(self, source: SourceConfig, shard: Shard) -> Iterator[str]:
         for record in source.read_shard(shard):
@@ -389,7 +390,7 @@ class _Builder:
         store = TokenStore.open(names, source.dtype)
         record = self._where.local / request.name / "tokens.json"
         key = {"files": [[s.size, s.fingerprint] for s in shards], "dtype": source.dtype}
-        known = read_json(record)
+        known = read_json(record, {"key": dict, "largest": (int, int)})
         if known is None or known["key"] != key:
             known = {"key": key, "largest": store.largest()}
             record.parent.mkdir(parents=True, exist_ok=True)
