@@ -12,6 +12,7 @@ SRC = Path(__file__).parents[1] / "src"
 
 # A module imports only from the lines above its own, and from within its own package.
 LEVELS = [
+    {"secrets"},
     {"errors", "units", "axes", "phases"},
     {"config", "cluster"},
     {"meeting"},

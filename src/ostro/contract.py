@@ -21,6 +21,7 @@ from ostro.config.fields import join
 from ostro.config.nodes import children, value_text
 from ostro.distributed import World
 from ostro.errors import CheckpointError, Problem, did_you_mean
+from ostro.secrets import redacted
 
 log = logging.getLogger("ostro")
 
@@ -171,7 +172,7 @@ def compare(
     `saved_config` is plain values, of any version; `config` may be too. A checkpoint without a
     record is compared by its settings alone.
     """
-    found = list(_differences(config, saved_config))
+    found = list(_differences(config, redacted(saved_config)))
     if "made_by" in saved and "made_by" in now:
         found += _differences(now["made_by"], saved["made_by"], "made_by")
     trainers = [settings.get("trainer", {}) for settings in (encode(config), saved_config)]
@@ -230,7 +231,7 @@ def policy_problems(policies: Iterable[str], known: Collection[str]) -> Iterator
 
 def _differences(now: Any, was: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(key, then, now) of every setting that differs; a section of another `type` is one."""
-    plain = encode(now)
+    plain = redacted(encode(now), path.rpartition(".")[2])  # as it was saved
     if isinstance(plain, dict) and isinstance(was, dict):
         if plain.get("type") != was.get("type"):
             yield join(path, "type"), was.get("type"), plain.get("type")

@@ -5,12 +5,15 @@
     ├── DataError         a source, a record, a tokenizer or a cache is wrong
     └── CheckpointError   a checkpoint is missing, damaged, or does not fit
 
-Commands print the message of an `OstroError` without a traceback and exit with code 2.
+Commands print the message of an `OstroError` without a traceback and exit with code 2. It holds
+no credentials.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+
+from ostro.secrets import redact
 
 
 class OstroError(Exception):
@@ -18,6 +21,9 @@ class OstroError(Exception):
 
     exit_code = 2
     """With which a command ends that raises this."""
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class DataError(OstroError):

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ostro.secrets import redact
+
 log = logging.getLogger("ostro")
 
 
@@ -21,7 +23,7 @@ def logging_to(path: Path | None, level: str = "INFO") -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log.addHandler(to_file)
     try:
         with logging_to_terminal(level):
@@ -44,9 +46,16 @@ def logging_to_terminal(level: str = "INFO") -> Iterator[None]:
         log.removeHandler(handler)
 
 
+class _Formatter(logging.Formatter):
+    """Leaves credentials out, of tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 class _PrintHandler(logging.Handler):
     """Prints to whatever standard output is now: a progress bar redirects it while it lives."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(prefix + record.getMessage(), file=sys.stdout, flush=True)
+        print(prefix + redact(record.getMessage()), file=sys.stdout, flush=True)

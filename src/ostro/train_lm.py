@@ -14,7 +14,7 @@ import yaml
 from ostro import contract
 from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import Saved, SavedFile
-from ostro.config import check, dump_yaml, encode
+from ostro.config import check, dump_yaml, public
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World, joined
@@ -161,7 +161,7 @@ def build_session(
     info = RunInfo(
         config.trainer.id,
         config.trainer.log_dir,
-        encode(config),
+        public(config),
         resume=state.step > 0,
         num_steps=config.trainer.num_train_steps,
         start_step=state.step,

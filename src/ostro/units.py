@@ -16,6 +16,7 @@ _DURATION = re.compile(
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(?:(?P<hours>\d+):)?(?P<minutes>\d*):(?P<seconds>\d+(?:\.\d+)?)$")
+_MAX_NAMES = 1_000_000
 
 
 def parse_duration(text: str) -> timedelta:
@@ -129,7 +130,8 @@ def _parse_dtype(name: str) -> str:
 def expand_braces(pattern: str) -> list[str]:
     """Expand `a.{1..128}.gz` and `{train,val}.txt`, leftmost fastest-changing last, as a shell.
 
-    Zero padding is kept: `{001..010}`. Text without braces comes back as it is.
+    Zero padding is kept: `{001..010}`. Text without braces comes back as it is. `ValueError`
+    where there would be too many names to hold.
     """
     start = pattern.find("{")
     if start < 0:
@@ -145,9 +147,14 @@ def expand_braces(pattern: str) -> list[str]:
     options = _brace_options(body)
     if options is None:  # not an expansion: keep the braces, go on behind them
         return [f"{head}{{{body}}}{rest}" for rest in expand_braces(tail)]
-    return [
-        head + option + rest for option, rest in itertools.product(options, expand_braces(tail))
-    ]
+    rests = expand_braces(tail)
+    _require_few(len(options) * len(rests))
+    return [head + option + rest for option, rest in itertools.product(options, rests)]
+
+
+def _require_few(count: int) -> None:
+    if count > _MAX_NAMES:
+        raise ValueError(f"its braces stand for more than {_MAX_NAMES:,} names")
 
 
 def _brace_options(body: str) -> list[str] | None:
@@ -159,6 +166,7 @@ def _brace_options(body: str) -> list[str] | None:
         width = max(len(first), len(last)) if padded else 0
         low, high = int(first), int(last)
         numbers = range(low, high + 1, step) if low <= high else range(low, high - 1, -step)
+        _require_few(abs(high - low) // step)
         return [f"{number:0{width}d}" for number in numbers]
     parts, depth, current = [], 0, ""
     for char in body:

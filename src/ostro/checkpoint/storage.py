@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ostro.errors import CheckpointError
+from ostro.secrets import with_secrets
 from ostro.units import format_bytes
 
 MARKER = "metadata.json"
@@ -23,7 +24,7 @@ ASIDE = ".old-"  # a complete checkpoint being replaced by another of the same s
 def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system and the path in it that a path or URL names."""
     try:
-        return fsspec.url_to_fs(url)
+        return fsspec.url_to_fs(with_secrets(url))
     except (ValueError, ImportError, OSError) as error:
         raise CheckpointError(f"{url} - cannot be opened: {error}") from error
 

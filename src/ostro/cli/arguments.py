@@ -14,6 +14,7 @@ from ostro.distributed import place_of
 from ostro.dry_run import describe
 from ostro.errors import ConfigError, Problem
 from ostro.lm_config import TrainLmConfig, with_hf_model
+from ostro.secrets import redact
 from ostro.signals import Signals
 from ostro.train_lm import run
 
@@ -82,7 +83,7 @@ def load_run(
         trusted=text is None,
     )
     for notice in loaded.notices if find_place(os.environ).rank == 0 else ():
-        print(f"note: {notice}", file=sys.stderr)
+        print(f"note: {redact(notice)}", file=sys.stderr)
     config = with_hf_model(loaded.config)
     if config is loaded.config:
         return loaded
@@ -100,13 +101,13 @@ def start_run(
     """Train, or with `is_dry` say what would happen; of several processes the first one talks."""
     talks = place_of(loaded.config.trainer.distributed).rank == 0
     for notice in notices if talks else ():
-        print(f"note: {notice}", file=sys.stderr)
+        print(f"note: {redact(notice)}", file=sys.stderr)
     if not is_dry:
         explained(loaded, lambda: run(loaded.config, signals, origins=loaded.origins))
     elif talks:
         lines = explained(loaded, lambda: list(describe(loaded.config, num_devices)))
         print(format_tree(loaded))
-        print("\n".join(lines))
+        print(redact("\n".join(lines)))
 
 
 def explained(loaded: Loaded[TrainLmConfig], action: Callable[[], Result]) -> Result:

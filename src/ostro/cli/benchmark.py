@@ -15,6 +15,7 @@ from ostro.distributed import pick_device
 from ostro.errors import ConfigError, Problem
 from ostro.harness import load_benchmarks, run_harness
 from ostro.inference import load_model, load_tokenizer
+from ostro.secrets import redact
 from ostro.signals import Signals
 
 
@@ -62,7 +63,7 @@ def score(saved: Saved | SavedFile, options: Namespace, output: str | Path | Non
     if output is not None:
         now = datetime.now(UTC)
         found = {
-            "checkpoint": saved.path,
+            "checkpoint": redact(saved.path),
             "step": saved.step,
             "date": now.isoformat(timespec="seconds"),
             "lm_eval": version("lm_eval"),

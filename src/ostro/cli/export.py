@@ -4,6 +4,7 @@ from ostro.cli.arguments import Parser, unexpected
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.hf import is_library_tokenizer, write_hf
 from ostro.inference import load_tokenizer
+from ostro.secrets import redact
 from ostro.signals import Signals
 
 
@@ -20,7 +21,7 @@ def export(argv: list[str], signals: Signals) -> None:
     text = tokenizer.to_text()
     config = saved_config(saved, []).model
     write_hf(options.output, config, saved.tensors("model"), text, tokenizer.eos_id)
-    print(f"wrote {saved} to {options.output}")
+    print(f"wrote {redact(str(saved))} to {options.output}")
     if not is_library_tokenizer(text):
         print("without its tokenizer: transformers has none of its kind")
     print(f"load it with: transformers.AutoModelForCausalLM.from_pretrained({options.output!r})")

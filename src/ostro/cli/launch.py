@@ -3,6 +3,7 @@
 from ostro.cli.arguments import Parser, explained, load_run
 from ostro.errors import ConfigError, Problem
 from ostro.launch import SlurmJob
+from ostro.secrets import redact
 from ostro.signals import Signals
 
 _OPTIONS = {
@@ -47,6 +48,10 @@ def launch(argv: list[str], signals: Signals) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(Problem(f"--{name}", "must be at least 1", value=str(value)))
+    for word in flags:
+        if redact(word) != word:
+            advice = "write ${NAME} for an environment variable in its place"
+            raise ConfigError(Problem(word, "would stand in the script of the job", advice))
     loaded = load_run(options.config_path, flags)
     explained(loaded, lambda: loaded.config.trainer.batch_plan(options.nodes * num_local))
     named = {name: getattr(options, name) for name in _OPTIONS}

@@ -2,7 +2,7 @@
 
 from ostro.config.aliases import Alias
 from ostro.config.choice import Choice
-from ostro.config.encode import dump_yaml, encode
+from ostro.config.encode import dump_yaml, encode, public
 from ostro.config.fields import field_docs
 from ostro.config.files import script_folders
 from ostro.config.help import format_tree, help_text

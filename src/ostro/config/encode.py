@@ -9,6 +9,7 @@ import draccus
 import yaml
 
 from ostro.config.fields import choice_name, settings
+from ostro.secrets import redacted
 from ostro.units import format_duration
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*|(\d+[dhms])+")
@@ -35,10 +36,15 @@ def encode(config: Any) -> Any:
     return draccus.encode(config)  # paths, enumerations, and whatever a user taught draccus
 
 
+def public(config: Any) -> Any:
+    """The same without credentials: what may be printed, saved and sent to trackers."""
+    return redacted(encode(config))
+
+
 def dump_yaml(config: Any) -> str:
-    """The configuration as YAML. Text that could be read as anything else is quoted."""
+    """The configuration as YAML, without credentials. Text in doubt is quoted."""
     return yaml.dump(
-        encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
+        public(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000
     )
 
 

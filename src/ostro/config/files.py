@@ -16,9 +16,11 @@ from yaml.resolver import Resolver
 
 from ostro.config.nodes import BAD, Mapping, Node, Scalar, Sequence
 from ostro.errors import Problem, did_you_mean
+from ostro.secrets import with_secrets
 
 MAX_DEPTH = 64
 MAX_NODES = 100_000
+MAX_BYTES = 4 << 20
 _YAML = "tag:yaml.org,2002:"
 _TAGS = {
     f"{_YAML}{name}"
@@ -83,7 +85,10 @@ class Reader:
                 text = self.texts[name]
             else:
                 with _open(name) as stream:
-                    text = stream.read().decode("utf-8-sig")
+                    data = stream.read(MAX_BYTES + 1)
+                if len(data) > MAX_BYTES:
+                    return self.bad(name, origin, f"is larger than {MAX_BYTES >> 20} MiB")
+                text = data.decode("utf-8-sig")
             graph = yaml.compose(text, yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
@@ -181,7 +186,11 @@ class Reader:
         name = graph.value
         if not isinstance(name, str) or not name:
             return self.bad("!include", place, "must name a file: `key: !include file.yaml`")
-        folder = os.path.dirname(self._chain[-1]) if self._chain else ""
+        parent = self._chain[-1] if self._chain else ""
+        folder = os.path.dirname(parent)
+        if parent in self.texts or (is_url(parent) and is_url(name)):
+            rule = f"is not followed from {parent}, which comes from elsewhere"
+            return self.bad("!include", place, rule, "copy the file here first", name)
         found = self._find(name, [folder], place)
         if found is None:
             return BAD
@@ -217,4 +226,4 @@ def _open(name: str) -> Any:
         return open(name, "rb")
     import fsspec  # slow to import, and few configurations come from a URL
 
-    return fsspec.open(name, "rb")
+    return fsspec.open(with_secrets(name), "rb")

@@ -15,6 +15,7 @@ from ostro.config.fields import dotted_names, join
 from ostro.config.files import Reader
 from ostro.config.flags import parse_flags
 from ostro.errors import ConfigError, Problem
+from ostro.secrets import REDACTED
 
 Config = TypeVar("Config")
 
@@ -82,7 +83,22 @@ def load(
         raise ConfigError(list(dict.fromkeys(problems)))
     assert config is not nodes.BAD, "a value that cannot be converted leaves a problem"
     origins = {path: converter.origin_of(path) for path in leaf_paths(encode(config))}
+    if trusted:
+        _require_secrets(config, origins)
     return Loaded(config, origins, notices)
+
+
+def _require_secrets(config: Any, origins: Mapping[str, str]) -> None:
+    """Refuse what was saved without its credential, before it is used without."""
+    rule = "was saved without its credential"
+    advice = "give the whole value as a flag, or write ${NAME} for an environment variable"
+    problems = [
+        Problem(path, rule, advice, origin=origins[path])
+        for path, value in _leaves(encode(config))
+        if REDACTED in str(value)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def check(config: Any) -> None:
@@ -95,15 +111,19 @@ def check(config: Any) -> None:
         raise ConfigError(list(dict.fromkeys(found)))
 
 
-def leaf_paths(value: Any, path: str = "") -> Iterator[str]:
+def leaf_paths(value: Any) -> Iterator[str]:
     """Dotted paths of the leaves of an encoded value; a list of scalars is one leaf."""
+    return (path for path, _ in _leaves(value))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:
-        yield path
+        yield path, value
         return
     for key, child in value.items():
-        yield from leaf_paths(child, join(path, key))
+        yield from _leaves(child, join(path, key))
 
 
 def _replace(config: Any, names: list[str], value: Any) -> Any:

@@ -14,6 +14,7 @@ from ostro.config.files import script_folders
 from ostro.config.help import help_text
 from ostro.config.loading import load
 from ostro.errors import ConfigError, OstroError
+from ostro.secrets import redact
 
 _FILE_FLAGS = ("--config_path", "--config", "--configs")
 
@@ -52,7 +53,7 @@ def main(
             return fn(loaded.config)
         except OstroError as error:
             if debug:
-                traceback.print_exc()
+                print(redact(traceback.format_exc()), file=sys.stderr)
             else:
                 print(error, file=sys.stderr)
             raise SystemExit(2) from None

@@ -40,6 +40,7 @@ from ostro.data.store import (
 )
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
+from ostro.secrets import redact, redacted
 
 logger = logging.getLogger("ostro.data")
 
@@ -93,7 +94,7 @@ class CacheRequest:
         tokenizer = {"vocab_size": self.tokenizer.vocab_size, "eos_id": self.tokenizer.eos_id,
                      "fingerprint": self.tokenizer.fingerprint}  # fmt: skip
         key = {"format": FORMAT, "source": self.source.settings(self.split),
-               "places": self.source.places(self.split), "tokenizer": tokenizer,
+               "places": redacted(self.source.places(self.split)), "tokenizer": tokenizer,
                "enforce_eos": self.enforce_eos}  # fmt: skip
         return key if shards is None else {**key, "files": file_list(shards)}
 
@@ -106,7 +107,7 @@ class CacheRequest:
 
 def file_list(shards: list[Shard]) -> list[list]:
     """Shards as a ledger records them."""
-    return [[shard.name, shard.size, shard.fingerprint] for shard in shards]
+    return [[redact(shard.name), shard.size, shard.fingerprint] for shard in shards]
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,8 @@ class _Writer:
         self._write(_TOKENS, little_endian.tobytes())
         for shard, item in batch.items:
             if isinstance(item, BadRecord):
-                line = json.dumps(vars(item), ensure_ascii=False) + "\n"
+                record = {**vars(item), "file": redact(item.file)}
+                line = json.dumps(record, ensure_ascii=False) + "\n"
                 self._write(_QUARANTINE, line.encode())
                 state["bad_records"] += 1
                 continue

@@ -22,6 +22,7 @@ import pyarrow.parquet
 from fsspec.utils import infer_compression
 
 from ostro.errors import DataError, did_you_mean
+from ostro.secrets import with_secrets
 from ostro.units import expand_braces
 
 FORMATS = ("text", "jsonl", "json", "parquet")
@@ -33,6 +34,7 @@ _TEXT_SUFFIXES = frozenset(
 _BLOCK = 1 << 16
 _WHOLE_FILE = 16 << 20
 _RAW_LENGTH = 200
+_BOMB_RATIO, _BOMB_FREE = 1000, 64 << 20
 
 
 class Unreachable(DataError):
@@ -84,7 +86,13 @@ def find_files(patterns: Sequence[str], setting: str) -> list[str]:
     """Expand braces, then globs, in the order given; every mistake in one `DataError`."""
     found: list[str] = []
     wrong: list[str] = []
-    for url in (url for pattern in patterns for url in expand_braces(pattern)):
+    urls: list[str] = []
+    for pattern in patterns:
+        try:
+            urls += expand_braces(pattern)
+        except ValueError as error:
+            wrong.append(f"{pattern}: {error}")
+    for url in urls:
         try:
             paths = _matches(url)
         except (OSError, ImportError, ValueError) as error:
@@ -114,12 +122,17 @@ def _matches(url: str) -> list[str]:
         if os.path.isdir(path):
             raise ValueError(f"is a folder; name its files, for example {path.rstrip('/')}/*.txt")
         return [path] if os.path.exists(path) else []
-    system, path = fsspec.core.url_to_fs(url)
+    system, path = located(url)
     if any(c in path for c in "*?["):
         return sorted(system.unstrip_protocol(p) for p in system.glob(path) if system.isfile(p))
     if system.isdir(path):
         raise ValueError(f"is a folder; name its files, for example {url.rstrip('/')}/*.jsonl")
     return [url] if system.exists(path) else []
+
+
+def located(url: str) -> tuple[Any, str]:
+    """The file system and the path in it that a URL names, credentials filled in."""
+    return fsspec.core.url_to_fs(with_secrets(url))
 
 
 def is_local(url: str) -> bool:
@@ -166,7 +179,7 @@ def compression_of(path: str) -> str | None:
 def make_shard(path: str, format: str) -> Shard:
     """Describe a file that exists: size and fingerprint."""
     try:
-        system, inner = fsspec.core.url_to_fs(path)
+        system, inner = located(path)
         info = system.info(inner)
         size = int(info.get("size") or 0)
         for key in ("ETag", "etag", "md5Hash", "crc32c", "checksum"):
@@ -191,15 +204,36 @@ def _content_hash(file: BinaryIO, size: int) -> str:
     return digest.hexdigest()[:32]
 
 
+class _Bounded(io.RawIOBase):
+    """Decompressed bytes, up to a limit: a small file can hold gigabytes of nothing."""
+
+    def __init__(self, stream: Any, size: int):
+        self._stream, self._left = stream, max(_BOMB_FREE, _BOMB_RATIO * size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"it holds more than {_BOMB_RATIO} times its own size")
+        buffer[: len(data)] = data
+        return len(data)
+
+
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
     """A file's decompressed bytes."""
     compression = compression_of(path)
     by_arrow = compression in ("gzip", "zstd")  # several frames too; notices truncation
-    with fsspec.open(path, "rb", compression=None if by_arrow else compression) as file:
+    system, inner = located(path)
+    with system.open(inner, "rb", compression=None if by_arrow else compression) as file:
         if by_arrow:
-            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), compression)
-            file = io.BufferedReader(stream, 1 << 18)  # type: ignore[arg-type]
+            file = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), compression)
+        if compression:
+            bounded = _Bounded(file, system.size(inner) or 0)
+            file = io.BufferedReader(bounded, 1 << 18)
         yield file
 
 

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 
-from ostro.data.files import is_local
+from ostro.data.files import is_local, located
 from ostro.errors import DataError
+from ostro.secrets import redact
 
 logger = logging.getLogger("ostro.data")
 
@@ -207,10 +207,10 @@ class CacheDir:
             self.local = Path(url.removeprefix("file://")).expanduser()
         else:
             home = os.environ.get("OSTRO_CACHE_HOME", "~/.cache/ostro")
-            name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+            name = hashlib.sha256(redact(self.url).encode()).hexdigest()[:16]
             self.local = Path(home).expanduser() / name
             try:
-                self.remote, self._root = fsspec.core.url_to_fs(self.url)
+                self.remote, self._root = located(self.url)
             except (ImportError, ValueError, OSError) as error:
                 raise DataError(f"cache_dir = {url} - cannot be used: {error}") from error
 

@@ -36,6 +36,7 @@ from ostro.data.tokenizer import (
     tokenizer_from_text,
 )
 from ostro.errors import DataError, Problem
+from ostro.secrets import redacted
 
 logger = logging.getLogger("ostro.data")
 
@@ -207,7 +208,7 @@ class LMDatasetConfig:
         key: dict[str, Any] = {
             "tokenizer": self.tokenizer.settings(),
             "source": {name: source.settings("train") for name, source in sources.items()},
-            "places": [source.places("train") for source in sources.values()],
+            "places": redacted([source.places("train") for source in sources.values()]),
         }
         try:
             shards = [(s, shard) for s in sources.values() for shard in s.list_shards("train")]
