@@ -4,11 +4,13 @@ import errno
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ostro.errors import OstroError
 from ostro.meeting import LostRankError, Meeting, last_words
+from ostro.secrets import redact
 from ostro.signals import Interrupted, Signals
 
 
@@ -28,10 +30,17 @@ def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
         if message is None:
             get_error_handler().record_exception(error)  # torchrun repeats it in its last words
             if Meeting.current is None:
+                sys.excepthook = _print_traceback
                 raise
-        last_words(message or traceback.format_exc(), is_lost=isinstance(error, LostRankError))
+        text = message or redact(traceback.format_exc())
+        last_words(text, is_lost=isinstance(error, LostRankError))
         return 1 if message is None else getattr(error, "exit_code", 2)
     return 0
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """As Python does, without credentials."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _message(error: Exception) -> str | None:
