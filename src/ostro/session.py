@@ -78,7 +78,7 @@ class Session:
         saving = config.trainer.checkpointer
         # DeepSpeed's folders have no size before they are written.
         if saving.keep_bytes is not None and config.trainer.deepspeed is None:
-            require_budget(saving, checkpoint_bytes(self._make_state(Path())))
+            require_budget(saving, checkpoint_bytes(self.make_state(Path())))
 
     def fit(self) -> dict[str, float]:
         """Train to the end, or to a signal or divergence, and leave a checkpoint either way.
@@ -173,6 +173,7 @@ class Session:
             loss = self._eval_metrics.get("eval/loss", math.nan)
             self._improved = loss < self.state.best_eval_loss
             self.state.best_eval_loss = min(self.state.best_eval_loss, loss)
+            self.state.eval_loss = loss
         if self.config.sample_prompts:
             self._sample(step)
 
@@ -234,7 +235,6 @@ class Session:
             "tracker": self.tracker.state(),
             "data": self.data.fingerprint,
             "eos_id": self.tokenizer.eos_id,
-            "eval_loss": self._eval_metrics.get("eval/loss"),
             "run_id": self.config.trainer.id,
         }
         tensors = self.engine.tensors()

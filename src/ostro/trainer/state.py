@@ -46,6 +46,8 @@ class TrainState:
         """Updates made so far, and the index of the next one."""
         self.best_eval_loss = inf
         """The lowest `eval/loss` so far."""
+        self.eval_loss = nan
+        """The last `eval/loss`."""
         self.parameters = dict(parameters)
         """What the optimizer works on: this rank's part of each parameter, by name."""
         self.num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -127,8 +129,9 @@ class TrainState:
 
     def values(self) -> dict[str, Any]:
         """The numbers of a checkpoint that are not tensors."""
-        best = self.best_eval_loss
-        return {"step": self.step, "best_eval_loss": best if isfinite(best) else None}
+        losses = {"best_eval_loss": self.best_eval_loss, "eval_loss": self.eval_loss}
+        known = {name: loss if isfinite(loss) else None for name, loss in losses.items()}
+        return {"step": self.step, **known}
 
     def load(self, saved: Saved | SavedFile) -> None:
         """Take over the state of a checkpoint; `CheckpointError` when it does not fit."""
@@ -153,6 +156,8 @@ class TrainState:
         self.step = int(values["step"])
         best = values.get("best_eval_loss")
         self.best_eval_loss = inf if best is None else float(best)
+        last = values.get("eval_loss")
+        self.eval_loss = nan if last is None else float(last)
 
     def _guards(self) -> dict[str, SkipStep | LossScaler]:
         guards = {"skip_step": self.skip_step, "loss_scaler": self.loss_scaler}
