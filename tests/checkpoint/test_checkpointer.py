@@ -1,11 +1,13 @@
 """A run's checkpointer with a clock that is set by hand."""
 
+import json
 import os
 import re
 import threading
 import time
 from concurrent.futures import Future
 from datetime import timedelta
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -22,6 +24,7 @@ from ostro.checkpoint import (
     store,
     total_bytes,
 )
+from ostro.checkpoint.metadata import sealed
 from ostro.errors import CheckpointError
 from ostro.units import ByteSize
 
@@ -171,14 +174,13 @@ def test_old_temporary_ones_stay_if_told_so(tmp_path):
 
 
 def test_a_checkpoint_that_became_permanent_is_not_deleted(tmp_path):
-    """Somebody rewrites the marker of the temporary one to keep it."""
+    """Another process has marked the temporary one as to be kept."""
     run = Run(tmp_path)
     run.step(1, now=10)
     path = f"{run.folder}/step-1/metadata.json"
-    with open(path) as file:
-        text = file.read().replace('"is_temporary": true', '"is_temporary": false')
-    with open(path, "w") as file:
-        file.write(text)
+    fields = json.loads(Path(path).read_text()) | {"is_temporary": False}
+    del fields["sha256"]
+    Path(path).write_text(sealed(fields))
     run.step(2, now=20)
     assert run.kinds() == {1: "permanent", 2: "temporary"}
 

@@ -11,6 +11,7 @@ import torch
 from checkpoint_states import small_state
 
 from ostro.checkpoint import State, checkpoint_bytes, load, store, write
+from ostro.checkpoint.metadata import parse_metadata, sealed
 from ostro.errors import CheckpointError
 
 
@@ -180,9 +181,32 @@ def test_missing_file(tmp_path, name):
 def edited(path, edit):
     with open(f"{path}/metadata.json") as file:
         fields = json.load(file)
+    del fields["sha256"]
     edit(fields)
     with open(f"{path}/metadata.json", "w") as file:
-        json.dump(fields, file)
+        file.write(sealed(fields))
+
+
+def test_every_bit_of_the_metadata_counts(tmp_path):
+    path = save(str(tmp_path))
+    data = (tmp_path / "step-7/metadata.json").read_bytes()
+    for at in range(len(data)):
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << bit
+            with pytest.raises(CheckpointError):
+                parse_metadata(bytes(flipped), path)
+
+
+def test_metadata_of_an_older_format_has_no_checksum_of_its_own(tmp_path):
+    path = save(str(tmp_path))
+    fields = json.loads((tmp_path / "step-7/metadata.json").read_text())
+    del fields["sha256"]
+    (tmp_path / "step-7/metadata.json").write_text(json.dumps(fields | {"format": 1}))
+    assert load(path).step == 7
+    (tmp_path / "step-7/metadata.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="differs from its checksum"):
+        load(path)
 
 
 def with_file(name, **record):
@@ -190,7 +214,7 @@ def with_file(name, **record):
 
 
 EDITS = {
-    "other format": (lambda f: f.update(format=3), "newer ostro"),
+    "other format": (lambda f: f.update(format=4), "newer ostro"),
     "no format": (lambda f: f.pop("format"), "is not a checkpoint's"),
     "no step": (lambda f: f.pop("step"), "step is not of type int"),
     "bool step": (lambda f: f.update(step=True), "step is not of type int"),

@@ -1,5 +1,6 @@
 """`metadata.json`: what a checkpoint is and which files belong to it. Pure: text in, value out."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -9,9 +10,11 @@ from typing import Any
 
 from ostro.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 SHARDS = "shards.json"
-"""Where the pieces of tensors lie that several ranks saved; a checkpoint without is of format 1."""
+"""Where the pieces of tensors lie that several ranks saved."""
+_CHECKSUM = b',\n  "sha256": "'
+"""Stands between the text and the checksum of all that comes before it; since format 3."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _YEAR_9999 = 253_370_764_800  # later ones cannot be written as a date
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -45,18 +48,25 @@ class Metadata:
     def to_json(self) -> str:
         """The text of `metadata.json`."""
         fields = {
-            "format": 2 if SHARDS in self.files else 1,
+            "format": FORMAT,
             **{name: getattr(self, name) for name in _FIELDS},
             "saved_at": datetime.fromtimestamp(self.timestamp, UTC).isoformat(timespec="seconds"),
             "files": {name: vars(record) for name, record in self.files.items()},
         }
-        return json.dumps(fields, indent=2) + "\n"
+        return sealed(fields)
 
 
 _FIELDS = {
     "step": int, "timestamp": float, "is_temporary": bool, "is_best": bool, "run_id": str,
     "run_name": str,
 }  # fmt: skip
+
+
+def sealed(fields: Mapping[str, Any]) -> str:
+    """A JSON object as text, with a checksum of that text as its last entry."""
+    text = json.dumps(fields, indent=2).removesuffix("\n}")
+    own = hashlib.sha256(text.encode()).hexdigest()
+    return f'{text}{_CHECKSUM.decode()}{own}"\n}}\n'
 
 
 def read_json(data: bytes, where: str) -> dict[str, Any]:
@@ -78,6 +88,10 @@ def parse_metadata(data: bytes, where: str) -> Metadata:
         raise CheckpointError(f"{where} - is not a checkpoint's: it has no format number")
     if version > FORMAT:
         raise CheckpointError(f"{where} - has format {version} of a newer ostro")
+    if version >= 3 or "sha256" in value:  # older ones have no checksum of their own
+        text, _, own = data.rpartition(_CHECKSUM)
+        if own != f'{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode():
+            raise CheckpointError(f"{where} - is damaged: its content differs from its checksum")
     if fault := _fault(value):
         raise CheckpointError(f"{where} - is damaged: {fault}")
     files = {name: FileRecord(r["bytes"], r["sha256"]) for name, r in value["files"].items()}

@@ -1,11 +1,14 @@
-"""`ostro verify-resume`: hit a run on purpose, and see that nothing is lost."""
+"""`ostro verify-resume` and `ostro chaos`: hit a run on purpose, and see that nothing is lost."""
 
+import random
 import tempfile
 from pathlib import Path
 
 from ostro.cli.arguments import Parser, explained, load_run
+from ostro.doctor.chaos import KINDS, Campaign, ChaosError, table
 from ostro.doctor.verify_resume import Plan, check_ranks
 from ostro.doctor.verify_resume import verify_resume as verify
+from ostro.errors import ConfigError, Problem, did_you_mean
 from ostro.signals import Signals
 
 
@@ -27,3 +30,58 @@ def verify_resume(argv: list[str], signals: Signals) -> None:
     with tempfile.TemporaryDirectory(prefix="ostro-verify-") as temporary:
         folder = Path(options.folder or temporary)
         explained(loaded, lambda: verify(loaded.config, plan, folder))
+
+
+def chaos(argv: list[str], signals: Signals) -> None:
+    """`ostro chaos`: hit many runs, in every phase; each has to end as one that nothing hit."""
+    about = "Inject faults into runs of a configuration, and check that nothing is lost by them."
+    parser = Parser("chaos", about)
+    parser.add_config_path(required=False)
+    parser.add_argument("--each", type=int, default=10, help="faults of each kind in each place")
+    parser.add_argument("--steps", type=int, default=12, help="updates of a run")
+    parser.add_argument("--seed", type=int, default=0, help="of what is hit when")
+    parser.add_argument("--only", action="append", metavar="KIND[@PLACE]", help="; ".join(KINDS))
+    parser.add_argument("--folder", help="where to work; what failed is left there")
+    options, flags = parser.parse(argv)
+    kinds = _kinds(options.only or list(KINDS))
+    with tempfile.TemporaryDirectory(prefix="ostro-chaos-") as temporary:
+        folder = Path(options.folder or temporary)
+        loaded = load_run(options.config_path or _small_run(folder), flags)
+        campaign = Campaign(loaded.config, folder, options.steps, options.seed)
+        rows = explained(loaded, lambda: campaign.run(options.each, kinds))
+    print("\n".join(table(rows)))
+    if any(row.failures for row in rows.values()):
+        raise ChaosError("something was lost - see the failures above")
+
+
+def _kinds(asked: list[str]) -> dict[str, tuple[str, ...]]:
+    kinds: dict[str, tuple[str, ...]] = {}
+    for word in asked:
+        kind, at, where = word.partition("@")
+        if kind not in KINDS or (at and where not in KINDS[kind]):
+            known = [f"{k}@{w}" for k, places in KINDS.items() for w in places]
+            advice = did_you_mean(word, [*KINDS, *known]) or f"known are {', '.join(known)}"
+            raise ConfigError(Problem("--only", "is no fault", advice, word))
+        kinds[kind] = (*kinds.get(kind, ()), *([where] if at else KINDS[kind]))
+    return kinds
+
+
+_SMALL_RUN = """
+data: {{train_urls: [{folder}/train.txt], validation_urls: [{folder}/validation.txt],
+       cache_dir: {folder}/cache, tokenizer: bytes, shuffle: true, num_workers: 1}}
+model: {{type: gpt2, seq_len: 16, hidden_dim: 16, num_layers: 2, num_heads: 2, embed_pdrop: 0.1}}
+optimizer: {{learning_rate: 1e-2, warmup: 2, skip_bad_steps: {{rolling_interval_length: 4}}}}
+trainer: {{train_batch_size: 8, per_device_parallelism: 2, device: cpu, max_eval_batches: 2}}
+"""
+
+
+def _small_run(folder: Path) -> str:
+    """A configuration that trains in half a second, with its text, in a folder."""
+    draw = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train.txt", 2000), ("validation.txt", 200)):
+        words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(count)]
+        (folder / name).write_text(" ".join(words) + "\n")
+    path = folder / "small.yaml"
+    path.write_text(_SMALL_RUN.format(folder=folder.absolute()))
+    return str(path)

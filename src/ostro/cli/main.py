@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ostro.cli.benchmark import benchmark
-from ostro.cli.doctor import verify_resume
+from ostro.cli.doctor import chaos, verify_resume
 from ostro.cli.export import export
 from ostro.cli.launch import launch
 from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, train
@@ -31,6 +31,7 @@ commands:
   schedule    the learning rate, evaluations and permanent checkpoints by step
   verify-resume
               kill and resume a run of this configuration; compare it with one that nothing hit
+  chaos       hit runs of it in every phase, in every way; see that nothing is lost
 
 `ostro <command> --help` lists what it takes. `--debug` shows tracebacks.
 """
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "schedule": schedule,
     "plan": plan,
     "verify-resume": verify_resume,
+    "chaos": chaos,
 }
 
 

@@ -143,13 +143,14 @@ def find_start(trainer: TrainerConfig, checkpointer: Checkpointer, world: World)
 
 
 def restore(trainer: TrainerConfig, engine: Engine, saved: Saved | SavedFile) -> None:
-    """Load a checkpoint; `CheckpointError` where nothing is left to do."""
+    """Load a checkpoint; `CheckpointError` where it has made more updates than the run is to."""
     if saved.values.get("is_foreign"):
         log.warning("%s holds no random state, loss scale or skip window: these start anew", saved)
     engine.load(saved)
-    step = engine.state.step
-    if step >= trainer.num_train_steps and not trainer.eval_only:
-        raise CheckpointError(
-            f"trainer.num_train_steps = {trainer.num_train_steps} - {saved.path} has made"
-            f" {step} updates already - raise it to train on, or take another trainer.id"
-        )
+    step, advice = engine.state.step, "raise it to train on, or take another trainer.id"
+    said = f"trainer.num_train_steps = {trainer.num_train_steps} - {saved.path} has made {step}"
+    if step > trainer.num_train_steps and not trainer.eval_only:
+        raise CheckpointError(f"{said} updates already - {advice}")
+    if step == trainer.num_train_steps and not trainer.eval_only:
+        # No error: a scheduler may start a run again that was killed after its last save.
+        log.info("%s updates: nothing is left to train - %s", said, advice)
