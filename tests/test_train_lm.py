@@ -119,6 +119,17 @@ Trainer.train_step = train_step
 """
 
 
+def test_a_finished_run_that_is_started_again_leaves_everything_as_it_was(tmp_path, capsys):
+    path = write_config(tmp_path)
+    train(path)
+    before = weights(tmp_path)
+    train(path)
+    assert "6 updates: nothing is left to train" in capsys.readouterr().out
+    assert_same(before, weights(tmp_path))
+    assert run_command(["train", "--config_path", str(path), "--trainer.num_train_steps", "5"]) == 2
+    assert "num_train_steps = 5" in capsys.readouterr().err
+
+
 def test_a_saved_config_runs_again_as_it_is(tmp_path):
     path = write_config(tmp_path)
     train(path)

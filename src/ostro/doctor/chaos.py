@@ -97,11 +97,8 @@ class Campaign:
         report: Callable[[str], None] = print,
     ) -> dict[tuple[str, str], Row]:
         """Inject `num_each` faults into every place of every kind; returns the table."""
-        counts = dict(self._reference("one").counts)
-        if any("import" in places for places in kinds.values()):
-            counts["import"] = int(self._import(0, "", 0, [])[1])
         rows: dict[tuple[str, str], Row] = {}
-        started, faults = time.monotonic(), plan(counts, kinds, num_each, self._seed)
+        started, faults = time.monotonic(), plan(kinds, self._count, num_each, self._seed)
         for number, fault in enumerate(faults):
             row = rows.setdefault((fault.kind, fault.where), Row())
             folder = self._folder / f"{number:04}"
@@ -117,6 +114,13 @@ class Campaign:
             if (number + 1) % 25 == 0:
                 report(f"{number + 1} of {len(faults)} faults, {time.monotonic() - started:.0f} s")
         return rows
+
+    def _count(self, kind: str, where: str) -> int:
+        """How often a phase begins; what is no phase strikes at one of the backward passes."""
+        if where == "import":
+            return int(self._import(0, "", 0, [])[1])
+        counts = self._reference(_like(kind, where)).counts
+        return counts.get(where) or counts["backward"]
 
     def _reference(self, name: str) -> Reference:
         """The undisturbed run on one process, on two, or compiled; made when it is needed."""
@@ -147,9 +151,8 @@ class Campaign:
     def _trial(self, fault: Fault, folder: Path) -> int:
         """Inject a fault and start again until the run is done; returns the updates lost."""
         folder.mkdir(parents=True)
-        two = fault.kind in ("slow rank", "dead rank")
-        name = "two" if two else "compiled" if fault.where == "compile" else "one"
-        reference = self._reference(name)
+        name = _like(fault.kind, fault.where)
+        reference, two = self._reference(name), name == "two"
         saves_async = fault.seed % 4 > 0
         config = self._variant(name, folder, saves_async)
         strike = Strike(_times(fault), folder / "checkpoints")
@@ -214,6 +217,11 @@ class Campaign:
         if lost > EVERY * (2 if saves_async else 1) + 1:  # one save may be under way
             raise ChaosError(f"{lost} updates lost, and a save was due every {EVERY}")
         return lost
+
+
+def _like(kind: str, where: str) -> str:
+    """The undisturbed run that a fault's run is compared with."""
+    return "two" if kind.endswith("rank") else "compiled" if where == "compile" else "one"
 
 
 def _times(fault: Fault) -> Fault:

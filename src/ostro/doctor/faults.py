@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,17 +42,19 @@ class Fault:
 
 
 def plan(
-    counts: Mapping[str, int], kinds: Mapping[str, Sequence[str]], num_each: int, seed: int
+    kinds: Mapping[str, Sequence[str]],
+    count_of: Callable[[str, str], int],
+    num_each: int,
+    seed: int,
 ) -> list[Fault]:
     """`num_each` faults for every place of every kind, spread over the times a phase begins.
 
-    `counts`: how often each phase begins in an undisturbed run; `kinds`: kind to its places. What
-    is no phase, as a policy, strikes at one of the backward passes.
+    `kinds`: kind to its places; `count_of(kind, place)`: how often that phase begins in a run.
     """
     faults = []
     for kind, places in kinds.items():
         for where in places:
-            count = counts.get(where) or counts["backward"]
+            count = count_of(kind, where)
             draw = random.Random(f"{seed}/{kind}/{where}")
             first = 2 * count // 3 if kind in DAMAGES else 1  # when there are two checkpoints
             times = [draw.randint(first, count) for _ in range(num_each)]
