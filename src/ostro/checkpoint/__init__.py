@@ -8,12 +8,15 @@ from ostro.checkpoint.checkpointer import (
     disk_bytes,
     require_budget,
 )
+from ostro.checkpoint.compare import average, differences
 from ostro.checkpoint.discovery import (
     Decision,
     delete,
     entries,
     find_latest,
+    open_entry,
     scan,
+    verified,
     which_checkpoint,
 )
 from ostro.checkpoint.metadata import Metadata

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import Metadata
 from ostro.checkpoint.retention import Entry, to_delete, total_bytes
 from ostro.checkpoint.single_file import SavedFile, files_below, load_file, pointed_folder
-from ostro.checkpoint.store import Saved, load, read_metadata
+from ostro.checkpoint.store import STEP, Saved, load, read_metadata
 from ostro.distributed import World
 from ostro.errors import CheckpointError
 from ostro.units import format_bytes
@@ -59,6 +59,37 @@ def entries(path: str) -> list[Entry]:
         run_id = str(saved.values.get("run_id", ""))
         found.append(Entry(file, saved.step, storage.size(file), timestamp, run_id=run_id, **marks))
     return sorted(found, key=lambda entry: (entry.timestamp, entry.step), reverse=True)
+
+
+def open_entry(entry: Entry) -> Saved | SavedFile:
+    """Open a checkpoint that was found; its tensors are not compared with their checksums yet."""
+    is_file = entry.path.endswith(".pt")
+    return load_file(entry.path, check=False) if is_file else load(entry.path)
+
+
+def verified(path: str) -> Iterator[tuple[str, str | None]]:
+    """Every checkpoint at or below `path` and what is wrong with it, checksums compared.
+
+    A folder named as one that never became complete, or no longer is, counts too.
+    """
+    path = path.rstrip("/") or path
+    folders = set(storage.below(path))
+    for parent in {path, *(folder.rpartition("/")[0] or "." for folder in folders - {path})}:
+        folders |= {f"{parent}/{name}" for name in storage.names(parent) if STEP.fullmatch(name)}
+    if not folders and STEP.fullmatch(path.rpartition("/")[2]):
+        folders.add(path)
+    files = [file for _, file in files_below(path)] if storage.is_local(path) else []
+    places = sorted(folders, key=lambda name: (name.rpartition("/")[0], len(name), name))
+    for place in [*places, *files]:
+        try:
+            if place in files:
+                load_file(place)
+            else:
+                load(place).verify()
+        except CheckpointError as error:
+            yield place, str(error)
+        else:
+            yield place, None
 
 
 def delete(entry: Entry, why: str) -> None:

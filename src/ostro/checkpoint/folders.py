@@ -1,7 +1,6 @@
 """The folder of a run's checkpoints: one folder each, tidied up as newer ones come."""
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from ostro.checkpoint import storage
 from ostro.checkpoint.discovery import scan
 from ostro.checkpoint.policy import Kind
 from ostro.checkpoint.single_file import point_to
-from ostro.checkpoint.store import State, read_metadata, step_folder, write
+from ostro.checkpoint.store import STEP, State, read_metadata, step_folder, write
 from ostro.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ class FolderStore:
 
 def _is_begun(path: str) -> bool:
     """Whether this is a step on an object store whose upload never came to its marker."""
-    if storage.is_local(path) or not re.fullmatch(r"step-\d+", path.rpartition("/")[2]):
+    if storage.is_local(path) or not STEP.fullmatch(path.rpartition("/")[2]):
         return False
     return storage.MARKER not in storage.names(path)
 

@@ -183,6 +183,11 @@ class SavedFile:
         return int(self.values["step"]) - 1
 
     @property
+    def groups(self) -> list[str]:
+        """The groups of tensors that it holds."""
+        return list(self.state.tensors)
+
+    @property
     def values(self) -> Mapping[str, Any]:
         """What is no tensor."""
         return self.state.values

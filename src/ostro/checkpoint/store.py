@@ -49,6 +49,8 @@ from ostro.errors import CheckpointError
 from ostro.phases import mark
 
 _VALUES = "values.json"
+STEP = re.compile(r"step-\d+")
+"""What the folder of a checkpoint is called."""
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ostro.cli.benchmark import benchmark
+from ostro.cli.checkpoint import checkpoint
 from ostro.cli.doctor import chaos, verify_resume
 from ostro.cli.export import export
 from ostro.cli.launch import launch
@@ -29,6 +30,7 @@ commands:
   plan        sharding: where every parameter lies on so many devices; step: what each holds
               and sends in an update
   schedule    the learning rate, evaluations and permanent checkpoints by step
+  checkpoint  ls, verify, prune, diff and average checkpoints
   verify-resume
               kill and resume a run of this configuration; compare it with one that nothing hit
   chaos       hit runs of it in every phase, in every way; see that nothing is lost
@@ -49,6 +51,7 @@ COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "config": config,
     "schedule": schedule,
     "plan": plan,
+    "checkpoint": checkpoint,
     "verify-resume": verify_resume,
     "chaos": chaos,
 }

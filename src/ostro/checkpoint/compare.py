@@ -1,0 +1,87 @@
+"""What two checkpoints do not have in common, and what several have on average."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ostro.checkpoint.pieces import Stored
+from ostro.checkpoint.single_file import SavedFile
+from ostro.checkpoint.store import Saved, State
+from ostro.errors import CheckpointError
+
+
+def differences(first: Saved | SavedFile, second: Saved | SavedFile) -> Iterator[str]:
+    """A line for each setting, value and tensor that differs. Reads one tensor at a time."""
+    configs = [yaml.safe_load(saved.texts.get("config.yaml", "{}")) for saved in (first, second)]
+    for what, pair in (("setting", configs), ("value", [first.values, second.values])):
+        old, new = (dict(_flat(tree)) for tree in pair)
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key) or (key in old) != (key in new):
+                before, after = (str(tree.get(key, "absent")) for tree in (old, new))
+                yield f"{what} {key}: {before} -> {after}"
+    for group in sorted({*first.groups, *second.groups}):
+        old, new = (
+            saved.stored(group) if group in saved.groups else {} for saved in (first, second)
+        )
+        for name in sorted({*old, *new}):
+            if fault := _tensor_difference(old.get(name), new.get(name)):
+                yield f"{group} {name}: {fault}"
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, Mapping) or not tree:
+        yield prefix, tree
+        return
+    for key, child in tree.items():
+        yield from _flat(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _tensor_difference(first: Stored | None, second: Stored | None) -> str | None:
+    if first is None or second is None:
+        return "only in the second" if first is None else "only in the first"
+    a, b = first.full(), second.full()
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        kinds = [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (a, b)]
+        return " -> ".join(kinds)
+    if torch.equal(a, b):
+        return None
+    difference = (a.double() - b.double()).flatten()
+    norms = [float(t.double().norm()) for t in (difference, a, b)]
+    largest = float(difference.abs().max())
+    return "max |difference| {:.3g}, its norm {:.3g}, norms {:.6g} -> {:.6g}".format(
+        largest, *norms
+    )
+
+
+def average(checkpoints: Sequence[Saved | SavedFile]) -> State:
+    """The state of the newest checkpoint, but with the mean of the weights of all.
+
+    Sums are float64, one tensor at a time. What a backend keeps in files of its own is left out.
+    """
+    newest = max(checkpoints, key=lambda saved: saved.step)
+    weights = [saved.stored("model") for saved in checkpoints]
+    for saved, own in zip(checkpoints, weights, strict=True):
+        for name in sorted({*own, *weights[0]}):
+            shapes = [w[name].shape if name in w else None for w in (weights[0], own)]
+            if shapes[0] != shapes[1]:
+                both = f"{_shown(shapes[1])} here, {_shown(shapes[0])} in {checkpoints[0]}"
+                raise CheckpointError(f"{saved} - {name} is {both} - give those of one model")
+    groups = {group: newest.tensors(group) for group in newest.groups if group != "model"}
+    groups["model"] = {name: _mean([own[name] for own in weights]) for name in weights[0]}
+    values = {key: value for key, value in newest.values.items() if key != "deepspeed"}
+    values["average_of"] = [str(saved) for saved in checkpoints]
+    return State(groups, values, newest.texts)
+
+
+def _shown(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def _mean(stored: Sequence[Stored]) -> Tensor:
+    total = stored[0].full().double()
+    for each in stored[1:]:
+        total += each.full()
+    return (total / len(stored)).to(stored[0].full().dtype)
