@@ -29,7 +29,7 @@ LEVELS = [
         "run_log",
         "squad",
     },
-    {"models", "checkpoint", "contract", "guard"},
+    {"models", "checkpoint", "contract", "guard", "recover"},
     {"parallel"},
     {"evaluate", "trainer", "sample", "hf"},
     {"lm_config"},

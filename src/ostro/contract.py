@@ -69,6 +69,8 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     ),
     "trainer.train_batch_size": ("warn", _ORDER),
     "trainer.crash_on_nan": ("warn", _UPDATES),
+    "trainer.skip_steps": ("warn", _UPDATES),
+    "trainer.recover": ("warn", _UPDATES),
     "trainer.mp": ("warn", _ROUNDING),
     "trainer.compile": ("warn", _ROUNDING),
     "trainer.deepspeed": ("warn", "DeepSpeed sums and rounds in its own way"),

@@ -13,6 +13,7 @@ from ostro.models.lm_model import LmModel
 from ostro.nn import axes_of
 from ostro.optim import Schedule, optimizer_tensors
 from ostro.parallel.plan import ParameterPlan, plan_sharding, table
+from ostro.recover import Recovery
 from ostro.units import format_bytes, format_count
 
 
@@ -28,7 +29,8 @@ def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:
             f" x {micro} examples x {plan.data_axis_size} devices"
         )
     yield f"evaluation batch: {plan.eval_batch_size} examples"
-    num_examples = plan.schedule.offset(num_steps)
+    recovery = Recovery(skip_steps=config.trainer.skip_steps)
+    num_examples = recovery.num_examples(plan.schedule, num_steps)
     tokens = num_examples * seq_len
     yield f"steps: {num_steps}"
     yield f"tokens to be seen: {tokens} ({format_count(tokens)})"

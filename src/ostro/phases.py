@@ -1,7 +1,7 @@
 """Where a process is: the phases that a run passes through, told to whoever listens.
 
     data  ready  forward  backward  update           the main thread, again and again: it waits
-    evaluation  sample                               for a batch; has it, and waits for the others
+    evaluation  sample  rollback                     for a batch; has it, and waits for the others
     compile                                          within any of them
     load  stage  save  commit                        any thread: one batch read; a checkpoint's
                                                      copy made, its files written, made to count

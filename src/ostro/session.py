@@ -1,6 +1,7 @@
 """A run in progress: the loop with its hooks, and the way out of it."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import shutil
@@ -16,6 +17,7 @@ from torch._dynamo.callback import callback_handler
 
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Checkpointer, State, checkpoint_bytes, require_budget
+from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.storage import PARTIAL
 from ostro.config import dump_yaml
 from ostro.data.loader import Loader
@@ -25,17 +27,37 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
 from ostro.errors import CheckpointError
 from ostro.evaluate import evaluate
-from ostro.lm_config import TrainLmConfig
+from ostro.hf import read_weights
+from ostro.lm_config import TrainLmConfig, vocab_size
 from ostro.phases import mark, place
 from ostro.sample import complete_all
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput
 from ostro.tracker import Tracker
-from ostro.trainer import BatchPlan, Engine, Trainer, TrainingDivergedError, TrainState
+from ostro.trainer import (
+    BatchPlan,
+    Engine,
+    Trainer,
+    TrainingDivergedError,
+    TrainState,
+    begin_again,
+    find_start,
+    restore,
+)
+from ostro.trainer.state import load_weights
 
 log = logging.getLogger("ostro")
 
 _LOOK = 1.0  # seconds between two looks at whether another rank has got a signal
+
+
+def load_first_weights(config: TrainLmConfig, state: TrainState, tokenizer: Tokenizer) -> None:
+    """The weights that a run starts from without a checkpoint, if they are not random ones."""
+    where = config.initialize_from_hf
+    if where is not None:
+        log.info("starting from the weights of %s", where)
+        weights = read_weights(where, config.model, vocab_size(config, tokenizer))
+        load_weights(state.model, weights, where)
 
 
 @dataclass
@@ -73,6 +95,7 @@ class Session:
         self._token_bytes = self.tokenizer.token_bytes()
         if self.engine.is_collective and self.world.num_ranks > 1:
             self.checkpointer.join()
+        self._stager, self._snapshot = Stager(), None
         self._eval_metrics: dict[str, float] = {}
         self._improved: bool | None = None
         saving = config.trainer.checkpointer
@@ -104,13 +127,14 @@ class Session:
             num_ranks=self.world.num_data_ranks,
             interleaved=trainer.deterministic_reduction,
         )
-        batches = loader.batches(first_step, num_steps, self.wait_for)
         try:
-            with contextlib.closing(batches):
-                self.trainer.fit(batches, [self.evaluate_if_due, self.save_if_due])
+            while self.state.step < num_steps:
+                with self._rolling_back():
+                    self._make_updates(loader)
         except (Interrupted, TrainingDivergedError):
-            with contextlib.suppress(TrainingDivergedError):
-                self.trainer.flush()  # may find that the weights stopped changing earlier
+            # It may find that the weights stopped changing earlier, or a spike.
+            with contextlib.suppress(TrainingDivergedError), self._rolling_back():
+                self.trainer.flush()
             if self.state.step > first_step:
                 self.save(self.state.step - 1, interrupted=True)
             log.info("stopped after %d of %d updates", self.state.step, num_steps)
@@ -118,6 +142,76 @@ class Session:
         finally:
             self._report_save(wait=True)
         return self._eval_metrics
+
+    def _make_updates(self, loader: Loader) -> None:
+        """Make the updates that are left, with the batches that are not left out."""
+        steps = range(self.state.step, self.config.trainer.num_train_steps)
+        kept = (step for step in steps if not self.state.recovery.skips(step))
+        batches = loader.batches(kept, self.wait_for)
+        hooks = [self.evaluate_if_due, self.save_if_due, self.snapshot_if_due]
+        with contextlib.closing(batches):
+            self.trainer.fit(batches, hooks)
+
+    @contextlib.contextmanager
+    def _rolling_back(self) -> Iterator[None]:
+        """Answer a spike with a roll-back, where `recover` says so and some are left."""
+        try:
+            yield
+        except TrainingDivergedError as error:
+            recover, spike = self.config.trainer.recover, error.spike
+            if recover is None:
+                raise
+            reached, windows = self.state.step, self.state.recovery.windows
+            window = self.state.recovery.window(spike)
+            self._go_back_to(window.first)
+            self.state.recovery.windows = windows
+            if len(windows) >= recover.max_rollbacks:
+                raise TrainingDivergedError(spike, windows) from None
+            self.state.recovery.windows = [*windows, window]
+            step = self.state.step
+            log.warning(
+                "step %d: %s - rolled back from step %d to step %d (%d of at most %d); the batches"
+                " of %s are left out",
+                *(spike.step, spike.reason, reached, step, len(windows) + 1),
+                *(recover.max_rollbacks, window),
+            )
+            values = {"from": reached, "to": step, "reason": spike.reason}
+            values |= {"window": [window.first, window.last]}
+            self.tracker.log_event("rollback", values, step)
+
+    def _go_back_to(self, step: int) -> None:
+        """Take over the newest state of at most `step` updates: the copy in memory, or what a new
+        process would start from. Checkpoints of later ones are deleted first.
+
+        A process that is killed before that resumes from one of them, remembers the same losses,
+        and comes here as this one did.
+        """
+        mark("rollback")
+        self._report_save(wait=True)
+        if self.world.is_first:
+            self.checkpointer.discard(step)
+        if self._snapshot is not None and self._snapshot.values["step"] <= step:
+            self.state.restore(self._snapshot)
+            return
+        self._snapshot = None
+        # That the run was not to resume, or had to, was about where its first process starts.
+        trainer = dataclasses.replace(self.config.trainer, load_checkpoint=None)
+        start = find_start(trainer, self.checkpointer, self.world)
+        begin_again(self.state, self.config.optimizer, trainer)
+        if start.saved is None:
+            load_first_weights(self.config, self.state, self.tokenizer)
+        else:
+            restore(trainer, self.engine, start.saved)
+
+    def snapshot_if_due(self, info: StepInfo) -> None:
+        """Copy the state into the CPU's memory, to go back to."""
+        recover, recovery = self.config.trainer.recover, self.state.recovery
+        if not recover or not recover.snapshot_every or self.state.step % recover.snapshot_every:
+            return
+        self.trainer.flush()
+        if not recovery.suspects:
+            self._stager.begin()
+            self._snapshot = State(self._stager.copy(self.state.tensors()), self.state.values())
 
     def agree(self, ready: bool = True) -> bool:
         """Whether every rank is ready; raises `Interrupted`, on all, if any has got a signal."""
@@ -200,9 +294,15 @@ class Session:
         self._report_save(wait=must)
         improved, self._improved = self._improved, None
         due = self.checkpointer.due(step, force=force, improved=improved, interrupted=interrupted)
-        if self.engine.is_collective:
-            due = self.world.from_first(due)  # the clocks of the others may say something else
-        if due is None or not (self.world.is_first or self.engine.is_collective):
+        due = self.world.from_first(due)  # the clocks of the others may say something else
+        if due is None:
+            return
+        self.trainer.flush()  # all ranks together: it may find a spike
+        if self.state.recovery.suspects and due.kind == "temporary":
+            # It would replace a good one, to which the run may have to go back.
+            log.warning("step %d: not saved, its loss may be the beginning of a spike", step)
+            return
+        if not (self.world.is_first or self.engine.is_collective):
             return
         self._report_save(wait=True)
         shards = Path(self.checkpointer.folder).expanduser() / f"{PARTIAL}shards-{step}"
@@ -228,7 +328,6 @@ class Session:
             log.info("saved %s (%s, %.1f s)", report.path, report.kind, report.seconds)
 
     def make_state(self, shards: Path) -> State:
-        self.trainer.flush()
         values = {
             **self.engine.values(),
             **self.record,

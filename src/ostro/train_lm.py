@@ -18,7 +18,6 @@ from ostro.config import check, dump_yaml, public
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World, joined
-from ostro.hf import read_weights
 from ostro.lm_config import (
     TrainLmConfig,
     choose_run_id,
@@ -30,7 +29,7 @@ from ostro.lm_config import (
 )
 from ostro.parallel import Mesh
 from ostro.run_log import logging_to
-from ostro.session import Session
+from ostro.session import Session, load_first_weights
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput, device_peak
 from ostro.tracker import (
@@ -50,7 +49,6 @@ from ostro.trainer import (
     lay_out,
     restore,
 )
-from ostro.trainer.state import load_weights
 from ostro.units import format_bytes, format_count
 
 log = logging.getLogger("ostro")
@@ -118,7 +116,9 @@ def run(
             finally:
                 session.tracker.finish()
             seconds = time.perf_counter() - start
-            log.info("made %d updates in %.0f s", session.state.step - first_step, seconds)
+            steps = range(first_step, session.state.step)
+            num_updates = sum(not session.state.recovery.skips(step) for step in steps)
+            log.info("made %d updates in %.0f s", num_updates, seconds)
             _report(config, paths, session.checkpointer.folder, metrics)
 
 
@@ -150,10 +150,8 @@ def build_session(
         keep_contract(start.saved, config, record, origins, world)
     state = allocate(model, config.optimizer, trainer, world.device)
     throughput = _throughput(config, num_tokens, world)
-    if start.saved is None and config.initialize_from_hf is not None:
-        log.info("starting from the weights of %s", config.initialize_from_hf)
-        weights = read_weights(config.initialize_from_hf, config.model, num_tokens)
-        load_weights(state.model, weights, config.initialize_from_hf)
+    if start.saved is None:
+        load_first_weights(config, state, tokenizer)
     engine = make_engine(state)
     if start.saved is not None:
         restore(trainer, engine, start.saved)

@@ -77,7 +77,7 @@ def test_every_kind_of_source_gives_two_batches(texts, make, monkeypatch, kind):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(texts / "hf"))
     config = make(**sources(texts)[kind])
     data = build(config)
-    first, second = Loader(data.train, SCHEDULE).batches(0, 2)
+    first, second = Loader(data.train, SCHEDULE).batches(range(2))
     for batch in (first, second):
         assert batch.tokens.shape == batch.targets.shape == (4, 16)
         assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])

@@ -56,7 +56,7 @@ def test_losses_and_gradient_norms_are_those_of_plain_torch(tmp_path):
     data = config.data.build(tokenizer, 32, 0)
     losses, norms = {}, {}
     for step, batch in enumerate(
-        Loader(data.train, config.trainer.batch_schedule()).batches(0, 12)
+        Loader(data.train, config.trainer.batch_schedule()).batches(range(12))
     ):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)

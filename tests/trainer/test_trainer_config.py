@@ -2,8 +2,10 @@
 
 import pytest
 
+from ostro.checkpoint import CheckpointerConfig
 from ostro.config import check
 from ostro.errors import ConfigError
+from ostro.recover import RecoverConfig, StepRange
 from ostro.trainer import BatchStage, TrainerConfig
 
 
@@ -47,6 +49,15 @@ def test_batch_schedule():
         {"fsdp_axis": ""},
         {"per_device_parallelism": -2},
         {"load_checkpoint": False, "load_checkpoint_path": "x"},
+        {"skip_steps": [StepRange(-1, 3)]},
+        {"skip_steps": [StepRange(3, 2)]},
+        {"recover": RecoverConfig(window=0)},
+        {"recover": RecoverConfig(window=4, batches_before=4)},
+        {"recover": RecoverConfig(max_rollbacks=0)},
+        {"recover": RecoverConfig(snapshot_every=0)},
+        {"recover": RecoverConfig(), "crash_on_nan": False},
+        {"recover": RecoverConfig(), "deepspeed": {}},
+        {"recover": RecoverConfig(), "checkpointer": CheckpointerConfig(format="nanogpt")},
     ],
 )
 def test_refused(settings):

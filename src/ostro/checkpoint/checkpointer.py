@@ -12,7 +12,7 @@ from typing import Literal
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ostro.checkpoint.discovery import make_room
+from ostro.checkpoint.discovery import delete, entries, make_room
 from ostro.checkpoint.files import FileStore
 from ostro.checkpoint.folders import FolderStore
 from ostro.checkpoint.policy import CheckpointInterval, Kind, Policy, keep_problems
@@ -278,6 +278,19 @@ class Checkpointer:
         self._stager.wait()
         step, kind, seconds = self._begun
         self._begun = (step, kind, seconds + time.perf_counter() - start)
+
+    def discard(self, step: int) -> None:
+        """Delete the newest checkpoints, down to one from before update `step`.
+
+        None may be under way. Raises `CheckpointError` where one cannot be deleted.
+        """
+        if self.last is not None and self.last.step >= step:
+            self.last = None  # an update that is made again is saved again
+        for entry in entries(self.folder):
+            if entry.step < step:
+                break
+            delete(entry, "the run goes back to before it")
+        self._store.point()
 
     def poll(self) -> SaveReport | None:
         """The save that was under way if it has ended since; raises `CheckpointError` if it failed.

@@ -14,6 +14,7 @@ from ostro.checkpoint.sharded import full_tensors, on_first
 from ostro.checkpoint.single_file import (
     FORMATS,
     INTERRUPTED,
+    LATEST,
     NANOGPT,
     point_to,
     space_for,
@@ -54,6 +55,14 @@ class FileStore:
         if self._format_name == "file" and self._delete_old:
             found = [e for e in entries(self.folder) if e.run_id == self._run_id]
             self._temporaries = {e.path: e.is_best for e in found if e.is_temporary}
+
+    def point(self) -> None:
+        """Make `latest_checkpoint.pt` the newest of the files that are there."""
+        found = entries(self.folder)
+        if found:
+            point_to(Path(found[0].path))
+        else:
+            (Path(self.folder).expanduser() / LATEST).unlink(missing_ok=True)
 
     def gather(self, state: State, group: ProcessGroup | None) -> State:
         """What `save` needs of a state: whole tensors on the first rank."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 
@@ -57,9 +57,9 @@ class Loader:
         return Batch(batch.tokens.pin_memory(), batch.targets.pin_memory(), segments)
 
     def batches(
-        self, start: int, stop: int, wait: Callable[[Future[Batch]], Batch] = Future.result
+        self, steps: Iterable[int], wait: Callable[[Future[Batch]], Batch] = Future.result
     ) -> Iterator[Batch]:
-        """The batches of steps start..stop-1; the thread ends with the iterator.
+        """The batches of these steps; the thread ends with the iterator.
 
         `wait` takes a batch that may not have been read yet, and returns it.
         """
@@ -79,7 +79,7 @@ class Loader:
         reader.start()
         ahead: deque[Future[Batch]] = deque()
         try:
-            for step in range(start, stop):
+            for step in steps:
                 ahead.append(Future())
                 orders.put((step, ahead[-1]))
                 if len(ahead) > _AHEAD:

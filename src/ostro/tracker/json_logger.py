@@ -24,8 +24,8 @@ class JsonLogger(Tracker):
 
     Figures are `{"step": 7, "train/loss": 3.2, ...}`; NaN and Infinity stand as JavaScript writes
     them. All other lines have an `event`: `start` or `resume` with the first step and the
-    configuration, `hyperparameters`, `summary`, `text`, `artifact`, `finish`. After a `resume` at
-    step k, earlier lines of step k and later are what a lost attempt wrote.
+    configuration, `hyperparameters`, `summary`, `text`, `artifact`, `rollback`, `finish`. After a
+    `resume` or `rollback` at step k, earlier lines of step k and later are of a lost attempt.
     """
 
     name = "json_logger"
@@ -52,6 +52,10 @@ class JsonLogger(Tracker):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         self._write({"step": step, "event": "text", "name": name, "text": text})
+
+    def log_event(self, event: str, values: Mapping[str, Any], step: int) -> None:
+        self._step = step
+        self._event(event, **values)
 
     def log_artifact(self, path: str | Path, name: str, type: str) -> None:
         self._event("artifact", path=str(path), name=name, type=type)

@@ -65,6 +65,9 @@ class Tracker(ABC):
     def log_text(self, name: str, text: str, step: int) -> None:  # noqa: B027
         """Text of a step, such as a sample."""
 
+    def log_event(self, event: str, values: Mapping[str, Any], step: int) -> None:  # noqa: B027
+        """Something that happened at a step, such as a `rollback`."""
+
     def log_artifact(self, path: str | Path, name: str, type: str) -> None:  # noqa: B027
         """A file or folder to keep with the run."""
 
@@ -108,6 +111,9 @@ class CompositeTracker(Tracker):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         self._each(lambda tracker: tracker.log_text(name, text, step))
+
+    def log_event(self, event: str, values: Mapping[str, Any], step: int) -> None:
+        self._each(lambda tracker: tracker.log_event(event, values, step))
 
     def log_artifact(self, path: str | Path, name: str, type: str) -> None:
         self._each(lambda tracker: tracker.log_artifact(path, name, type))

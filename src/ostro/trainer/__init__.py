@@ -4,6 +4,7 @@ from ostro.trainer.config import BatchPlan, BatchStage, TrainerConfig
 from ostro.trainer.engine import Engine, TorchEngine
 from ostro.trainer.start import (
     allocate,
+    begin_again,
     build_model,
     build_state,
     choose_engine,

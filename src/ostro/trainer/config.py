@@ -23,6 +23,7 @@ from ostro.contract import Policy
 from ostro.data.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
 from ostro.errors import ConfigError, Problem, did_you_mean
+from ostro.recover import RecoverConfig, StepRange
 from ostro.tracker import TrackerConfig, WandbConfig
 from ostro.units import Precision
 
@@ -88,6 +89,13 @@ class TrainerConfig:
     crash_on_nan: bool = True
     """Stop when the loss or the gradient is not finite, with the weights before that update.
     False leaves such updates out and goes on."""
+    skip_steps: list[StepRange] = field(default_factory=list)
+    """Steps whose batches are left out, as a list of `{first, last}`, both inclusive: these batches
+    are not read and nothing is updated. Step numbers, learning rate and data of all other steps
+    stay as they are."""
+    recover: RecoverConfig | None = None
+    """Go back and leave batches out after a spike of the loss, or one that is not finite, in place
+    of stopping. Null: never."""
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
     """Where and when to save."""
     load_checkpoint: bool | None = None
@@ -139,6 +147,7 @@ class TrainerConfig:
         if self.deepspeed is not None and self.deterministic_reduction:
             rule = "DeepSpeed sums gradients in its own order"
             yield Problem("deterministic_reduction", rule, "remove one of the two")
+        yield from self._recover_problems()
         for name in axes:
             if self.deepspeed is not None and getattr(self, name) > 1:
                 rule = "DeepSpeed lays out the devices by itself"
@@ -165,6 +174,20 @@ class TrainerConfig:
         if self.id is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.id):
             rule = "names folders: letters, digits, '.', '_' and '-' only"
             yield Problem("id", rule, "leave it out for a random one")
+
+    def _recover_problems(self) -> Iterator[Problem]:
+        """What `recover` cannot be combined with."""
+        if self.recover is None:
+            return
+        if self.deepspeed is not None:
+            rule = "DeepSpeed keeps its state where a roll-back cannot reach it"
+            yield Problem("recover", rule, "remove one of the two")
+        if not self.crash_on_nan:
+            rule = "crash_on_nan: false leaves updates that are not finite out and goes on"
+            yield Problem("recover", rule, "remove one of the two")
+        if self.checkpointer.format == "nanogpt":
+            rule = "each ckpt.pt replaces the one before, so there is none to go back to"
+            yield Problem("recover", rule, "set checkpointer.format: file or folder")
 
     def _mapping_problems(self) -> Iterator[Problem]:
         """Mesh axes that there are not, and splits that no model can do."""

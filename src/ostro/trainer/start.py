@@ -3,12 +3,20 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from ostro.checkpoint import Checkpointer, Decision, Saved, SavedFile, which_checkpoint
+from ostro.checkpoint import (
+    Checkpointer,
+    Decision,
+    Saved,
+    SavedFile,
+    find_latest,
+    which_checkpoint,
+)
 from ostro.distributed import World
 from ostro.errors import CheckpointError, ConfigError, Problem
 from ostro.models.lm_model import LmConfig, LmModel, initialize
@@ -16,6 +24,7 @@ from ostro.nn import axes_of
 from ostro.nn.collectives import local
 from ostro.optim import LossScaler, OptimizerConfig
 from ostro.parallel import Mesh, arrange, compile_blocks, shard
+from ostro.recover import Recovery
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.deepspeed import DeepSpeedEngine, deepspeed_settings
 from ostro.trainer.deterministic import DeterministicEngine
@@ -94,22 +103,43 @@ def allocate(
     """Memory and initial weights for a model of `build_model`, and what trains it."""
     model.to_empty(device=device)
     initialize(model, trainer.seed)
-    axes = axes_of(model)
     with torch.no_grad():
         parameters = {name: _part(parameter) for name, parameter in model.named_parameters()}
-    skip_step = optimizer.skip_step
-    # DeepSpeed scales by itself.
-    scales = trainer.mp.compute == "float16" and trainer.deepspeed is None
     return TrainState(
         model,
         parameters,
-        optimizer.build({name: (p, axes[name]) for name, p in parameters.items()}),
         seed=trainer.seed,
         device=device,
-        skip_step=skip_step.build(device) if skip_step else None,
-        loss_scaler=LossScaler(device) if scales else None,
         crash_on_nan=trainer.crash_on_nan,
+        **_fresh(model, parameters, optimizer, trainer, device),
     )
+
+
+def begin_again(state: TrainState, optimizer: OptimizerConfig, trainer: TrainerConfig) -> None:
+    """Make the state what `allocate` made it, in the same memory."""
+    state.reshard()
+    initialize(state.model, trainer.seed)
+    state.optimizer.state.clear()  # not both moments at a time
+    state.begin(**_fresh(state.model, state.parameters, optimizer, trainer, state.device))
+
+
+def _fresh(
+    model: LmModel,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """An optimizer and guards that have seen nothing."""
+    axes, skip_step = axes_of(model), optimizer.skip_step
+    # DeepSpeed scales by itself.
+    scales = trainer.mp.compute == "float16" and trainer.deepspeed is None
+    return {
+        "optimizer": optimizer.build({name: (p, axes[name]) for name, p in parameters.items()}),
+        "skip_step": skip_step.build(device) if skip_step else None,
+        "loss_scaler": LossScaler(device) if scales else None,
+        "recovery": Recovery(trainer.recover, trainer.skip_steps),
+    }
 
 
 def _part(parameter: nn.Parameter) -> nn.Parameter:
@@ -136,6 +166,12 @@ def find_start(trainer: TrainerConfig, checkpointer: Checkpointer, world: World)
         load_checkpoint_path=trainer.load_checkpoint_path,
         initialize_from=trainer.initialize_from,
     )
+    own = checkpointer.folder
+    if trainer.recover and trainer.load_checkpoint is False and find_latest(own, world):
+        raise CheckpointError(
+            f"trainer.load_checkpoint = false - {own} holds checkpoints of an earlier run, to which"
+            " trainer.recover must not go back - take another trainer.id, or delete them"
+        )
     for warning in decision.warnings:
         log.warning("%s", warning)
     log.info("%s", decision.message)

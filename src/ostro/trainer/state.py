@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ostro.checkpoint import Saved, SavedFile, Stored, copy_into, whole
+from ostro.checkpoint import Saved, SavedFile, State, Stored, copy_into, whole
 from ostro.errors import CheckpointError
 from ostro.models.lm_model import LmModel
+from ostro.nn.collectives import local
 from ostro.optim import LossScaler, SkipStep, optimizer_tensors
+from ostro.recover import Recovery
 
 
 class TrainState:
@@ -34,25 +36,38 @@ class TrainState:
         skip_step: SkipStep | None = None,
         loss_scaler: LossScaler | None = None,
         crash_on_nan: bool = True,
+        recovery: Recovery | None = None,
     ):
         self.model = model
-        self.optimizer = optimizer
         self.seed = seed
         self.device = device
+        self.crash_on_nan = crash_on_nan
+        self.parameters = dict(parameters)
+        """What the optimizer works on: this rank's part of each parameter, by name."""
+        self.num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        """Trained parameters, a shared one counted once, before any are split over ranks."""
+        self.begin(optimizer, skip_step, loss_scaler, recovery or Recovery())
+
+    def begin(
+        self,
+        optimizer: torch.optim.Optimizer,
+        skip_step: SkipStep | None,
+        loss_scaler: LossScaler | None,
+        recovery: Recovery,
+    ) -> None:
+        """Before the first update, with an optimizer and guards that have seen nothing."""
+        self.optimizer = optimizer
         self.skip_step = skip_step
         self.loss_scaler = loss_scaler
-        self.crash_on_nan = crash_on_nan
+        self.recovery = recovery
+        """Batches to leave out, and when to go back."""
         self.step = 0
         """Updates made so far, and the index of the next one."""
         self.best_eval_loss = inf
         """The lowest `eval/loss` so far."""
         self.eval_loss = nan
         """The last `eval/loss`."""
-        self.parameters = dict(parameters)
-        """What the optimizer works on: this rank's part of each parameter, by name."""
-        self.num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        """Trained parameters, a shared one counted once, before any are split over ranks."""
-        self._halted = torch.zeros((), dtype=torch.bool, device=device)
+        self._halted = torch.zeros((), dtype=torch.bool, device=self.device)
 
     def seed_dropout(self, step: int, micro_batch: int, part: int = 0) -> None:
         """Make dropout of this micro-batch, or part of its sequences, a function of (seed, step,
@@ -94,9 +109,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint, by group: `model`, `optimizer`, `state`. Not copies."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # an evaluation leaves the outermost parameters whole
+        self.reshard()
         state = {"random.torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -107,6 +120,12 @@ class TrainState:
             "optimizer": self._optimizer_tensors(),
             "state": state,
         }
+
+    def reshard(self) -> None:
+        """Split what an evaluation leaves whole: the outermost parameters."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's tensors; those of a split parameter are split as it is."""
@@ -131,14 +150,24 @@ class TrainState:
         """The numbers of a checkpoint that are not tensors."""
         losses = {"best_eval_loss": self.best_eval_loss, "eval_loss": self.eval_loss}
         known = {name: loss if isfinite(loss) else None for name, loss in losses.items()}
-        return {"step": self.step, **known}
+        return {"step": self.step, **known, "recover": self.recovery.state_dict()}
 
     def load(self, saved: Saved | SavedFile) -> None:
         """Take over the state of a checkpoint; `CheckpointError` when it does not fit."""
         own = self.tensors()
         for what in ("model", "optimizer"):
             _copy(saved.stored(what), own[what], str(saved), what)
-        state = saved.tensors("state")
+        self._load_rest(saved.tensors("state"), saved.values)
+
+    def restore(self, snapshot: State) -> None:
+        """Take over a copy that was made of this very state."""
+        own = self.tensors()
+        for what in ("model", "optimizer"):
+            for name, target in own[what].items():
+                local(target).copy_(local(snapshot.tensors[what][name]))
+        self._load_rest(snapshot.tensors["state"], snapshot.values)
+
+    def _load_rest(self, state: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         for prefix, guard in self._guards().items():
             own = {
                 n.removeprefix(f"{prefix}."): t for n, t in state.items() if n.startswith(prefix)
@@ -149,7 +178,7 @@ class TrainState:
             torch.set_rng_state(state["random.torch"])
         if "random.cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random.cuda"], self.device)
-        self.load_values(saved.values)
+        self.load_values(values)
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Take over the numbers of a checkpoint."""
@@ -158,6 +187,9 @@ class TrainState:
         self.best_eval_loss = inf if best is None else float(best)
         last = values.get("eval_loss")
         self.eval_loss = nan if last is None else float(last)
+        if "recover" in values:
+            self.recovery.load_state_dict(values["recover"])
+        self._halted.zero_()
 
     def _guards(self) -> dict[str, SkipStep | LossScaler]:
         guards = {"skip_step": self.skip_step, "loss_scaler": self.loss_scaler}

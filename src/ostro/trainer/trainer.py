@@ -1,5 +1,6 @@
 """The training loop: one update, many updates, and the state between them."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,23 +11,33 @@ from ostro.data.sequences import Batch
 from ostro.errors import OstroError
 from ostro.optim import Schedule
 from ostro.phases import mark
+from ostro.recover import Spike, StepRange
 from ostro.throughput import Throughput
 from ostro.tracker import Tracker
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.engine import Engine
 
+log = logging.getLogger("ostro")
+
 
 class TrainingDivergedError(OstroError):
-    """The loss or the gradient was not finite, and the run was told to stop for that."""
+    """The loss or the gradient was not finite, or spiked, and the run was told to act on that."""
 
-    def __init__(self, step: int, loss: float, norm: float):
-        self.step = step
-        super().__init__(
-            f"step {step}: loss = {loss}, gradient norm = {norm} - training diverged; the weights"
-            " are those before this update - lower optimizer.learning_rate, lengthen"
-            " optimizer.warmup, set optimizer.skip_bad_steps: true, or go on regardless with"
-            " trainer.crash_on_nan: false"
-        )
+    def __init__(self, spike: Spike, windows: Sequence[StepRange] = ()):
+        """`windows`: what roll-backs left out before, if no more of them are allowed."""
+        self.spike = spike
+        advice = "lower optimizer.learning_rate, lengthen optimizer.warmup"
+        if windows:
+            left_out = ", ".join(map(str, windows))
+            what = (
+                f"training diverged again after {len(windows)} roll-backs that left out {left_out}"
+            )
+            advice += ", or raise trainer.recover.max_rollbacks"
+        else:
+            what = "training diverged; the weights are those before this update"
+            advice += ", set optimizer.skip_bad_steps: true or trainer.recover: {}, or go on"
+            advice += " regardless with trainer.crash_on_nan: false"
+        super().__init__(f"step {spike.step}: {spike.reason} - {what} - {advice}")
 
 
 class Trainer:
@@ -61,7 +72,7 @@ class Trainer:
         self.throughput = throughput
         self.poll = poll
         self.before_update = before_update
-        self._pending: list[tuple[int, float, dict[str, torch.Tensor]]] = []
+        self._pending: list[tuple[int, dict[str, torch.Tensor] | None]] = []
         self._restart_clock()
 
     def train_step(self, step: int, batch: Batch) -> dict[str, torch.Tensor]:
@@ -91,20 +102,23 @@ class Trainer:
     def fit(self, batches: Iterator[Batch], callbacks: Sequence[Callback] = ()) -> None:
         """Make the updates that are left of `num_train_steps`, calling the hooks after each.
 
-        Raises `TrainingDivergedError`; lets what `poll` and `batches` raise through, with the
-        state of the last whole update.
+        `batches` has none for the steps that are left out; the hooks are called there too. Raises
+        `TrainingDivergedError`; lets what `poll` and `batches` raise through, with the state of the
+        last whole update.
         """
         num_steps = self.config.num_train_steps
         self._restart_clock()
         for step in range(self.state.step, num_steps):
             info = StepInfo(step, is_last=step == num_steps - 1)
-            start = time.perf_counter()
-            mark("data", step)
-            batch = next(batches)
-            self._loading_time += time.perf_counter() - start
-            figures = self.train_step(step, batch)
+            figures = None
+            if not self.state.recovery.skips(step):
+                start = time.perf_counter()
+                mark("data", step)
+                batch = next(batches)
+                self._loading_time += time.perf_counter() - start
+                figures = self.train_step(step, batch)
             self.state.step = step + 1
-            self._pending.append((step, self.schedule(step), figures))
+            self._pending.append((step, figures))
 
             if info.is_last or step % self.config.log_interval == 0:
                 self.flush()
@@ -116,52 +130,63 @@ class Trainer:
     def flush(self) -> None:
         """Hand the figures of the steps since the last flush to the tracker.
 
-        Hooks that read or save the state call it first. This is where the host waits for the
-        device. A step that was not finite is reported like any other, and then ends the run,
-        unless `crash_on_nan` is false.
+        Hooks that read or save the state call it first, on all ranks. This is where the host waits
+        for the device. A step that was not finite, or the end of a spike, is reported like any
+        other and then raised, unless `crash_on_nan` is false.
         """
         if not self._pending:
             return
-        names = list(self._pending[0][2])
-        rows = torch.stack(
-            [torch.stack([f[n].float() for n in names]) for _, _, f in self._pending]
-        )
-        values = rows.tolist()  # the one wait for the device
+        made = self._read({step: f for step, f in self._pending if f is not None})
         pending, self._pending = self._pending, []
-        rates = self._rates(pending[0][0], pending[-1][0])
-        diverged = None
-        for (step, lr, _), row in zip(pending, values, strict=True):
-            metrics = dict(zip(names, row, strict=True))
-            loss, norm = metrics["train/loss"], metrics["grad/norm/total"]
+        rates, last = self._rates(list(made)), max(made, default=None)
+        spike = None
+        for step, _ in pending:
+            metrics: dict[str, float] = made.get(step, {})
+            if step in made:
+                diverged = bool(metrics.pop("diverged")) and self.config.crash_on_nan
+                loss, norm = metrics["train/loss"], metrics["grad/norm/total"]
+                spike = spike or self.state.recovery.observe(step, loss, norm, diverged)
+                metrics |= {"optim/learning_rate": self.schedule(step)}
+            else:
+                metrics["train/skipped_batch"] = 1.0
+                log.info("step %d: its batch is left out", step)
             metrics |= {
-                "optim/learning_rate": lr,
                 "global_step": step,
                 "run_progress": (step + 1) / self.config.num_train_steps,
             }
-            if step == pending[-1][0]:
-                metrics |= rates
-            if metrics.pop("diverged") and diverged is None:
-                diverged = TrainingDivergedError(step, loss, norm)
-            self.tracker.log(metrics, step=step)
-        if diverged is not None and self.config.crash_on_nan:
-            self.state.step = diverged.step  # later updates were masked too
-            raise diverged
+            self.tracker.log(metrics | rates if step == last else metrics, step=step)
+        if spike is not None:
+            if self.config.recover is None:
+                self.state.step = spike.step  # later updates were masked too
+            raise TrainingDivergedError(spike)
 
-    def _rates(self, first: int, last: int) -> dict[str, float]:
-        """Throughput over the steps since the last flush, hooks left out."""
-        schedule, num_steps = self.plan.schedule, last - first + 1
+    def _read(self, figures: dict[int, dict[str, torch.Tensor]]) -> dict[int, dict[str, float]]:
+        """Figures by step as numbers: the first rank's on all, which have to decide alike."""
+        if not figures:
+            return {}
+        names = list(next(iter(figures.values())))
+        rows = torch.stack([torch.stack([f[n].float() for n in names]) for f in figures.values()])
+        values = self.engine.world.from_first(rows.tolist())  # the one wait for the device
+        named = (dict(zip(names, row, strict=True)) for row in values)
+        return dict(zip(figures, named, strict=True))
+
+    def _rates(self, steps: Sequence[int]) -> dict[str, float]:
+        """Throughput over the updates since the last flush, hooks left out."""
         seconds = time.perf_counter() - self._interval_start - self._hook_time
-        rates = self.throughput.metrics(
-            num_examples=schedule.offset(last + 1) - schedule.offset(first),
-            num_steps=num_steps,
-            seconds=seconds,
-            total_examples=schedule.offset(last + 1),
-        ) | {
-            "throughput/loading_time": self._loading_time / num_steps,
-            "throughput/hook_time": self._hook_time / num_steps,
-        }
+        hook_time, loading_time = self._hook_time, self._loading_time
         self._restart_clock()
-        return rates
+        if not steps:
+            return {}
+        schedule = self.plan.schedule
+        return self.throughput.metrics(
+            num_examples=sum(schedule.size(step) for step in steps),
+            num_steps=len(steps),
+            seconds=seconds,
+            total_examples=self.state.recovery.num_examples(schedule, steps[-1] + 1),
+        ) | {
+            "throughput/loading_time": loading_time / len(steps),
+            "throughput/hook_time": hook_time / len(steps),
+        }
 
     def _restart_clock(self) -> None:
         self._interval_start = time.perf_counter()
