@@ -1,5 +1,6 @@
 """Spikes: found in the losses alone, undone by going back, and by whichever way the same bits."""
 
+import functools
 import json
 import os
 import random
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import ostro, read_metrics, write_config
+from tiny_run import ostro, read_metrics, torchrun, write_config
 
 from ostro.checkpoint import find_latest
 from ostro.data.mixture import BatchSchedule
@@ -265,3 +266,27 @@ def test_after_so_many_rollbacks_it_stops_with_a_good_state_and_can_go_on(tmp_pa
     assert steps(tmp_path)[-1] == 25, "before the second spike, which began at 27"
     train(tmp_path, garbage(31), recover={**few, "max_rollbacks": 2}, **CHECKPOINTS)
     assert [window for _, _, window in rollbacks(tmp_path)] == [[23, 26], [26, 29]]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("settings", "to"),
+    [
+        ({"fsdp_axis": "embed", "recover": {**RECOVER, "snapshot_every": 20}}, [0, 20]),
+        ({"fsdp_axis": "embed", "recover": RECOVER, **CHECKPOINTS}, [6, 21]),
+        ({"fsdp_axis": None, "recover": RECOVER, **CHECKPOINTS}, [6, 21]),
+    ],
+    ids=["FSDP, start and snapshot", "FSDP, checkpoints", "copies, checkpoints"],
+)
+def test_two_processes_go_back_together(tmp_path, settings, to):
+    """First for a gradient that is not finite, then for garbage."""
+    two, given = tmp_path / "two", tmp_path / "given"
+    start = functools.partial(torchrun, 2)
+    train(two, garbage() + nan_at(11), start, **settings)
+    windows = [[10, 15], WINDOW]
+    assert [(to, window) for _, to, window in rollbacks(two)] == list(zip(to, windows, strict=True))
+    skip_steps = [{"first": first, "last": last} for first, last in windows]
+    train(
+        given, garbage() + nan_at(11), start, skip_steps=skip_steps, fsdp_axis=settings["fsdp_axis"]
+    )
+    assert_same(two, given)
