@@ -2,11 +2,12 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from tiny_run import WORDS, ostro, read_metrics, write_config
+from tiny_run import WORDS, merge, ostro, read_metrics, write_config
 
 from ostro.checkpoint import load
 from ostro.cli.arguments import load_run
@@ -87,14 +88,14 @@ def test_the_documents_named_are_those_of_the_batch(tmp_path, monkeypatch, data,
 
 MODELS = [
     ({"type": "gpt2"}, {"document_mask": True}, {"per_device_parallelism": 2}),
-    ({"type": "llama", "num_kv_heads": 1}, {}, {}),
+    ({"type": "llama", "num_kv_heads": 1}, {}, {"checkpointer": {"format": "file"}}),
 ]
 
 
 @pytest.mark.parametrize(("model", "data", "trainer"), MODELS)
 def test_the_losses_are_those_of_the_run(tmp_path, capsys, model, data, trainer):
     keep = {"checkpointer": {"keep": [{"every": 1}]}}
-    path = write_config(tmp_path, model=model, data=data, trainer=trainer | keep)
+    path = write_config(tmp_path, model=model, data=data, trainer=merge(trainer, keep))
     assert run_command(["train", "--config_path", str(path)]) == 0
     logged = read_metrics(tmp_path)
     capsys.readouterr()
@@ -243,6 +244,15 @@ def test_which_weights_are_taken(run, capsys):
     assert run_command(["why", "--step", "3", "--checkpoint", str(last), "--sort", "example"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in out[-4:]] == ["0", "1", "2", "3"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, run, capsys, caplog):
+    copy = shutil.copytree(run.parent / "checkpoints", tmp_path / "copy")
+    with open(copy / "tiny/step-4/model.safetensors", "ab") as file:
+        file.truncate(file.tell() - 1)
+    out = said(capsys, run, "--step", "5", "--checkpoint", str(copy))
+    assert "losses of the weights after update 2: this update began with those after" in out
+    assert "skipping a damaged checkpoint" in caplog.text
 
 
 def test_a_run_without_an_id_has_no_checkpoints(tmp_path, run, capsys, monkeypatch):

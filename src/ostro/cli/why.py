@@ -99,7 +99,8 @@ def _weights(
 def _about(saved: Saved | SavedFile | None, place: str, data: LMData, step: int) -> list[str]:
     """Which weights the losses are of, and what is wrong with them."""
     if saved is None:
-        return [f"no losses: no checkpoint from before this update in {place}"]
+        where = f"no checkpoint from before this update in {place}"
+        return [f"no losses: {where}; --checkpoint takes any"]
     when = "those that this update began with"
     if saved.step < step - 1:
         when = f"this update began with those after update {step - 1}"
