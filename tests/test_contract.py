@@ -293,6 +293,29 @@ def test_a_checkpoint_of_an_older_version_loads_and_says_what_it_does_not_hold(r
     assert not any(key.startswith("made_by") for key in keys(lines))
 
 
+def test_two_configurations_or_checkpoints_are_compared(run, capsys):
+    assert run("--optimizer.learning_rate", "5e-3")[0] == 0
+    folder = run.folder
+
+    def diff(before: Path, after: Path) -> set[str]:
+        capsys.readouterr()
+        assert run_command(["config", "diff", str(before), str(after)]) == 0
+        return keys(capsys.readouterr().out.splitlines())
+
+    checkpoints = folder / "checkpoints" / "tiny"
+    found = diff(checkpoints / "step-5", folder / "checkpoints")
+    assert found >= {*LONGER, "optimizer.learning_rate"} and "model.num_heads" not in found
+    # the log's folder of the second run against the file it was started with
+    changed = {"optimizer.learning_rate", "trainer.num_train_steps"}
+    assert diff(folder / "config.yaml", folder / "logs" / "tiny") == changed
+    assert diff(folder / "config.yaml", folder / "config.yaml") == {
+        "nothing that counts is different"
+    }
+    assert run_command(["config", "diff", str(folder / "config.yaml")]) == 2
+    assert run_command(["config", "diff", str(folder / "config.yaml"), "nope"]) == 2
+    assert "nope" in capsys.readouterr().err
+
+
 @pytest.mark.dist
 def test_two_ranks_say_it_once_and_refuse_together(run):
     words = ["train", "--config_path", run.folder / "config.yaml", "--trainer.num_train_steps", "8"]

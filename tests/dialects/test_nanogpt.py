@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,22 @@ def test_resume_is_exact(tmp_path):
     for name, value in whole["model"].items():
         assert torch.equal(value, halves["model"][name])
     assert whole["best_val_loss"] == halves["best_val_loss"]
+
+
+def test_every_setting_but_the_architecture_may_change_at_a_resume(tmp_path):
+    make_data(tmp_path)
+    train(tmp_path, *SMALL)
+    shutil.copytree(tmp_path / "data" / "tiny", tmp_path / "data" / "other")
+    data = np.fromfile(tmp_path / "data" / "other" / "train.bin", dtype="<u2")
+    data[::-1].tofile(tmp_path / "data" / "other" / "train.bin")
+    changed = ["learning_rate=5e-3", "min_lr=1e-3", "beta2=0.99", "weight_decay=0.2",
+               "grad_clip=0.5", "dropout=0.1", "batch_size=2", "gradient_accumulation_steps=1",
+               "max_iters=10", "lr_decay_iters=10", "warmup_iters=1", "dataset=other",
+               "dtype=bfloat16", "seed=5", "eval_interval=5"]  # fmt: skip
+    out = train(tmp_path, *SMALL, *changed, "init_from=resume").stdout
+    assert "optimizer.learning_rate: was 0.01, now 0.005 (learning_rate, --learning_rate)" in out
+    assert "warning: made_by.data.train: was " in out and " - refuse - " not in out
+    assert sorted(losses(tmp_path)) == list(range(10))
 
 
 def test_learning_rate_is_nanogpts(trained):

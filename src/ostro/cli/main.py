@@ -26,7 +26,8 @@ commands:
   why         the documents of a batch, and the loss of each
   cache       tokenise the data of a configuration, and stop
   config      show: the resolved settings and where each came from; schema: for editors;
-              translate: a configuration of nanoGPT or GPT-3 style files
+              translate: a configuration of nanoGPT or GPT-3 style files; diff: what one
+              configuration, run or checkpoint changes of another
   plan        sharding: where every parameter lies on so many devices; step: what each holds
               and sends in an update
   schedule    the learning rate, evaluations and permanent checkpoints by step

@@ -3,14 +3,19 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, SavedFile, find_latest
 from ostro.cli.arguments import Parser, explained, load_run, start_run, unexpected
 from ostro.cli.translate import translate
 from ostro.cluster import find_place
-from ostro.config import format_tree, json_schema, load
+from ostro.config import encode, format_tree, json_schema, load
+from ostro.contract import compare
 from ostro.distributed import World, pick_device
 from ostro.dry_run import describe_sharding, draw
 from ostro.errors import CheckpointError, ConfigError, DataError, Problem
@@ -49,12 +54,17 @@ def cache(argv: list[str], signals: Signals) -> None:
 
 
 def config(argv: list[str], signals: Signals) -> None:
-    """`ostro config show | schema | translate`."""
+    """`ostro config show | schema | translate | diff`."""
     if argv[:1] == ["translate"]:
         return translate(argv[1:])
-    about = "show: the resolved settings with origins; schema: for editors; translate: from others."
+    if argv[:1] == ["diff"]:
+        return diff(argv[1:])
+    about = (
+        "show: the resolved settings with origins; schema: for editors; translate: from others;"
+        " diff: of two."
+    )
     parser = Parser("config", about)
-    parser.add_argument("what", choices=["show", "schema", "translate"])
+    parser.add_argument("what", choices=["show", "schema", "translate", "diff"])
     parser.add_config_path(required=False)
     options, flags = parser.parse(argv)
     if options.what == "schema":
@@ -62,6 +72,28 @@ def config(argv: list[str], signals: Signals) -> None:
         print(json.dumps(json_schema(TrainLmConfig), indent=2))
         return
     print(format_tree(load_run(options.config_path, flags)))
+
+
+def diff(argv: list[str]) -> None:
+    """`ostro config diff A B`: what a run with the settings of B changes of one with those of A."""
+    about = "Say what B changes of A, and what a run that goes on would do about it."
+    parser = Parser("config diff", about, settings=None)
+    kinds = "a configuration, a run's folder, or a checkpoint"
+    parser.add_argument("runs", nargs=2, metavar="A B", help=kinds)
+    options, flags = parser.parse(argv)
+    unexpected(flags, "ostro config diff")
+    (before, was), (after, now) = map(_side, options.runs)
+    changes = compare(after, now, before, was, {})
+    print("\n".join(map(str, changes)) or "nothing that counts is different")
+
+
+def _side(path: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Settings as plain values, and what a checkpoint holds besides; a file holds nothing."""
+    saved = None if path.endswith((".yaml", ".yml")) else find_latest(path)
+    if saved is not None and "config.yaml" in saved.texts:
+        return yaml.safe_load(saved.texts["config.yaml"]), saved.values
+    file = f"{path}/config.yaml" if Path(path).is_dir() else path
+    return encode(load_run(file, []).config), {}
 
 
 def schedule(argv: list[str], signals: Signals) -> None:
