@@ -1,5 +1,6 @@
 """`ostro verify-resume` and `ostro chaos`: hit a run on purpose, and see that nothing is lost."""
 
+import json
 import random
 import tempfile
 from pathlib import Path
@@ -67,7 +68,7 @@ def _kinds(asked: list[str]) -> dict[str, tuple[str, ...]]:
 
 
 _SMALL_RUN = """
-data: {{train_urls: [{folder}/train.txt], validation_urls: [{folder}/validation.txt],
+data: {{train_urls: [{folder}/train.jsonl], validation_urls: [{folder}/validation.jsonl],
        cache_dir: {folder}/cache, tokenizer: bytes, shuffle: true, num_workers: 1}}
 model: {{type: gpt2, seq_len: 16, hidden_dim: 16, num_layers: 2, num_heads: 2, embed_pdrop: 0.1}}
 optimizer: {{learning_rate: 1e-2, warmup: 2, skip_bad_steps: {{rolling_interval_length: 4}}}}
@@ -79,9 +80,11 @@ def _small_run(folder: Path) -> str:
     """A configuration that trains in half a second, with its text, in a folder."""
     draw = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, count in (("train.txt", 2000), ("validation.txt", 200)):
-        words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(count)]
-        (folder / name).write_text(" ".join(words) + "\n")
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(2200)]
+    texts = [" ".join(words[i : i + 20]) for i in range(0, 2200, 20)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "train.jsonl").write_text("".join(lines[:100]))
+    (folder / "validation.jsonl").write_text("".join(lines[100:]))
     path = folder / "small.yaml"
     path.write_text(_SMALL_RUN.format(folder=folder.absolute()))
     return str(path)

@@ -28,13 +28,12 @@ from ostro.doctor.faults import (
     SIGNALS,
     Counted,
     Fault,
-    Strike,
     damage,
     plan,
 )
+from ostro.doctor.scenarios import Change, Scenario, stage, unchanged
 from ostro.errors import OstroError
 from ostro.lm_config import TrainLmConfig, replace_trainer
-from ostro.tracker import JsonLoggerConfig, NoopConfig, Tracker
 
 KINDS: dict[str, tuple[str, ...]] = {
     "kill -9": (*FRESH, *KILLED_IN),
@@ -44,12 +43,15 @@ KINDS: dict[str, tuple[str, ...]] = {
     "flipped bit": ("backward",),
     "slow rank": ("data", "forward", "backward", "update"),
     "dead rank": ("data", "forward", "backward", "update"),
+    "stalled rank": ("data", "forward", "backward", "update"),
+    "NaN gradient": ("stop", "skip", "roll back"),
+    "bad record": ("stop", "skip"),
     "unreachable tracker": ("start", "log"),
 }
 """What is injected, and where."""
 EVERY = 3
 """Updates between two checkpoints."""
-_MARKER = re.compile(r"doctor: (.*); complete: (\S+), .*the main thread in (\S+) of step (\d+)")
+_MARKER = re.compile(r"doctor: (.*); complete: (\S+),.* main thread in (\S+) of step (\d+)")
 
 
 class ChaosError(OstroError):
@@ -122,11 +124,11 @@ class Campaign:
         counts = self._reference(_like(kind, where)).counts
         return counts.get(where) or counts["backward"]
 
-    def _reference(self, name: str) -> Reference:
-        """The undisturbed run on one process, on two, or compiled; made when it is needed."""
+    def _reference(self, name: str, change: Change = unchanged) -> Reference:
+        """What an undisturbed run leaves, with a change of its settings; made when needed."""
         if name not in self._references:
-            folder, counted = self._folder / f"reference-{name}", Counted()
-            (folder / "counts.json").parent.mkdir(parents=True)
+            folder, counted = self._folder / f"reference {name}", Counted()
+            folder.mkdir(parents=True)
 
             @contextlib.contextmanager
             def counting() -> Iterator[None]:
@@ -134,7 +136,7 @@ class Campaign:
                 (folder / "counts.json").write_text(json.dumps(counted.counts))
 
             orders = [Orders(counted, wrapper=counting)] + [Orders()] * (name == "two")
-            config = self._variant(name, folder)
+            config = change(self._in(folder, compiles=name == "compiled"))
             ended = train(config, folder / "output.log", orders)
             if any(one.code for one in ended):
                 raise ChaosError(f"the undisturbed run failed:\n{_tail(ended[0].output)}")
@@ -142,49 +144,47 @@ class Campaign:
             self._references[name] = Reference(*_left(folder), counts)
         return self._references[name]
 
-    def _variant(self, name: str, folder: Path, saves_async: bool = True) -> TrainLmConfig:
+    def _in(
+        self, folder: Path, *, compiles: bool = False, saves_async: bool = True
+    ) -> TrainLmConfig:
         config = quiet(self._config, folder, [CheckpointInterval(EVERY)])
         checkpointer = dataclasses.replace(config.trainer.checkpointer, async_save=saves_async)
-        config = replace_trainer(config, checkpointer=checkpointer, compile=name == "compiled")
-        return config
+        return replace_trainer(config, checkpointer=checkpointer, compile=compiles)
 
     def _trial(self, fault: Fault, folder: Path) -> int:
         """Inject a fault and start again until the run is done; returns the updates lost."""
         folder.mkdir(parents=True)
-        name = _like(fault.kind, fault.where)
-        reference, two = self._reference(name), name == "two"
-        saves_async = fault.seed % 4 > 0
-        config = self._variant(name, folder, saves_async)
-        strike = Strike(_times(fault), folder / "checkpoints")
-        if fault.kind == "unreachable tracker":
-            config = replace_trainer(config, tracker=[JsonLoggerConfig(), NoopConfig()])
-            hit = [Orders(wrapper=lambda: _unreachable(fault))]
-        else:
-            hit = [Orders()] * two + [Orders(strike)]
+        name, saves_async = _like(fault.kind, fault.where), fault.seed % 4 > 0
+        config = self._in(folder, compiles=name == "compiled", saves_async=saves_async)
+        scenario = stage(fault, config, folder)
         output = folder / "hit.log"
-        ended = self._hit(fault, config, hit, output)
-        made, complete = _reached(fault, ended[0].output)
-        codes = [one.code for one in ended]
-        _expect_code(fault, codes)
-        if fault.kind in DAMAGES and complete >= 0:
+        if fault.where == "import":
+            ended = [self._hit_import(fault, config, output.with_suffix(".yaml"))]
+        else:
+            ended = train(scenario.hit, output, scenario.orders, patience=300)
+        codes = tuple(one.code for one in ended)
+        if codes not in scenario.codes:
+            expected = " or ".join(map(str, scenario.codes))
+            raise ChaosError(f"ended with {codes}, not {expected}:\n{_tail(ended[0].output)}")
+        made, complete = _reached(scenario, ended[0].output)
+        damaged = fault.kind in DAMAGES and complete >= 0
+        if damaged:
             output.write_text(damage(fault, folder / "checkpoints") + "\n")
         lost = 0
         if any(codes):
-            again = self._again(config, folder, 1 + two)
-            lost = self._check_resume(fault, made, complete, again, saves_async)
-        _compare(reference, *_left(folder))
+            again = self._again(scenario.again, folder, len(codes))
+            lost = _lost(made, complete, again, saves_async, damaged)
+        reference = self._reference(name)
+        if scenario.like != unchanged:
+            reference = self._reference(scenario.name, scenario.like)
+        _compare(reference, *_left(folder), scenario.ignored)
         return lost
 
-    def _hit(
-        self, fault: Fault, config: TrainLmConfig, orders: list[Orders], output: Path
-    ) -> list[Ended]:
-        if fault.where != "import":
-            return train(config, output, orders, patience=300)
-        path = output.with_suffix(".yaml")
+    def _hit_import(self, fault: Fault, config: TrainLmConfig, path: Path) -> Ended:
         path.write_text(dump_yaml(config))
         words = ["train", "--config_path", str(path)]
         code, text = self._import(fault.nth, fault.kind, SIGNALS[fault.kind], words)
-        return [Ended(code, text, 0.0)]
+        return Ended(code, text, 0.0)
 
     def _import(self, nth: int, kind: str, signum: int, argv: list[str]) -> tuple[int, str]:
         code = IMPORT_FAULT.format(nth=nth, kind=kind, signum=int(signum), argv=argv)
@@ -201,63 +201,36 @@ class Campaign:
                 raise ChaosError(f"started again, it ended with {one.code}:\n{_tail(one.output)}")
         return ended[0]
 
-    def _check_resume(
-        self, fault: Fault, made: int, complete: int, again: Ended, saves_async: bool
-    ) -> int:
-        found = re.search(r"resuming from \S*step-(\d+)", again.output)
-        resumed = int(found[1]) if found else -1
-        if fault.kind in DAMAGES and complete >= 0:
-            if "skipping a damaged checkpoint" not in again.output or resumed >= complete:
-                raise ChaosError(f"the damaged step-{complete} was not skipped and named")
-            complete = resumed  # the one before; that there is one is checked by what is lost
-            made -= EVERY
-        if resumed < complete:
-            raise ChaosError(f"step-{complete} was complete, and it went on from {resumed}")
-        lost = max(made - resumed - 1, 0)
-        if lost > EVERY * (2 if saves_async else 1) + 1:  # one save may be under way
-            raise ChaosError(f"{lost} updates lost, and a save was due every {EVERY}")
-        return lost
+
+def _lost(made: int, complete: int, again: Ended, saves_async: bool, damaged: bool) -> int:
+    """Updates that were made again; raises `ChaosError` if that is more than there may be."""
+    found = re.search(r"resuming from \S*step-(\d+)", again.output)
+    resumed = int(found[1]) if found else -1
+    if damaged:
+        if "skipping a damaged checkpoint" not in again.output or resumed >= complete:
+            raise ChaosError(f"the damaged step-{complete} was not skipped and named")
+        complete, made = resumed, made - EVERY  # what the damaged one held is lost
+    if resumed < complete:
+        raise ChaosError(f"step-{complete} was complete, and it went on from {resumed}")
+    lost = max(made - resumed - 1, 0)
+    if lost > EVERY * (2 if saves_async else 1) + 1:  # one save may be under way
+        raise ChaosError(f"{lost} updates lost, and a save was due every {EVERY}")
+    return lost
 
 
 def _like(kind: str, where: str) -> str:
-    """The undisturbed run that a fault's run is compared with."""
+    """The undisturbed run that has as many phases as a fault's run."""
     return "two" if kind.endswith("rank") else "compiled" if where == "compile" else "one"
 
 
-def _times(fault: Fault) -> Fault:
-    """Damage needs two checkpoints: its run is killed in the last updates."""
-    return dataclasses.replace(fault, kind="kill -9") if fault.kind in DAMAGES else fault
-
-
-def _reached(fault: Fault, output: str) -> tuple[int, int]:
+def _reached(scenario: Scenario, output: str) -> tuple[int, int]:
     """Updates made and the newest complete checkpoint when it struck, as the log says."""
-    if fault.kind == "unreachable tracker":
-        if "tracker noop failed" not in output:
-            raise ChaosError("the log has no word of the tracker")
-        return 0, -1
+    if scenario.marker not in output:
+        raise ChaosError(f"the log does not say {scenario.marker!r}:\n{_tail(output)}")
     if not (found := _MARKER.search(output)):
-        raise ChaosError(f"the log has no marker of the fault:\n{_tail(output)}")
+        return 0, -1
     complete = -1 if found[2] == "none" else max(map(int, found[2].split(",")))
     return int(found[4]), complete
-
-
-def _expect_code(fault: Fault, codes: list[int]) -> None:
-    """What each kind of fault must end a run with."""
-    allowed: dict[str, tuple[tuple[int, ...], ...]] = {
-        "kill -9": ((-9,),),
-        "truncated file": ((-9,),),
-        "flipped bit": ((-9,),),
-        "SIGTERM": ((143,), (0,)),  # 0: it came too late to stop anything
-        "full disk": ((0,), (2,)),  # 2: the last save of the run failed
-        "slow rank": ((0, 0),),
-        "dead rank": ((1, -9),),
-        "unreachable tracker": ((0,),),
-    }
-    expected = allowed[fault.kind]
-    if fault.kind == "SIGTERM" and fault.where == "import":
-        expected = ((143,), (-15,))  # before our handlers are there
-    if tuple(codes) not in expected:
-        raise ChaosError(f"ended with {codes}, not {' or '.join(map(str, expected))}")
 
 
 def _left(folder: Path) -> tuple[dict[str, str], dict[int, dict[str, object]]]:
@@ -270,41 +243,17 @@ def _left(folder: Path) -> tuple[dict[str, str], dict[int, dict[str, object]]]:
 
 
 def _compare(
-    reference: Reference, files: Mapping[str, str], history: Mapping[int, Mapping[str, object]]
+    reference: Reference,
+    files: Mapping[str, str],
+    history: Mapping[int, Mapping[str, object]],
+    ignored: range,
 ) -> None:
     different = [name for name in reference.files if files.get(name) != reference.files[name]]
     if different:
         raise ChaosError(f"{', '.join(different)} differ from the undisturbed run's")
     for step, figures in reference.history.items():
-        if history.get(step) != figures:
+        if step not in ignored and history.get(step) != figures:
             raise ChaosError(f"step {step} logged {history.get(step)}, undisturbed {figures}")
-
-
-@contextlib.contextmanager
-def _unreachable(fault: Fault) -> Iterator[None]:
-    """In the child: the tracker `noop` stands for a service that cannot be reached."""
-    draw, build = fault.draw, NoopConfig.build
-
-    class Unreachable(Tracker):
-        name = "noop"
-
-        def log(self, metrics: Mapping[str, float], step: int) -> None:
-            if draw.random() < 0.7:
-                raise ConnectionError("the service cannot be reached")
-
-        def finish(self) -> None:
-            raise TimeoutError("the service does not answer")
-
-    def start(self: NoopConfig, run: object) -> Tracker:
-        if fault.where == "start":
-            raise ConnectionError("the service cannot be reached")
-        return Unreachable()
-
-    NoopConfig.build = start  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        NoopConfig.build = build  # type: ignore[method-assign]
 
 
 def table(rows: Mapping[tuple[str, str], Row]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ostro.doctor.children import strike
+from ostro.doctor.children import sleep_on, strike
 
 KILLED_IN = ("data", "forward", "backward", "update", "evaluation", "save", "commit")
 """Phases of a run in which a forked process is killed and asked to stop."""
@@ -104,6 +104,9 @@ class Strike:
         elif fault.kind == "slow rank":
             strike(0, what)
             time.sleep(fault.draw.uniform(0.5, 1.5))
+        elif fault.kind == "stalled rank":
+            strike(0, what)
+            sleep_on()
 
     def _fill(self) -> None:
         """The disk is full, for this write or, for odd seeds, from now on."""
