@@ -244,6 +244,9 @@ def test_which_weights_are_taken(run, capsys):
     assert run_command(["why", "--step", "3", "--checkpoint", str(last), "--sort", "example"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in out[-4:]] == ["0", "1", "2", "3"]
+    skip = ["--trainer.skip_steps", "[{first: 2, last: 3}]"]
+    assert "trainer.skip_steps leaves this batch out" in said(capsys, run, "--step", "3", *skip)
+    assert "leaves this batch out" not in said(capsys, run, "--step", "4", *skip)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, run, capsys, caplog):

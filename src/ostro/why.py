@@ -22,6 +22,7 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.errors import ConfigError, Problem
 from ostro.lm_config import TrainLmConfig
 from ostro.models.lm_model import LmModel, inference
+from ostro.recover import Recovery
 from ostro.train_lm import with_epochs
 
 _TOKENS_AT_ONCE = 8192
@@ -128,6 +129,8 @@ def explain(
         for name, source in config.data.sources().items()
         if isinstance(data.documents.get(name), TokenFiles) and not isinstance(source, TokensSource)
     ]
+    if Recovery(skip_steps=config.trainer.skip_steps).skips(step):
+        notes.append("trainer.skip_steps leaves this batch out: the run makes no update from it")
     return Explanation(step, size, train.seq_len, mean, found, notes)
 
 
