@@ -2,15 +2,37 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from tiny_run import torchrun_words
+from tiny_run import torchrun_words, write_config
 
 PROGRAM = Path(__file__).with_name("signals_program.py")
 PHASES = ("data", "backward", "evaluation", "sample", "stage")
+
+COMPILING = """
+import os, signal, sys, threading
+from ostro.cli.main import run_command
+from ostro.phases import listening
+def listener(phase):
+    if phase == "compile":
+        threading.Timer(2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        print("compiles", flush=True)
+with listening(listener):
+    sys.exit(run_command(["train", *sys.argv[1:]]))
+"""
+IN_C = """
+import contextlib, hashlib, sys
+from ostro.signals import Signals
+with Signals() as signals:
+    with signals.deferred(lambda: False) if sys.argv[1] == "True" else contextlib.nullcontext():
+        print("begins", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, and Python is not asked meanwhile
+"""
 
 
 def found(words, signalled: int) -> list[dict]:
@@ -45,3 +67,32 @@ def test_one_process(tmp_path):
 def test_two_processes_of_which_one_gets_the_signal(tmp_path, signalled, flags):
     words = torchrun_words(2, PROGRAM, tmp_path, *PHASES, *flags)
     check(found(words, signalled), PHASES, 2)
+
+
+def test_a_compilation_is_broken_off(tmp_path):
+    path = write_config(tmp_path, trainer={"compile": True})
+    words = [sys.executable, "-c", COMPILING, "--config_path", str(path)]
+    environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None, "it is a pipe"
+        assert any(line == "compiles\n" for line in process.stdout)
+        begin = time.monotonic()
+        assert process.wait(120) == 143
+    assert time.monotonic() - begin < 12
+
+
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_c_code_does_not_keep_the_process(is_deferred):
+    """One signal ends it, or where something may be lost a second one."""
+    words = [sys.executable, "-c", IN_C, str(is_deferred)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"begins\n"
+        time.sleep(1)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        if is_deferred:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(9.5)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert time.monotonic() - begin < 12

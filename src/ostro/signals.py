@@ -6,6 +6,7 @@ raises `Interrupted` at once. A second signal ends the process on the spot.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import NoReturn
 from ostro.phases import place
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_PATIENCE = 8.0  # seconds in which the main thread heeds a signal, if it does at all
+_PATIENCE = 8  # seconds in which the main thread heeds a signal, if it does at all
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,9 +70,9 @@ class Signals:
         os.close(self._pipe)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._received is not None:
+        is_repeated, self._received = self._received is not None, signum
+        if is_repeated and not self._is_compiling():
             return  # `_insist` ends the process
-        self._received = signum
         if self._may_raise is None or self._may_raise():
             raise Interrupted(signum)
         name = signal.Signals(signum).name
@@ -81,20 +82,26 @@ class Signals:
 
     def _insist(self, come: int) -> None:
         """End the process at a second signal, or where the main thread does not heed the first."""
-        first = None
-        for byte in iter(lambda: os.read(come, 1), b""):
-            if byte[0] not in _SIGNALS:
-                continue
-            if first is not None:
-                _end(byte[0], "stopped at once by a second signal")
-            first = threading.Timer(_PATIENCE, self._end_if_unheeded, byte)
-            first.daemon = True
-            first.start()
+        signum = num_come = num_sent = waited = 0
+        while True:
+            if signum and not select.select([come], [], [], 1)[0]:
+                waited += 1
+                if self._received is None and self._may_raise is None and waited >= _PATIENCE:
+                    _end(signum, f"stopped by {signal.Signals(signum).name}")
+                if self._received is not None and self._is_compiling():  # torch lost the exception
+                    num_sent += 1
+                    signal.pthread_kill(threading.main_thread().ident or 0, signum)
+            elif not (byte := os.read(come, 1)):
+                break
+            elif byte[0] in _SIGNALS:
+                signum, num_come = byte[0], num_come + 1
+                if num_come - num_sent > 1:
+                    _end(signum, "stopped at once by a second signal")
         os.close(come)
 
-    def _end_if_unheeded(self, signum: int) -> None:
-        if self._received is None and self._may_raise is None:
-            _end(signum, f"stopped by {signal.Signals(signum).name}")
+    def _is_compiling(self) -> bool:
+        may_raise = self._may_raise is not None and self._may_raise()
+        return may_raise and place().phase == "compile"
 
     @property
     def received(self) -> bool:
