@@ -27,6 +27,7 @@ LEVELS = [
         "throughput",
         "allocator",
         "run_log",
+        "watchdog",
         "squad",
     },
     {"models", "checkpoint", "contract", "guard", "recover"},

@@ -66,7 +66,8 @@ class Meeting:
                     if rank == 0 and store.check(keys):
                         store.set(f"{name}/all", b",".join(store.multi_get(keys)))
                     if store.check([f"{name}/all"]) and me in store.get(f"{name}/all").decode():
-                        return dist.PrefixStore(name, store)
+                        self._round = dist.PrefixStore(name, store)
+                        return self._round
                     if time.monotonic() >= deadline:
                         missing = [r for r, key in enumerate(keys) if not store.check([key])]
                 if not place.has_agent and store.check([self._failure]):
@@ -103,6 +104,12 @@ class Meeting:
             f"a process of the run is gone without a word ({what}) - it was killed, or ran out of"
             " memory: see the last lines of the launcher and of that host's kernel log (dmesg)"
         )
+
+    def open_store(self, name: str) -> dist.Store:
+        """A store for the ranks that were gathered, by a connection that nothing else waits in."""
+        store = dist.PrefixStore(name, self._round.clone())
+        store.set_timeout(_PATIENCE)
+        return store
 
     def remember(self, name: str, value: str) -> str:
         """What the first process that asked for `name` gave, in this life of the store."""

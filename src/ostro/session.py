@@ -29,11 +29,12 @@ from ostro.errors import CheckpointError
 from ostro.evaluate import evaluate
 from ostro.hf import read_weights
 from ostro.lm_config import TrainLmConfig, vocab_size
+from ostro.meeting import Meeting
 from ostro.phases import mark, place
 from ostro.sample import complete_all
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput
-from ostro.tracker import Tracker
+from ostro.tracker import Tracker, run_folder
 from ostro.trainer import (
     BatchPlan,
     Engine,
@@ -45,6 +46,7 @@ from ostro.trainer import (
     restore,
 )
 from ostro.trainer.state import load_weights
+from ostro.watchdog import watching
 
 log = logging.getLogger("ostro")
 
@@ -109,7 +111,14 @@ class Session:
         Returns the metrics of the last evaluation. With `eval_only` that is all there is.
         """
         self._first_step = self.state.step
-        with self.signals.deferred(unless=self._loses_nothing), _compilation_marked():
+        trainer = self.config.trainer
+        assert trainer.id is not None, "the run id is chosen before"
+        meeting = Meeting.current if self.world.num_ranks > 1 else None
+        with (
+            self.signals.deferred(unless=self._loses_nothing),
+            _compilation_marked(),
+            watching(trainer.hang_timeout, run_folder(trainer.log_dir, trainer.id), meeting),
+        ):
             return self._fit()
 
     def _fit(self) -> dict[str, float]:

@@ -201,7 +201,9 @@ class Checkpointer:
     def join(self) -> None:
         """Save together with the other ranks from now on; all of them call it."""
         # The fastest writer waits for the slowest. That a rank is gone is seen at once.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.group = dist.new_group(
+            backend="gloo", timeout=timedelta(days=1), group_desc="checkpoint"
+        )
 
     def due(
         self,

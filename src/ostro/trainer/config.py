@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal
 
 from ostro.axes import (
@@ -98,6 +99,10 @@ class TrainerConfig:
     of stopping. Null: never."""
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
     """Where and when to save."""
+    hang_timeout: timedelta | None = timedelta(minutes=15)
+    """End the run, with a report of where every rank is, when none of them has begun any phase of
+    the work for so long: a batch, an evaluation batch, a compilation, a part of a checkpoint.
+    Null: wait for ever."""
     load_checkpoint: bool | None = None
     """Null: resume if there is a checkpoint, else start. True: must resume. False: never."""
     load_checkpoint_path: str | None = None
@@ -156,6 +161,8 @@ class TrainerConfig:
                 rule = "deterministic_reduction holds for the data axis only"
                 yield Problem(name, rule, "remove one of the two")
         yield from self._mapping_problems()
+        if self.hang_timeout is not None and self.hang_timeout <= timedelta():
+            yield Problem("hang_timeout", "must be longer than nothing", "null switches it off")
         for name in ("steps_per_eval", "max_eval_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
