@@ -268,3 +268,57 @@ def test_public_modules_classes_and_functions_have_docstrings():
             ):
                 wrong.append(f"{name}.{node.name}")
     assert wrong == []
+
+
+ROOT = SRC.parent
+FORBIDDEN = {
+    "eval", "exec", "os.system", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads",
+    "shelve.open", "torch.hub.load", "yaml.load", "yaml.load_all", "yaml.full_load",
+    "yaml.unsafe_load",
+}  # fmt: skip
+SAFE_ONLY_WITH = {"torch.load": ("weights_only", True)}
+UNSAFE_WITH = {"allow_pickle": True, "shell": True, "trust_remote_code": True}
+UNSAFE_METHODS = {"extract", "extractall"}  # of archives: they may write anywhere
+
+
+def unsafe_calls(tree: ast.AST) -> Iterator[str]:
+    """Calls that run what data says, or unpickle it."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        word, value = SAFE_ONLY_WITH.get(name, (None, None))
+        is_unsafe = name in FORBIDDEN or name.rpartition(".")[2] in UNSAFE_METHODS
+        is_unsafe |= word is not None and given.get(word) is not value
+        if is_unsafe or any(given.get(key) == value for key, value in UNSAFE_WITH.items()):
+            yield name
+
+
+def test_nothing_that_is_read_can_run():
+    """Pickles are read by torch's loader of plain weights, and in `data/meta.py` by one that knows
+    no classes. (DeepSpeed reads its own, from the folders of the run: see `docs/security.md`.)"""
+    folders = ["src", "benchmarks", "data", "examples"]
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    found = {}
+    for path in [*files, *ROOT.glob("*.py")]:
+        if calls := list(unsafe_calls(ast.parse(path.read_text()))):
+            found[path.relative_to(ROOT).as_posix()] = calls
+    assert found == {}
+    restricted = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, node.bases)
+    }
+    assert restricted == {"ostro.data.meta"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["torch.load(x)", "torch.load(x, weights_only=False)", "pickle.loads(x)", "a.extractall()",
+     "np.load(x, allow_pickle=True)", "yaml.load(x, Loader)", "eval(x)"],
+)  # fmt: skip
+def test_unsafe_calls_are_seen(code):
+    assert list(unsafe_calls(ast.parse(code)))
+    assert not list(unsafe_calls(ast.parse("torch.load(x, weights_only=True); model.eval()")))
