@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ostro import contract
 from ostro.allocator import keep_freed_memory
-from ostro.checkpoint import Saved, SavedFile
+from ostro.checkpoint import Saved, SavedFile, read_settings
 from ostro.config import check, dump_yaml, public
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
@@ -193,7 +192,7 @@ def keep_contract(
     """
     changes: list[contract.Change] = []
     if world.is_first and "config.yaml" in saved.texts:
-        saved_config = yaml.safe_load(saved.texts["config.yaml"])
+        saved_config = read_settings(saved.texts["config.yaml"], str(saved))
         changes = contract.compare(config, record, saved_config, saved.values, origins)
         if "made_by" not in saved.values:
             log.warning("%s does not say with which code, tokenizer and data it was made", saved)

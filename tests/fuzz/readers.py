@@ -261,10 +261,18 @@ def ledger_target(folder: Path) -> Target:
     outside = folder / "outside"
 
     def read(case: bytes) -> None:
-        mode, content = case[0] % 4, case[1:]
-        if mode == 0:
+        mode, content = case[0] % 6, case[1:]
+        if mode in (0, 4, 5):  # with the files, without them, and to be built again
             ledger.write_bytes(content)
-            cache.open_cache(replace(request, on_bad_record="skip"), CacheDir(str(home)))
+            wanted = replace(request, on_bad_record="skip", rebuild=mode == 5)
+            if mode == 4:
+                text.rename(text.with_suffix(".gone"))
+            try:
+                opened = cache.open_cache(wanted, CacheDir(str(home)))
+            finally:
+                if mode == 4:
+                    text.with_suffix(".gone").rename(text)
+            assert list(opened.documents.parts(0, opened.store.num_tokens))
         elif mode == 1:
             notes.write_bytes(content)
             cache._Writer(request, notes.parent, key).commit_quietly()
@@ -277,16 +285,29 @@ def ledger_target(folder: Path) -> Target:
             for name in ("outside", "base/cache/outside", "base/cache/train/tokens-00000.bin"):
                 remote.pipe_file(f"/{name}", b"x")
             remote.pipe_file("/base/cache/train/ledger.json", content)
-            CacheDir("memory://base/cache").fetch("train")
+            for _ in range(2):
+                CacheDir("memory://base/cache").fetch("train")
             assert not outside.exists()
 
-    for index, mode in ((0, 0), (1, 1), (2, 2), (0, 3)):
+    for index, mode in ((0, 0), (1, 1), (2, 2), (0, 3), (0, 4)):
         seeds.append(bytes([mode]) + seeds[index])
     evil = b'{"stored": ["../../outside"]}'
+    other = seeds[0].replace(b'"enforce_eos": true', b'"files": {}, "enforce_eos": false')
+    renamed = seeds[0].replace(b'a.txt",\n    300', b'b.txt",\n    301')
+    assert seeds[0] not in (other, renamed)
     return Target(
         [
             *seeds[3:],
-            *_cases((3, evil), (0, b"null"), (0, b"[" * 2000), (1, b"null\n"), (1, b"x\n")),
+            *_cases(
+                (3, evil),
+                (0, other),
+                (0, renamed),
+                (5, other),
+                (0, b"null"),
+                (0, b"[" * 2000),
+                (1, b"null\n"),
+                (1, b"x\n"),
+            ),
         ],
         read,
         _words('"key" "files" "shards" "stored" "position" ../ [ ] { } , : -1 1e999 null "uint16"'),
@@ -327,8 +348,8 @@ def manifest_target(folder: Path) -> Target:
     whole = dict(metadata.files)
 
     def read(case: bytes) -> None:
-        mode, content = case[0] % 3, case[1:]
-        if mode == 0:
+        mode, content = case[0] % 4, case[1:]
+        if mode in (0, 3):
             (step / "values.json").write_bytes(values)
             marker.write_bytes(content)
         else:
@@ -340,15 +361,26 @@ def manifest_target(folder: Path) -> Target:
                 files |= parts
             text = Metadata(0, 1.0, False, False, "id", "name", files).to_json()
             marker.write_text(text)
-        saved = store.load(str(step))
+        path = str(step)
+        if mode == 3:
+            remote.put(path, "/checkpoints/step-0", recursive=True)
+            path = "memory://checkpoints/step-0"
+        saved = store.load(path)
         saved.verify()
         for group in saved.groups:
             saved.tensors(group)
+        assert saved.step >= 0 and str(saved) == path
         discovery.scan(str(folder))
+        with contextlib.suppress(OstroError):
+            saved.tensors("nothing")
+        for no_checkpoint in (str(folder), str(folder / "nothing")):
+            with contextlib.suppress(OstroError):
+                store.load(no_checkpoint)
 
-    plain = marker.read_text()
+    plain, remote = marker.read_text(), fsspec.filesystem("memory")
     return Target(
-        _cases((0, plain), (1, shards), (2, values), (0, b"[" * 2000), (0, b"[]"), (0, b"{}"),
+        _cases((0, plain), (3, plain), (1, shards), (2, values), (0, b"[" * 2000),
+               (0, b"[]"), (0, b"{}"),
                (0, plain.replace('"format": 1', '"format": 9')),
                (0, plain.replace("values.json", "../values.json")),
                (0, plain.replace('"bytes": ', '"bytes": 1')),
@@ -368,7 +400,8 @@ def _record(path: Path, data: bytes) -> FileRecord:
 
 def pt_target(folder: Path) -> Target:
     """A `.pt` file; the pickle within one; `latest_checkpoint.pt` that names a folder."""
-    path = folder / "step_1.pt"
+    path, odd = folder / "step_1.pt", _nanogpt_content()
+    odd["model"]["lm_head.weight"] = torch.ones(2, 2)
     tensors = {"model": {"a": torch.ones(2)}, "optimizer": {"a.step": torch.ones(())}}
     content = single_file.FileFormat().pack(
         store.State(tensors, {"step": 1}, {"config.yaml": "seed: 1"})
@@ -377,6 +410,15 @@ def pt_target(folder: Path) -> Target:
     ours = path.read_bytes()
     single_file.write_file(path, _nanogpt_content())
     theirs = path.read_bytes()
+    odd["ostro"] = {"values": {}, "texts": {"config.yaml": "model: {}"}}
+    single_file.write_file(path, odd)
+    untied = path.read_bytes()
+    del odd["model"]["lm_head.weight"]
+    single_file.write_file(path, odd)
+    no_settings = path.read_bytes()
+    del odd["model"]["transformer.wte.weight"]
+    single_file.write_file(path, odd)
+    incomplete = path.read_bytes()
     torch.save(content, path, _use_new_zipfile_serialization=False)
     legacy = path.read_bytes()
     single_file.point_to(_empty(folder / "step-9"))
@@ -393,14 +435,18 @@ def pt_target(folder: Path) -> Target:
         else:
             _repack(ours if mode == 1 else theirs, content, path)
         saved = single_file.load_file(path)
-        single_file.read_file(path, check=False)
-        assert isinstance(saved.step, int)
+        content = single_file.read_file(path, check=False)
+        if nanogpt_file.NanoGptFormat().fits(content):
+            nanogpt_file.own_settings(content, path.name)
+        assert isinstance(saved.step, int) and str(saved) == str(path) and saved.texts is not None
         for group in ("model", "optimizer", "state"):
-            if group in saved.state.tensors:
+            with contextlib.suppress(OstroError):
                 saved.stored(group)
 
     return Target(
-        _cases((0, ours), (0, theirs), (0, legacy), (0, b"PK"), (1, _pickled(ours)), (3, pointer),
+        _cases((0, ours), (0, theirs), (0, legacy), (0, untied), (0, no_settings),
+               (0, incomplete), (0, b"PK"),
+               (1, _pickled(ours)), (3, pointer),
                (2, _pickled(theirs)), (3, b"{}"), (1, pickle.dumps({"model": {}}, 2)),
                (1, pickle.dumps([1], 2)), (1, pickle.dumps(Path("x"), 2)), (3, b"x"),
                (1, pickle.dumps(dict(content, values=1), 2)),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import yaml
+
 from ostro.errors import CheckpointError
 
 FORMAT = 3
@@ -77,6 +79,18 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where} - is damaged, it is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} - is damaged, it is not a JSON object")
+    return value
+
+
+def read_settings(text: str, where: str) -> dict[str, Any]:
+    """The `config.yaml` of a checkpoint as plain values, or a `CheckpointError`."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} - its config.yaml is damaged: {error}") from error
+    sections = isinstance(value, dict) and [value.get("model"), value.get("trainer")]
+    if not sections or not all(isinstance(section, dict) for section in sections):
+        raise CheckpointError(f"{where} - its config.yaml is damaged: it lacks model or trainer")
     return value
 
 

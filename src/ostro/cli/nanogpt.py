@@ -153,7 +153,7 @@ def saved_arguments(config: nanogpt.NanoGptConfig) -> Mapping[str, Any] | None:
     content = read_file(path, check=False)
     if not nanogpt_file.NanoGptFormat().fits(content):
         raise CheckpointError(f"{path} - is no checkpoint that nanoGPT wrote: it has no model_args")
-    return content["model_args"] | nanogpt_file.own_settings(content)
+    return content["model_args"] | nanogpt_file.own_settings(content, str(path))
 
 
 def _exists(name: str, folders: Sequence[Path]) -> bool:

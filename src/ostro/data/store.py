@@ -157,7 +157,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
             continue
         if isinstance(was, dict) and isinstance(now, dict):
             lines += _differences(was, now, f"{prefix}{key}.")
-        elif key == "files":
+        elif key == "files" and not prefix:
             lines.append(f"files: {_file_differences(was, now)}")
         else:
             lines.append(f"{prefix}{key}: built with {was}, the configuration has {now}")

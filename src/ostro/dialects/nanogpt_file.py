@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ostro.checkpoint import State, register_format
+from ostro.checkpoint import State, read_settings, register_format
 from ostro.config import dump_yaml, load
 from ostro.data.tokenizer import TokenizerConfig
 from ostro.dialects import nanogpt
@@ -91,7 +91,8 @@ class NanoGptFormat:
 
     def fits(self, content: Mapping[str, Any]) -> bool:
         """nanoGPT's files have `model_args`."""
-        return "model_args" in content and "model" in content
+        parts = (content.get("model_args"), content.get("ostro") or {})
+        return "model" in content and all(isinstance(part, dict) for part in parts)
 
 
 register_format("nanogpt", NanoGptFormat())
@@ -186,12 +187,14 @@ def _texts(content: Mapping[str, Any]) -> dict[str, str]:
     return {"config.yaml": dump_yaml(config)} | tokenizer_text(config.data.tokenizer)
 
 
-def own_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+def own_settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What nanoGPT's settings do not say of the model, where we wrote the file."""
-    text = ((content.get("ostro") or {}).get("texts") or {}).get("config.yaml")
-    if text is None:
+    texts = (content.get("ostro") or {}).get("texts")
+    text = texts.get("config.yaml") if isinstance(texts, dict) else None
+    if not isinstance(text, str):
         return {}
-    return {"activation_function": yaml.safe_load(text)["model"]["activation_function"]}
+    model = read_settings(text, where)["model"]
+    return {key: model[key] for key in ("activation_function",) if key in model}
 
 
 def tokenizer_text(tokenizer: TokenizerConfig) -> dict[str, str]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from ostro.checkpoint import Saved
+from ostro.checkpoint import Saved, read_settings
 from ostro.doctor.children import changed
 
 _GROUPS = {"model": "weights", "optimizer": "optimizer"}
@@ -51,7 +50,7 @@ def of_checkpoints(was: Saved, now: Saved, tolerance: float = 0.0) -> Iterator[D
     With a `tolerance` all weights together, and all tensors of the optimizer, may differ by that
     share of their norm, and the random state, which depends on the number of ranks, by anything.
     """
-    settings = [yaml.safe_load(saved.texts["config.yaml"]) for saved in (was, now)]
+    settings = [read_settings(saved.texts["config.yaml"], str(saved)) for saved in (was, now)]
     yield from of_settings(*settings)
     yield from _of_values(was.values, now.values, tolerance)
     squares: dict[str, list[float]] = {}  # part -> those of the differences, and of the values
