@@ -1,5 +1,6 @@
 """Pre-training a language model: the whole run as a story, top to bottom."""
 
+import contextlib
 import logging
 import shlex
 import time
@@ -12,7 +13,7 @@ import torch
 
 from ostro import contract
 from ostro.allocator import keep_freed_memory
-from ostro.checkpoint import Saved, SavedFile, read_settings
+from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
 from ostro.config import check, dump_yaml, public
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
@@ -94,7 +95,11 @@ def run(
             keep_freed_memory()
         log_dir = run_folder(config.trainer.log_dir, run_id)
         paths = RunPaths(log_dir, log_dir / config.trainer.log_file)
-        with logging_to(paths.log if world.is_first else None, config.trainer.log_level):
+        saves_to = trainer.checkpointer.folder(run_id)
+        with (
+            contextlib.nullcontext() if trainer.eval_only else alone_in(saves_to, world),
+            logging_to(paths.log if world.is_first else None, config.trainer.log_level),
+        ):
             world, mesh = lay_out(config.trainer, world)
             log.info("run %s on %s%s", run_id, world.device, _of(world, mesh))
             signals, origins = signals or Signals(), origins or {}

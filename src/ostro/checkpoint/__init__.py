@@ -19,6 +19,7 @@ from ostro.checkpoint.discovery import (
     verified,
     which_checkpoint,
 )
+from ostro.checkpoint.lock import alone_in
 from ostro.checkpoint.metadata import Metadata, read_settings
 from ostro.checkpoint.pieces import Stored, copy_into, whole
 from ostro.checkpoint.policy import CheckpointInterval, Policy
