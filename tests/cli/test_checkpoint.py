@@ -29,7 +29,7 @@ def folder(request, tmp_path):
 def state(step, **more):
     model = {"weight": torch.full((3, 2), float(step)), "same": torch.ones(2, dtype=torch.bfloat16)}
     values = {"step": step + 1, "eval_loss": 1 / step}
-    texts = {"config.yaml": f"trainer: {{id: me, seed: {step}}}\nsame: 1\n"}
+    texts = {"config.yaml": f"trainer: {{id: me, seed: {step}}}\nmodel: {{type: gpt2}}\n"}
     groups = {"model": model | more, "optimizer": {"weight.exp_avg": torch.full((2,), step / 2)}}
     return State(groups, values, texts)
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from ostro.checkpoint.metadata import read_settings
 from ostro.checkpoint.pieces import Stored
 from ostro.checkpoint.single_file import SavedFile
 from ostro.checkpoint.store import Saved, State
@@ -15,7 +15,7 @@ from ostro.errors import CheckpointError
 
 def differences(first: Saved | SavedFile, second: Saved | SavedFile) -> Iterator[str]:
     """A line for each setting, value and tensor that differs. Reads one tensor at a time."""
-    configs = [yaml.safe_load(saved.texts.get("config.yaml", "{}")) for saved in (first, second)]
+    configs = [_settings(saved) for saved in (first, second)]
     for what, pair in (("setting", configs), ("value", [first.values, second.values])):
         old, new = (dict(_flat(tree)) for tree in pair)
         for key in sorted({*old, *new}):
@@ -29,6 +29,11 @@ def differences(first: Saved | SavedFile, second: Saved | SavedFile) -> Iterator
         for name in sorted({*old, *new}):
             if fault := _tensor_difference(old.get(name), new.get(name)):
                 yield f"{group} {name}: {fault}"
+
+
+def _settings(saved: Saved | SavedFile) -> dict[str, Any]:
+    text = saved.texts.get("config.yaml")
+    return {} if text is None else read_settings(text, str(saved))
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
