@@ -21,6 +21,7 @@ from ostro.optim import AdamConfig
 
 WORLD = World(torch.device("cpu"))
 BASE = ["--data.source", "stdlib"]
+MIXED = ["--data.source", "null", "--data.configs"]
 DETERMINISTIC = ["--trainer.deterministic_reduction", "true"]
 
 
@@ -63,6 +64,9 @@ def changes(before, after) -> list[Change]:
         ([], [*DETERMINISTIC, "--trainer.per_device_parallelism", "1"],
          {"trainer.per_device_parallelism": "warn", "trainer.deterministic_reduction": "warn"}),
         ([], ["--model.num_heads", "6"], {"model.num_heads": "refuse"}),
+        ([*MIXED, "{a: stdlib}"], [*MIXED, "{a: stdlib, b: stdlib}", "--data.train_weights",
+                                   "{a: 1, b: 1}"],
+         {"data.configs.b": "accept", "data.train_weights": "warn"}),
         # another type is one change, whatever lies below it
         ([], ["--model.type", "llama"], {"model.type": "refuse"}),
         ([], ["--trainer.tracker", "[console, noop]"], {"trainer.tracker": "accept"}),

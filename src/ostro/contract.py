@@ -212,8 +212,9 @@ def report(changes: Iterable[Change], where: str) -> None:
         accepted = ", ".join(f"{change.key}: warn" for change in refused)
         raise CheckpointError(
             f"{where} - was saved by another kind of run:\n{lines}\n"
-            "  take the change back, or start anew with another trainer.id; if you mean it and\n"
-            f"  the shapes still fit, add --trainer.resume_policy '{{{accepted}}}'"
+            "  take the change back, or start anew: another trainer.id, no load_checkpoint_path, no\n"
+            "  initialize_from; if you mean it, and the shapes still fit, add\n"
+            f"  --trainer.resume_policy '{{{accepted}}}'"
         )
 
 
