@@ -212,7 +212,7 @@ def report(changes: Iterable[Change], where: str) -> None:
         accepted = ", ".join(f"{change.key}: warn" for change in refused)
         raise CheckpointError(
             f"{where} - was saved by another kind of run:\n{lines}\n"
-            "  take the change back, or start anew: another trainer.id, no load_checkpoint_path, no\n"
+            "  undo the change, or start anew: another trainer.id, no load_checkpoint_path or\n"
             "  initialize_from; if you mean it, and the shapes still fit, add\n"
             f"  --trainer.resume_policy '{{{accepted}}}'"
         )
