@@ -192,7 +192,7 @@ def compare(
         if policy == "refuse" and (value is _NO_SETTING or (was is _NO_SETTING and is_default)):
             policy = "warn"  # nobody chose it, and there is nothing to take back
         given = saved.get("given")
-        if is_default and was is not _NO_SETTING and given is not None and key not in given:
+        if is_default and was is not _NO_SETTING and isinstance(given, list) and key not in given:
             origin = "the default has changed"
         what = _what(was, value, origin)
         changes.append(Change(key, what, policy, why))

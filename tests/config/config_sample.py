@@ -164,5 +164,5 @@ ALIASES = [
     Alias("trainer.wandb", "trainer.tracker", entry_type="wandb"),
     Alias("trainer.tracker.save_old_dumps", "trainer.tracker.save_dumps"),
     Alias("trainer.learning_rate", "optimizer.learning_rate"),
-    Alias("trainer.warmup_ratio", "optimizer.warmup", as_fraction, "always a fraction"),
+    Alias("trainer.warmup_ratio", "optimizer.warmup", as_fraction),
 ]

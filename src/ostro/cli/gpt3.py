@@ -72,16 +72,15 @@ def load_gpt3(
 
 
 def _model_file(flags: gpt3.Gpt3Flags, search: Sequence[Path]) -> str:
-    if flags.model_size is None:
-        if flags.config is None:
-            advice = f"give a file of {MODEL_FOLDER}, or --model_size 125M"
-            raise ConfigError(Problem("config", "is missing", advice))
-        return flags.config
-    if flags.config is not None and Path(flags.config).stem != flags.model_size:
-        rule = f"--config names another model, {flags.config}"
-        raise ConfigError(Problem("model_size", rule, "keep one", flags.model_size, "--model_size"))
     if flags.config is not None:
+        if flags.model_size not in (None, Path(flags.config).stem):
+            rule = f"--config names another model, {flags.config}"
+            problem = Problem("model_size", rule, "keep one", flags.model_size, "--model_size")
+            raise ConfigError(problem)
         return flags.config
+    if flags.model_size is None:
+        advice = f"give a file of {MODEL_FOLDER}, or --model_size 125M"
+        raise ConfigError(Problem("config", "is missing", advice))
     folders = [folder / MODEL_FOLDER for folder in [Path(), *search]]
     sizes = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     if flags.model_size not in sizes:

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ostro.callbacks import StepInfo, is_due
-from ostro.checkpoint import Saved, SavedFile, find_latest
+from ostro.checkpoint import Saved, SavedFile, find_latest, read_settings
 from ostro.cli.arguments import Parser, explained, load_run, start_run, unexpected
 from ostro.cli.translate import translate
 from ostro.cluster import find_place
@@ -91,7 +89,7 @@ def _side(path: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Settings as plain values, and what a checkpoint holds besides; a file holds nothing."""
     saved = None if path.endswith((".yaml", ".yml")) else find_latest(path)
     if saved is not None and "config.yaml" in saved.texts:
-        return yaml.safe_load(saved.texts["config.yaml"]), saved.values
+        return read_settings(saved.texts["config.yaml"], str(saved)), saved.values
     file = f"{path}/config.yaml" if Path(path).is_dir() else path
     return encode(load_run(file, []).config), {}
 

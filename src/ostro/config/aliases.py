@@ -20,8 +20,6 @@ class Alias:
     searched."""
     convert: Callable[[str], Any] | None = None
     """From the text of a scalar to the new value; a `ValueError` names the rule."""
-    note: str | None = None
-    """What the notice says besides the two names."""
     entry_type: str | None = None
     """Set where `new` holds one element of a registry or a list of them: the settings go to the
     element of this `type`, which joins the others if there is none yet."""
@@ -62,7 +60,6 @@ class Resolver:
                 continue
             moved = True
             notice = f"{alias.old} ({node.origin}) is read as {alias.new}"
-            notice += f": {alias.note}" if alias.note else ""
             if notice not in self.notices:
                 self.notices.append(notice)
             node = self._converted(node, alias)
