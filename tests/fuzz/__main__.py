@@ -28,7 +28,7 @@ READERS = {
     "yaml": {
         "config.files": "",
         "config.flags": "",
-        "config.loading": "load _require_secrets",
+        "config.loading": "load check",
         "config.merge": "",
         "config.nodes": "",
         "config.scalars": "",

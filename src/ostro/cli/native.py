@@ -12,7 +12,7 @@ from ostro.checkpoint import Saved, SavedFile, find_latest, read_settings
 from ostro.cli.arguments import Parser, explained, load_run, start_run, unexpected
 from ostro.cli.translate import translate
 from ostro.cluster import find_place
-from ostro.config import encode, format_tree, json_schema, load
+from ostro.config import format_tree, json_schema, load, public
 from ostro.contract import compare
 from ostro.distributed import World, pick_device
 from ostro.dry_run import describe_sharding, draw
@@ -91,7 +91,7 @@ def _side(path: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     if saved is not None and "config.yaml" in saved.texts:
         return read_settings(saved.texts["config.yaml"], str(saved)), saved.values
     file = f"{path}/config.yaml" if Path(path).is_dir() else path
-    return encode(load_run(file, []).config), {}
+    return public(load_run(file, []).config), {}
 
 
 def schedule(argv: list[str], signals: Signals) -> None:

@@ -83,29 +83,21 @@ def load(
         raise ConfigError(list(dict.fromkeys(problems)))
     assert config is not nodes.BAD, "a value that cannot be converted leaves a problem"
     origins = {path: converter.origin_of(path) for path in leaf_paths(encode(config))}
-    if trusted:
-        _require_secrets(config, origins)
     return Loaded(config, origins, notices)
 
 
-def _require_secrets(config: Any, origins: Mapping[str, str]) -> None:
-    """Refuse what was saved without its credential, before it is used without."""
-    rule = "was saved without its credential"
-    advice = "give the whole value as a flag, or write ${NAME} for an environment variable"
-    problems = [
-        Problem(path, rule, advice, origin=origins[path])
-        for path, value in _leaves(encode(config))
-        if REDACTED in str(value)
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
 def check(config: Any) -> None:
-    """Run every `problems()` of a configuration built in code; raises one `ConfigError`."""
+    """Refuse a configuration that cannot be run: every `problems()`, and what was saved without
+    its credential, in one `ConfigError`."""
     found = [
         replace(problem, value=problem.value or text_at(config, problem.setting))
         for problem in find_problems(config)
+    ]
+    advice = "give the whole value as a flag, or write ${NAME} for an environment variable"
+    found += [
+        Problem(path, "was saved without its credential", advice, text_at(config, path))
+        for path, value in _leaves(encode(config))
+        if REDACTED in str(value)
     ]
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
