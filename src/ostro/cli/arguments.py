@@ -56,12 +56,12 @@ class Parser(argparse.ArgumentParser):
             help="YAML file of settings; .yaml may be left out",
         )
 
-    def add_checkpoint(self, required: bool = True) -> None:
+    def add_checkpoint(self) -> None:
         """`--checkpoint PATH`."""
         self.add_argument(
             "--checkpoint",
             metavar="PATH",
-            required=required,
+            required=True,
             help="a checkpoint, or a folder above some: the newest is taken",
         )
 
