@@ -1,6 +1,7 @@
 """The way errors and signals leave a process: one message, one exit code."""
 
 import errno
+import gc
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,7 @@ def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
             command(signals)
     except Interrupted as stop:
         print(f"ostro: stopped by {stop}; {stop.go_on}", file=sys.stderr)
+        gc.freeze()  # or Python looks through all of torch's objects once more, for a second
         return stop.exit_code
     except BrokenPipeError:  # `ostro config show | head`
         sys.stderr.close()  # or Python reports that it could not flush standard output
