@@ -34,7 +34,10 @@ READERS = {
         "config.scalars": "",
     },
     "documents": {"data.files": ""},
-    "tokens": {"data.text": "_Builder._token_files", "data.store": "TokenStore parse_json"},
+    "tokens": {
+        "data.text": "_Builder._token_files",
+        "data.store": "TokenStore.open TokenStore.largest parse_json",
+    },
     "ledger": {
         "data.store": "read_json parse_json has_shape fits _differences _file_differences"
         " CacheDir.__init__ CacheDir.fetch",

@@ -30,7 +30,8 @@ import torch
 from ostro.checkpoint import discovery, single_file, store
 from ostro.checkpoint.metadata import SHARDS, FileRecord, Metadata
 from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
-from ostro.config import dump_yaml, load, loading
+from ostro.cli.aliases import NATIVE
+from ostro.config import check, dump_yaml, load, loading
 from ostro.data import cache, meta
 from ostro.data.source import TokensSource, UrlsSource
 from ostro.data.store import CacheDir
@@ -134,6 +135,31 @@ wandb
 """
 
 
+_VALUES = """\
+data: {configs: {a: {type: stdlib}, b: {type: stdlib}}, train_weights: {a: 1, b: .5}, shuffle: 8}
+trainer:
+  deepspeed: {zero: [1, x, null], fp16: {enabled: yes}, 1: 2.5}
+  distributed: {timeout: 5m}
+  mp: p=f32,c=bfloat16
+  seed: 99999999999999999999
+  crash_on_nan: on
+"""
+_WRONG = """\
+data: {source: stdlib, on_bad_record: skp, cache_dir: "s3://REDACTED@b", shuffle: 1.5}
+optimizer: {learning_rate: 1e999, beta1: inf, weight_decay: x, warmup: -1, type: {}}
+trainer: {seed: 1.0, num_train_steps: x, distributed: {timeout: 5q}, mp: p=f9, crash_on_nan: 2}
+"""
+_OVER_LISTS = """\
+--trainer.tracker=[{type: wandb}, console]
+--trainer.wandb.project=x
+--trainer.tracker.1.type=tensorboard
+--trainer.tracker.2={type: console}
+--trainer.tracker.project=y
+--data.tags.0=a
+"""
+_JOINED = "--data.source=stdlib\n--trainer.wandb.project=x\n--trainer.tracker.mode=offline"
+
+
 def yaml_target(folder: Path) -> Target:
     """A file; a file that the first one includes; a checkpoint's; flags."""
     main, part = folder / "run.yaml", folder / "part.yaml"
@@ -150,12 +176,17 @@ def yaml_target(folder: Path) -> Target:
         elif mode == 3:
             lines = content.decode(errors="replace").replace("imports", "").splitlines()
             files, flags = [], lines
-        dump_yaml(load(TrainLmConfig, files, flags, texts=texts, trusted=False).config)
+        loaded = load(TrainLmConfig, files, flags, texts=texts, trusted=False, aliases=NATIVE)
+        dump_yaml(loaded.config)
+        check(loaded.config)
 
     tags = "{a: !!int 1, b: !!python/name:os.system, ? [c]\n: 1, <<: 5, d: !include , d: 2}"
     includes = "model: !include run.yaml\ndata: !include memory://x.yaml\ntrainer: !include prt\n"
     return Target(
-        _cases(*enumerate(_CONFIGS), (0, _CONFIGS[2]), (3, _FLAGS), (0, tags), (0, includes),
+        _cases(*enumerate(_CONFIGS), (0, _CONFIGS[2]), (3, _FLAGS), (0, _VALUES), (0, _WRONG),
+               (3, _OVER_LISTS), (3, _JOINED), (0, "trainer: {seed: " + "1" * 4001 + "}"),
+               (0, "data: {source: stdlib, cache_dir: s3://REDACTED@b}"),
+               (0, tags), (0, includes),
                (1, "hidden_dim: 16"), (0, "- 1"), (0, "!include part.yaml"), (0, "a: ["),
                (0, "\xff"), (0, ""), (3, "model\n--1\n--model.\n--modle=2\n--data\n!include x")),
         read,
@@ -177,6 +208,13 @@ def documents_target(folder: Path) -> Target:
     """Text, JSON lines, JSON and parquet, plain and compressed, as `data.train_urls` has them."""
 
     def read(case: bytes) -> None:
+        if case[0] % 16 == 11:  # names of files, never outside of the folder or on a network
+            text = case[1:].decode(errors="replace").replace("..", "").replace("::", "")
+            names = [name for name in text.splitlines() if "://" not in name]
+            names = [f"memory://b/{name[1:]}" if name[:1] == "@" else f"{folder}/{name}"
+                     for name in names]  # fmt: skip
+            UrlsSource(names, format="text").list_shards("train")
+            return
         path = folder / _NAMES[case[0] % len(_NAMES)]
         path.write_bytes(case[1:])
         for shard in UrlsSource([str(folder / "a*" / ".." / path.name)]).list_shards("train"):
@@ -184,6 +222,8 @@ def documents_target(folder: Path) -> Target:
                 pass
 
     (folder / "a").mkdir()
+    (folder / "b.txt").write_text("text")
+    fsspec.filesystem("memory").pipe_file("/b/c.txt", b"text")
     table, buffer = pyarrow.table({"text": ["one", None, "three"], "n": [1, 2, 3]}), io.BytesIO()
     pyarrow.parquet.write_table(table, buffer)
     other = io.BytesIO()
@@ -197,7 +237,9 @@ def documents_target(folder: Path) -> Target:
                (2, b"[\n{]"), (2, b'{\n"text": "x"}'), (3, buffer.getvalue()),
                (3, other.getvalue()), (4, gzip.compress(lines)), (4, gzip.compress(lines)[:20]),
                (5, pyarrow.compress(array, "zstd", asbytes=True)), (6, bz2.compress(b"text")),
-               (7, lzma.compress(lines)), (8, zipped.getvalue()), (10, "x"),
+               (7, lzma.compress(lines)), (8, zipped.getvalue()), (10, "x"), (11, "b.txt"),
+               (11, "b.t*\n@c.txt\n@*.txt"), (11, "b.txt\nb.txt\na\n@\n@x*"),
+               (11, "{1..9999999}\n?x\n@y"), (6, bz2.compress(bytes(1 << 27))),
                (9, gzip.compress(buffer.getvalue())), (1, b"[" * 3000), (1, b"\xff\n")),
         read,
         (b'"text"', b'{"text": ', b"\\u", b"\xef\xbb\xbf", b"PAR1", b"\n", b"1" * 5000),
@@ -306,6 +348,9 @@ def ledger_target(folder: Path) -> Target:
                 (0, b"null"),
                 (0, b"[" * 2000),
                 (1, b"null\n"),
+                (1, seeds[1].replace(b"[0, 0, 0]", b"[9, 0, 0]")),
+                (1, seeds[1].replace(b"[0, 0, 0]", b"[0, 0, 7]")),
+                (1, seeds[1].replace(b'"key": "', b'"key": "0')),
                 (1, b"x\n"),
             ),
         ],
@@ -534,8 +579,10 @@ def alphabet_target(folder: Path) -> Target:
             return
         path = folder / ("meta.pkl" if mode else "meta.json")
         path.write_bytes(content)
-        meta.read_alphabet(path)
+        meta.read_alphabet(path if mode else folder)
 
+    with contextlib.suppress(OstroError):
+        meta.read_alphabet(folder)
     text, bpe = json.dumps(alphabet), _bpe(259).learn([lambda: iter(["ab ab"])])
     others = [{"itos": ["a", "b"]}, {"stoi": {}}, {"vocab_size": 3}]
     return Target(
