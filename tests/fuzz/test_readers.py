@@ -51,6 +51,7 @@ FOUND = [
     ("pt", b"\x01" + pickle.dumps({"format": "ostro", "model": {}, "values": 1, "texts": {}}, 2)),
     ("documents", b"\x06" + bz2.compress(bytes(1 << 27))),
     ("yaml", b"\x00model: !include /dev/zero"),
+    ("yaml", b"\x03--a" + b".a" * 2000),
 ]
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Sequence
 
-from ostro.config.files import Reader
+from ostro.config.files import MAX_DEPTH, Reader
 from ostro.config.nodes import Mapping, Scalar, mapping_at
 from ostro.errors import did_you_mean
 
@@ -25,7 +25,7 @@ def parse_flags(flags: Sequence[str], reader: Reader, known: Collection[str]) ->
             advice = suggest(name, known) or f"write --{word.lstrip('-')}{following}"
             reader.bad(word, "command line", "is not a flag: settings start with --", advice)
             continue
-        if not _NAME.fullmatch(name[2:]):
+        if not _NAME.fullmatch(name[2:]) or name.count(".") > MAX_DEPTH:
             advice = suggest(name[2:], known) or "names look like --trainer.seed"
             reader.bad(name, "command line", "is not the name of a setting", advice, value)
             continue
