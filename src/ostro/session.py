@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -115,8 +116,8 @@ class Session:
         assert trainer.id is not None, "the run id is chosen before"
         meeting = Meeting.current if self.world.num_ranks > 1 else None
         with (
-            self.signals.deferred(unless=self._loses_nothing),
-            _compilation_marked(),
+            self.signals.deferred(unless=self._loses_nothing, leave=self._leave),
+            _compilation_marked(self.signals.compilation),
             watching(trainer.hang_timeout, run_folder(trainer.log_dir, trainer.id), meeting),
         ):
             return self._fit()
@@ -141,12 +142,7 @@ class Session:
                 with self._rolling_back():
                     self._make_updates(loader)
         except (Interrupted, TrainingDivergedError):
-            # It may find that the weights stopped changing earlier, or a spike.
-            with contextlib.suppress(TrainingDivergedError), self._rolling_back():
-                self.trainer.flush()
-            if self.state.step > first_step:
-                self.save(self.state.step - 1, interrupted=True)
-            log.info("stopped after %d of %d updates", self.state.step, num_steps)
+            self._stop()
             raise
         finally:
             self._report_save(wait=True)
@@ -238,6 +234,22 @@ class Session:
                 mark("ready")
             if self.agree(coming.done()):
                 return coming.result()
+
+    def _stop(self) -> None:
+        """Save what was done in this attempt."""
+        # It may find that the weights stopped changing earlier, or a spike.
+        with contextlib.suppress(TrainingDivergedError), self._rolling_back():
+            self.trainer.flush()
+        if self.state.step > self._first_step:
+            self.save(self.state.step - 1, interrupted=True)
+        num_steps = self.config.trainer.num_train_steps
+        log.info("stopped after %d of %d updates", self.state.step, num_steps)
+
+    def _leave(self) -> None:
+        """Stop, from another thread, while the main one compiles: the state is whole then."""
+        if self.world.num_ranks == 1:  # several have made no update yet
+            self._stop()
+        self.tracker.finish()
 
     def _loses_nothing(self) -> bool:
         """Whether a signal may raise right here: alone and between updates, or before the first."""
@@ -350,8 +362,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def _compilation_marked() -> Iterator[None]:
-    """Mark when torch compiles something, and go back to the phase before when it has."""
+def _compilation_marked(lock: threading.Lock) -> Iterator[None]:
+    """Mark when torch compiles something, and go back to the phase before when it has; holding the
+    lock, which a thread that leaves in the middle of it never gives back."""
     before = place().phase
 
     def begin(_: object) -> None:
@@ -360,7 +373,8 @@ def _compilation_marked() -> Iterator[None]:
         mark("compile")
 
     def end(_: object) -> None:
-        mark(before)
+        with lock:
+            mark(before)
 
     callback_handler.register_start_callback(begin)
     callback_handler.register_end_callback(end)

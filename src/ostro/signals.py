@@ -24,11 +24,12 @@ _PATIENCE = 8  # seconds in which the main thread heeds a signal, if it does at 
 class Interrupted(KeyboardInterrupt):
     """The user, or the cluster, asked the run to stop."""
 
+    go_on = "the same command goes on from what was built"
+    """How to go on; a run that has begun to train names its own configuration."""
+
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
-        self.go_on = "the same command goes on from what was built"
-        """How to go on; a run that has begun to train names its own configuration."""
 
     @property
     def exit_code(self) -> int:
@@ -45,6 +46,11 @@ class Signals:
     def __init__(self) -> None:
         self._received: int | None = None
         self._may_raise: Callable[[], bool] | None = None  # None: anywhere
+        self._leave: Callable[[], None] | None = None
+        self.compilation = threading.Lock()
+        """Held while a compilation is marked as ended, and by the thread that leaves out of one."""
+        self.go_on = Interrupted.go_on
+        """How to go on after a signal."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
@@ -70,38 +76,44 @@ class Signals:
         os.close(self._pipe)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        is_repeated, self._received = self._received is not None, signum
-        if is_repeated and not self._is_compiling():
+        if self._received is not None:
             return  # `_insist` ends the process
-        if self._may_raise is None or self._may_raise():
+        self._received = signum
+        compiles = self._leave is not None and place().phase == "compile"
+        if not compiles and (self._may_raise is None or self._may_raise()):
             raise Interrupted(signum)
         name = signal.Signals(signum).name
-        when = " once the compilation has ended" if place().phase == "compile" else ""
+        waits = compiles and self._may_raise is not None and not self._may_raise()
+        when = " once the compilation has ended" if waits else ""
         message = f"\nostro: {name} received; saving and leaving{when} (again to stop at once)"
         print(message, file=sys.stderr, flush=True)
 
     def _insist(self, come: int) -> None:
         """End the process at a second signal, or where the main thread does not heed the first."""
-        signum = num_come = num_sent = waited = 0
+        signum = num_come = waited = 0
         while True:
             if signum and not select.select([come], [], [], 1)[0]:
                 waited += 1
                 if self._received is None and self._may_raise is None and waited >= _PATIENCE:
                     _end(signum, f"stopped by {signal.Signals(signum).name}")
-                if self._received is not None and self._is_compiling():  # torch lost the exception
-                    num_sent += 1
-                    signal.pthread_kill(threading.main_thread().ident or 0, signum)
+                self._leave_compilation(signum)
             elif not (byte := os.read(come, 1)):
                 break
             elif byte[0] in _SIGNALS:
                 signum, num_come = byte[0], num_come + 1
-                if num_come - num_sent > 1:
+                if num_come > 1:
                     _end(signum, "stopped at once by a second signal")
         os.close(come)
 
-    def _is_compiling(self) -> bool:
-        may_raise = self._may_raise is not None and self._may_raise()
-        return may_raise and place().phase == "compile"
+    def _leave_compilation(self, signum: int) -> None:
+        """Leave from this thread: what torch compiles with loses an exception, or aborts on it."""
+        leave, may_raise = self._leave, self._may_raise
+        with self.compilation:
+            if leave and may_raise and place().phase == "compile" and may_raise():
+                try:
+                    leave()
+                finally:
+                    _end(signum, f"stopped by {signal.Signals(signum).name}; {self.go_on}")
 
     @property
     def received(self) -> bool:
@@ -114,13 +126,19 @@ class Signals:
         return signal.SIGTERM if self._received is None else self._received
 
     @contextmanager
-    def deferred(self, unless: Callable[[], bool]) -> Iterator[None]:
-        """Inside, a signal is only noted as `received`, unless that says that it may raise."""
-        self._may_raise = unless
+    def deferred(
+        self, unless: Callable[[], bool], leave: Callable[[], None] | None = None
+    ) -> Iterator[None]:
+        """Inside, a signal is only noted as `received`, unless that says that it may raise.
+
+        In a compilation nothing is raised: `leave` is called there, in a thread, and the process
+        ends.
+        """
+        self._may_raise, self._leave = unless, leave
         try:
             yield
         finally:
-            self._may_raise = None
+            self._may_raise = self._leave = None
 
 
 def _end(signum: int, why: str) -> NoReturn:

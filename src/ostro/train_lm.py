@@ -107,15 +107,15 @@ def run(
             if world.is_first:  # not before: what was there stays if nothing could be resumed
                 paths.config.write_text(dump_yaml(session.config))
             start, first_step = time.perf_counter(), session.state.step
+            session.signals.go_on = f"go on with: {_resume(config, paths)}"
             try:
                 session.tracker.log_summary(_summary(session.state, world, session.throughput))
                 on_ready(session)
                 metrics = session.fit()
             except (Interrupted, TrainingDivergedError) as stop:
-                go_on = f"go on with: {_resume(config, paths)}"
-                log.info("%s", go_on)
+                log.info("%s", session.signals.go_on)
                 if isinstance(stop, Interrupted):
-                    stop.go_on = go_on
+                    stop.go_on = session.signals.go_on
                 raise
             finally:
                 session.tracker.finish()
