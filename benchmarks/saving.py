@@ -65,6 +65,7 @@ class Bench:
         )
         tokens = torch.randint(VOCAB, (batch_size, seq_len))
         self.batch = Batch(tokens, tokens.roll(-1, 1))
+        self.checkpointer.prepare(self.state.tensors())  # as a run does
 
     def held(self, action: Callable[[], object]) -> None:
         """Time what keeps the training thread waiting."""

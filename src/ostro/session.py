@@ -137,6 +137,9 @@ class Session:
             num_ranks=self.world.num_data_ranks,
             interleaved=trainer.deterministic_reduction,
         )
+        saves = self.world.is_first or self.engine.is_collective
+        if saves and trainer.deepspeed is None:
+            self.checkpointer.prepare(self.state.tensors())
         try:
             while self.state.step < num_steps:
                 with self._rolling_back():

@@ -74,12 +74,12 @@ def verdicts(tmp_path_factory):
 @pytest.mark.parametrize(
     ("defect", "named"),
     [
-        ("dropped random state", "random state: random.torch differs"),
-        ("position off by one", "step and data position: step was 4, is 5"),
+        ("dropped random state", "random state: random.torch: max"),
+        ("position off by one", "step and data position: step: 4 -> 5"),
         ("lost moments", "optimizer: "),
-        ("lost scaler", "loss scaler: loss_scaler.num_good differs"),
-        ("cleared skip window", "skip-step window: skip_step.count differs"),
-        ("stale config", "configuration: optimizer.learning_rate was 0.01, is 0.5"),
+        ("lost scaler", "loss scaler: loss_scaler.num_good: max"),
+        ("cleared skip window", "skip-step window: skip_step.count: max"),
+        ("stale config", "configuration: optimizer.learning_rate: 0.01 -> 0.5"),
     ],
 )
 def test_a_planted_defect_is_caught_and_named(verdicts, defect, named):

@@ -17,6 +17,7 @@ from ostro.checkpoint.files import FileStore
 from ostro.checkpoint.folders import FolderStore
 from ostro.checkpoint.policy import CheckpointInterval, Kind, Policy, keep_problems
 from ostro.checkpoint.retention import planned_deletions
+from ostro.checkpoint.sharded import Tensors
 from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.store import State
 from ostro.errors import ConfigError, Problem
@@ -272,6 +273,11 @@ class Checkpointer:
             write()
         self._begun = (step, due.kind, time.perf_counter() - start)
 
+    def prepare(self, tensors: Tensors) -> None:
+        """Make room for copies of these tensors, in a thread, that saving is to find ready."""
+        if self._config.async_save:
+            self._stager.prepare(tensors)
+
     def before_update(self) -> None:
         """Return once the save under way has its copy of the state, which may change then."""
         if self._thread is None:
@@ -303,6 +309,7 @@ class Checkpointer:
 
     def wait(self) -> SaveReport | None:
         """The same, once the save under way has ended; None where there is none."""
+        self._stager.settle()  # Python must not end before it has
         if self._under_way is None:
             return None
         start = time.perf_counter()
@@ -310,7 +317,7 @@ class Checkpointer:
             path, size = self._under_way.result()
         finally:
             self._under_way = None
-            if self._thread is not None:  # Python must not end while it does
+            if self._thread is not None:  # nor while this one runs
                 self._thread.join()
                 self._thread = None
         step, kind, seconds = self._begun

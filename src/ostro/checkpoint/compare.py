@@ -1,6 +1,7 @@
 """What two checkpoints do not have in common, and what several have on average."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +14,36 @@ from ostro.checkpoint.store import Saved, State
 from ostro.errors import CheckpointError
 
 
-def differences(first: Saved | SavedFile, second: Saved | SavedFile) -> Iterator[str]:
-    """A line for each setting, value and tensor that differs. Reads one tensor at a time."""
+@dataclass(frozen=True)
+class Difference:
+    """One thing that two checkpoints do not have in common."""
+
+    kind: str
+    """`setting`, `value`, or the group of a tensor."""
+    name: str
+    what: str
+    """Both values, or how far a tensor is from the other."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}: {self.what}"
+
+
+def differences(first: Saved | SavedFile, second: Saved | SavedFile) -> Iterator[Difference]:
+    """Each setting, value and tensor that differs in a bit. Reads one tensor at a time."""
     configs = [_settings(saved) for saved in (first, second)]
-    for what, pair in (("setting", configs), ("value", [first.values, second.values])):
+    for kind, pair in (("setting", configs), ("value", [first.values, second.values])):
         old, new = (dict(_flat(tree)) for tree in pair)
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key) or (key in old) != (key in new):
                 before, after = (str(tree.get(key, "absent")) for tree in (old, new))
-                yield f"{what} {key}: {before} -> {after}"
+                yield Difference(kind, key, f"{before} -> {after}")
     for group in sorted({*first.groups, *second.groups}):
         old, new = (
             saved.stored(group) if group in saved.groups else {} for saved in (first, second)
         )
         for name in sorted({*old, *new}):
             if fault := _tensor_difference(old.get(name), new.get(name)):
-                yield f"{group} {name}: {fault}"
+                yield Difference(group, name, fault)
 
 
 def _settings(saved: Saved | SavedFile) -> dict[str, Any]:
@@ -51,7 +66,7 @@ def _tensor_difference(first: Stored | None, second: Stored | None) -> str | Non
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         kinds = [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (a, b)]
         return " -> ".join(kinds)
-    if torch.equal(a, b):
+    if torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b))):  # a NaN equals itself
         return None
     difference = (a.double() - b.double()).flatten()
     norms = [float(t.double().norm()) for t in (difference, a, b)]

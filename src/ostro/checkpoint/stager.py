@@ -20,7 +20,25 @@ class Stager:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._copied = threading.Event()
+        self._preparation: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
+
+    def prepare(self, tensors: Tensors) -> None:
+        """Make the buffers in a thread: the first use of memory takes longer than a copy."""
+        own = {(group, name): t for group, named in tensors.items() for name, t in named.items()}
+
+        def touch() -> None:
+            for key, tensor in own.items():
+                self._buffer(key, _local(tensor)).zero_()
+
+        self._preparation = threading.Thread(target=touch, name="buffers", daemon=True)
+        self._preparation.start()
+
+    def settle(self) -> None:
+        """Return once the buffers are made."""
+        if self._preparation is not None:
+            self._preparation.join()
+            self._preparation = None
 
     def begin(self) -> None:
         """What is to be copied are the tensors as they are now."""
@@ -32,6 +50,7 @@ class Stager:
     def copy(self, tensors: Tensors) -> Tensors:
         """The copies, by group and name; those before are overwritten."""
         try:
+            self.settle()
             mark("stage")
             with torch.no_grad(), torch.cuda.stream(self._stream):
                 copies = {
@@ -51,13 +70,19 @@ class Stager:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
-        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        buffer = self._buffers.get(key)
-        if buffer is None or (buffer.shape, buffer.dtype) != (own.shape, own.dtype):
-            pinned = own.is_cuda
-            buffer = torch.empty(own.shape, dtype=own.dtype, pin_memory=pinned)
-            self._buffers[key] = buffer
-        buffer.copy_(own, non_blocking=True)
+        own = _local(tensor)
+        buffer = self._buffer(key, own).copy_(own, non_blocking=True)
         if isinstance(tensor, DTensor):  # as it is, but in this memory; from_local would move it
             return DTensor(buffer, tensor._spec, requires_grad=False)
         return buffer
+
+    def _buffer(self, key: tuple[str, str], own: Tensor) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype) != (own.shape, own.dtype):
+            buffer = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
+            self._buffers[key] = buffer
+        return buffer
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

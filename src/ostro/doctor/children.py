@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -166,18 +166,3 @@ def sleep_on() -> NoReturn:
     """Never return; the process has to be killed."""
     while True:
         time.sleep(60)
-
-
-def changed(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """A tree of settings as dotted names, without those that `quiet` sets."""
-    flat: dict[str, object] = {}
-    for name, value in config.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, dict) and value and path not in _OWN:
-            flat |= changed(value, f"{path}.")
-        elif path not in _OWN:
-            flat[path] = value
-    return flat
-
-
-_OWN = {f"trainer.{name}" for name in ("id", "log_dir", "checkpointer", "distributed")}
