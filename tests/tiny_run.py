@@ -1,9 +1,13 @@
 """Small runs for tests that need a whole one."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import yaml
@@ -105,12 +109,39 @@ def read_metrics(folder: Path, name: str = "train/loss", run_id: str = "tiny") -
     return {event["step"]: event[name] for event in events if name in event}
 
 
-def ostro(*words: str | Path, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
-    """Run `ostro` as a user does."""
-    command = [sys.executable, "-m", "ostro.cli.main", *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs
-    )
+class Forker:
+    """The process of `forker.py` of this one, started when it is first needed."""
+
+    process: subprocess.Popen | None = None
+
+    @classmethod
+    def run(cls, order: dict, timeout: float) -> int:
+        """The exit code of a command."""
+        if cls.process is None:
+            words = [sys.executable, str(Path(__file__).with_name("forker.py"))]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            cls.process = subprocess.Popen(words, text=True, **pipes)
+        asked, told = cls.process.stdin, cls.process.stdout
+        asked.write(json.dumps(order) + "\n")
+        asked.flush()
+        pid = int(told.readline())
+        killer = threading.Timer(timeout, os.killpg, [pid, signal.SIGKILL])
+        killer.start()
+        code = int(told.readline())
+        killer.cancel()
+        return code
+
+
+def ostro(*words: str | Path, timeout: float = 120, cwd: Path | str = ".", **environ: str):
+    """Run `ostro` as a user does, but for the seconds that importing it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        command = [str(word) for word in words]
+        env = {**os.environ, **environ}
+        order = {"words": command, "cwd": os.path.abspath(cwd), "env": env}
+        code = Forker.run({**order, "out": str(out), "err": str(err)}, timeout)
+        texts = (path.read_text(errors="replace") for path in (out, err))
+        return subprocess.CompletedProcess(command, code, *texts)
 
 
 def torchrun(num_processes: int, *words: str | Path, **kwargs) -> subprocess.CompletedProcess:

@@ -126,7 +126,7 @@ def _diff(argv: Sequence[str]) -> None:
     parser.add_argument("paths", metavar="PATH", nargs=2)
     first, second = (_open(path) for path in _options(parser, argv).paths)
     print(f"{first} -> {second}")
-    lines = list(differences(first, second))
+    lines = list(map(str, differences(first, second)))
     print("\n".join(lines) or "no difference")
 
 

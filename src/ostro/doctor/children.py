@@ -22,8 +22,6 @@ from ostro.tracker import JsonLoggerConfig
 from ostro.train_lm import run
 
 RUN_ID = "doctor"
-_GRACE = 30.0
-"""Seconds that the others have to notice that a rank is gone."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,17 @@ def quiet(config: TrainLmConfig, folder: Path, keep: Sequence[CheckpointInterval
 
 
 def train(
-    config: TrainLmConfig, output: Path, orders: Sequence[Orders], patience: float = 3600.0
+    config: TrainLmConfig,
+    output: Path,
+    orders: Sequence[Orders],
+    *,
+    patience: float = 3600.0,
+    grace: float = 30.0,
 ) -> list[Ended]:
     """Train in as many processes as there are orders; returns how each ended, by rank.
 
-    Once one has ended by a signal, the others are killed if they do not notice. A process that
-    takes longer than `patience` seconds is killed too.
+    Once one has ended by a signal, the others have `grace` seconds to notice; then they are killed,
+    and so is a process that takes longer than `patience` seconds.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
@@ -92,7 +95,7 @@ def train(
                 if status := _ended(pids[rank]):
                     ended[rank] = (status[0], time.monotonic() - begun)
                     if status[0] < 0:
-                        deadline = min(deadline, time.monotonic() + _GRACE)
+                        deadline = min(deadline, time.monotonic() + grace)
             if time.monotonic() > deadline:
                 break
             time.sleep(0.005)

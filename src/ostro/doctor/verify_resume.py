@@ -144,7 +144,7 @@ class _Part:
         """Make the updates, and end as planned."""
         output = self.folder / f"{self.name}.log"
         orders = [self._orders(rank) for rank in range(num_ranks)]
-        first = train(self.config, output, orders)[0]
+        first = train(self.config, output, orders, grace=0)[0]
         planned = (0, 128 + signal.SIGTERM) if self.is_last else (-signal.SIGKILL,)
         if first.code not in planned:
             raise NotExactError(f"{output} - a process ended with {first.code}:\n{_end(first)}")

@@ -37,7 +37,8 @@ class TrainingDivergedError(OstroError):
             what = "training diverged; the weights are those before this update"
             advice += ", set optimizer.skip_bad_steps: true or trainer.recover: {}, or go on"
             advice += " regardless with trainer.crash_on_nan: false"
-        super().__init__(f"step {spike.step}: {spike.reason} - {what} - {advice}")
+        why = f"`ostro why --step {spike.step}` names the documents of that batch"
+        super().__init__(f"step {spike.step}: {spike.reason} - {what} - {advice}; {why}")
 
 
 class Trainer:
