@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ostro.doctor.children import sleep_on, strike
+from ostro.phases import place
 
 KILLED_IN = ("data", "forward", "backward", "update", "evaluation", "save", "commit")
 """Phases of a run in which a forked process is killed and asked to stop."""
@@ -78,6 +79,9 @@ class Strike:
     def __init__(self, fault: Fault, checkpoints: Path):
         self._fault, self._checkpoints = fault, checkpoints
         self._count = 0
+        self._is_late = fault.where == "compile" and fault.seed % 2 == 1
+        """Not as it begins but within the first compilation, which takes the longest."""
+        self._waits = False
 
     def __call__(self, phase: str) -> None:
         fault = self._fault
@@ -87,16 +91,14 @@ class Strike:
         self._count += 1
         if fault.kind == "full disk":
             self._fill()
-        elif self._count == fault.nth:
+        elif self._count == (1 if self._is_late else fault.nth) or self._waits:
             self._act()
 
     def _act(self) -> None:
         fault = self._fault
         what = f"{fault.kind} in {fault.where} number {fault.nth}; {self._complete()}"
-        if fault.kind in SIGNALS and fault.where == "compile":  # anywhere in that long phase
-            delay = fault.draw.uniform(0, 3)
-            number = SIGNALS[fault.kind]
-            threading.Timer(delay, strike, (number, f"{what}, {delay:.1f} s into it")).start()
+        if self._is_late and not self._waits:
+            threading.Timer(fault.draw.uniform(0, 0.3), self._strike_compiling).start()
         elif fault.kind in SIGNALS:
             strike(SIGNALS[fault.kind], what)
         elif fault.kind == "dead rank":
@@ -107,6 +109,12 @@ class Strike:
         elif fault.kind == "stalled rank":
             strike(0, what)
             sleep_on()
+
+    def _strike_compiling(self) -> None:
+        """Somewhere within a compilation: this one, or where it has ended the next."""
+        self._waits = True
+        if place().phase == "compile":
+            self._act()
 
     def _fill(self) -> None:
         """The disk is full, for this write or, for odd seeds, from now on."""
