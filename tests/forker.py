@@ -20,7 +20,7 @@ def run(order: dict) -> None:
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])
-    sys.path[0] = order["cwd"]
+    sys.path[:1] = [order["cwd"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [program.__file__, *order["words"]]
     code = 1
     try:

@@ -132,13 +132,12 @@ class Forker:
         return code
 
 
-def ostro(*words: str | Path, timeout: float = 120, cwd: Path | str = ".", **environ: str):
+def ostro(*words: str | Path, timeout: float = 120, cwd: Path | str = ".", env: dict | None = None):
     """Run `ostro` as a user does, but for the seconds that importing it takes."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         command = [str(word) for word in words]
-        env = {**os.environ, **environ}
-        order = {"words": command, "cwd": os.path.abspath(cwd), "env": env}
+        order = {"words": command, "cwd": os.path.abspath(cwd), "env": env or dict(os.environ)}
         code = Forker.run({**order, "out": str(out), "err": str(err)}, timeout)
         texts = (path.read_text(errors="replace") for path in (out, err))
         return subprocess.CompletedProcess(command, code, *texts)
