@@ -223,6 +223,10 @@ class Session:
 
     def agree(self, ready: bool = True) -> bool:
         """Whether every rank is ready; raises `Interrupted`, on all, if any has got a signal."""
+        if self.world.num_ranks == 1:
+            if self.signals.received:
+                raise Interrupted(self.signals.signum)
+            return ready
         counts = torch.tensor([self.signals.received, not ready], dtype=torch.int32)
         num_signals, num_waiting = self.world.sum_all(counts).tolist()
         if num_signals:

@@ -4,6 +4,7 @@ The batch follows from the configuration, the seed and the token cache; the loss
 checkpoint. The files that the cache was made from need not be there.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -188,7 +189,8 @@ def logged_loss(path: Path, step: int) -> float | None:
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                if '"train/loss"' in line and str(step) in line and line.endswith("}\n"):
-                    event = json.loads(line)
-                    found = event["train/loss"] if event["step"] == step else found
+                if '"train/loss"' in line and str(step) in line:
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
+                        event = json.loads(line)
+                        found = event["train/loss"] if event["step"] == step else found
     return found

@@ -65,7 +65,6 @@ class Row:
     """A line of the table: all faults of one kind in one place."""
 
     injected: int = 0
-    reached: int = 0
     lost: int = 0
     """The most updates that had to be made again."""
     failures: list[str] = field(default_factory=list)
@@ -107,7 +106,6 @@ class Campaign:
             row.injected += 1
             try:
                 lost = self._trial(fault, folder)
-                row.reached += 1
                 row.lost = max(row.lost, lost)
                 shutil.rmtree(folder)
             except ChaosError as error:
@@ -258,9 +256,9 @@ def _compare(
 
 def table(rows: Mapping[tuple[str, str], Row]) -> Iterator[str]:
     """The outcome as text."""
-    yield f"{'fault':20} {'in':12} {'injected':>8} {'reached':>8} {'lost':>5} {'failed':>7}"
+    yield f"{'fault':20} {'in':12} {'injected':>8} {'lost':>5} {'failed':>7}"
     for (kind, where), row in rows.items():
-        numbers = f"{row.injected:8} {row.reached:8} {row.lost:5} {len(row.failures):7}"
+        numbers = f"{row.injected:8} {row.lost:5} {len(row.failures):7}"
         yield f"{kind:20} {where:12} {numbers}"
     injected = sum(row.injected for row in rows.values())
     failed = sum(len(row.failures) for row in rows.values())
