@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 
 import ostro.config
 from ostro.config import dump_yaml, encode, format_tree, help_text, json_schema, load
+from ostro.secrets import redacted
 from ostro.units import Precision
 
 
@@ -68,6 +69,7 @@ _TEXT = st.text(max_size=12) | st.sampled_from(
     ["01234567", "null", "yes", "", "6E-4", "1e-4", "a\nb\n", " x ", "~", "20m", "1:30", "<<", "=",
      "[a]", "{a: b}", "!include x", "# no", "a: b", "- a", "é\u2028\x85\ufeff\U0001f600", ".5"]
 )  # fmt: skip
+_KEY = _TEXT.filter(lambda name: redacted("x", name) == "x")  # a credential is not written out
 _FLOAT = st.floats(allow_nan=False, allow_infinity=False)
 _KEEP = st.builds(Keep, st.integers(), st.none() | st.integers())
 _TRACKER = (
@@ -90,7 +92,7 @@ _EVERYTHING = st.builds(
     names=st.lists(_TEXT, max_size=3),
     several=st.none() | _TEXT | st.lists(_TEXT, max_size=3),
     pair=st.tuples(st.integers(), _TEXT),
-    nested=st.dictionaries(_TEXT, st.dictionaries(_TEXT, _TEXT, max_size=2), max_size=2),
+    nested=st.dictionaries(_KEY, st.dictionaries(_KEY, _TEXT, max_size=2), max_size=2),
     sizes=st.dictionaries(_TEXT, st.none() | st.integers(), max_size=2),
     kind=st.sampled_from(["a", "null", "1e-4"]),
     keep=st.lists(_KEEP, max_size=2),
