@@ -1,269 +1,284 @@
-"""Speed and memory of one optimisation step: ours against transformers' GPT-2.
+"""Speed and memory of one optimisation step: ours against transformers and litgpt.
 
-    python -m benchmarks.train_step [--json FILE] [--case NAME] [--rounds 5]
+    python -m benchmarks.train_step [--rounds 5] [--json FILE] [--case NAME ...] [--picks FILE]
 
-Every contender is a process of its own, holds the same weights and gets the same tokens; they
-take turns, round by round, while the others sleep, so that noise of the machine meets all of
-them. A step is forward, backward, clipping to norm 1 and a fused AdamW update, float32 master
-weights, bfloat16 matrix products. Between rounds the parent measures what the machine reaches in
-plain matrix products; MFU is 6N + 12LCT operations per token (N: parameters without positions,
-L layers, C width, T tokens) against the bfloat16 figure. Memory is the peak resident size of the
-process since its start.
+Every contender is a process of its own; they take turns, round by round, while the others sleep, so
+that noise of the machine meets all of them. A step is forward, backward, clipping to norm 1 and a
+fused AdamW update of float32 weights, on one batch of random tokens. Ours is the trainer's own loop
+with a configuration of `benchmarks/configs`.
 
-Ours keeps freed memory (`ostro.allocator`), as a run does. Peers get the same setting, which makes
-them faster, and larger; `--peer_allocator default` measures them as they come.
+First each peer's best setting is found, alone: eager or compiled, float32 or bfloat16 autocast, the
+C library keeping freed memory, as ours does, or not. Only that one takes part in the rounds, and
+ours, eager and compiled, in its precision: the ratio is of those. Where that is float32, ours in
+bfloat16 takes part too. `--picks FILE` keeps what was found, and takes what is there.
+
+MFU is 6N + 12LCT operations per token (N: parameters without positions, L layers, C width, T
+tokens) against what matrix products in bfloat16 reach between the rounds. Memory is the peak
+resident size of the process since its start.
+
+litgpt wants other versions of what transformers needs: install it in an environment of its own, and
+name its interpreter in LITGPT_PYTHON.
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
-import resource
+import os
+import re
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.peers import transformers_gpt2
-from ostro.allocator import keep_freed_memory
-from ostro.models import Gpt2Config, initialize
-from ostro.optim import apply_update, clip_scale, global_norm
+from benchmarks import common
+from benchmarks.ours import CASES, build_trainer, fit, load_case, random_batch
+from ostro.lm_config import TrainLmConfig
 
-VOCAB = 50304
+PEERS = {"transformers": "transformers_models", "litgpt": "litgpt_models"}
+MP = {"bf16": "p=f32,c=bfloat16", "f32": "f32"}
+# What `ostro.allocator` does in our process; glibc reads it at start.
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647",
+        "MALLOC_TOP_PAD_": "67108864", "THP_MEM_ALLOC_ENABLE": "1"}  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of a model and of its batch."""
-
-    name: str
-    num_layers: int
-    hidden_dim: int
-    num_heads: int
-    seq_len: int
-    batch_size: int
-    steps: int
-    """Steps per round."""
-
-    def config(self) -> Gpt2Config:
-        """Our configuration of these sizes."""
-        return Gpt2Config(
-            seq_len=self.seq_len,
-            hidden_dim=self.hidden_dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            gradient_checkpointing=False,
-        )
-
-    def flops_per_token(self) -> int:
-        """6N + 12LCT."""
-        width, layers = self.hidden_dim, self.num_layers
-        parameters = VOCAB * width + layers * (12 * width**2 + 13 * width) + 2 * width
-        return 6 * parameters + 12 * layers * width * self.seq_len
+Setting = dict[str, Any]
+"""Who, and how: `{"peer": ..., "compiled": bool, "dtype": "bf16", "kept": bool}`."""
 
 
-CASES = [
-    Case("gpt2-124m-t1024-b1", 12, 768, 12, 1024, 1, steps=2),
-    Case("gpt2-6x384-t256-b12", 6, 384, 6, 256, 12, steps=2),
-]
+def ours(case: str, setting: Setting) -> None:
+    """Our side of `common.serve`: a number of steps in, seconds, loss and memory out."""
+    flags = ["--trainer.mp", MP[setting["dtype"]]]
+    flags += ["--trainer.compile", str(setting["compiled"]).lower()]
+    config = load_case(case, flags)
+    trainer, batch = build_trainer(config), random_batch(config)
 
-
-def ours(case: Case, compiled: bool) -> tuple[torch.nn.Module, Callable]:
-    """Our model and its mean loss."""
-    model = case.config().build(VOCAB, torch.bfloat16)
-    initialize(model, 0)
-    if compiled:
-        for block in model.blocks:
-            block.compile()
-
-    def loss(tokens: torch.Tensor) -> torch.Tensor:
-        targets = torch.full_like(tokens, -100)
-        targets[:, :-1] = tokens[:, 1:]
-        return model(tokens, targets, scale=1 / (targets.numel() - len(targets)))
-
-    return model, loss
-
-
-def theirs(case: Case, compiled: bool) -> tuple[torch.nn.Module, Callable]:
-    """transformers' model and its mean loss."""
-    source = case.config().build(VOCAB)
-    initialize(source, 0)
-    model = transformers_gpt2.build(case.config(), VOCAB, source.state_dict())
-    run = torch.compile(model) if compiled else model
-    return model, lambda tokens: transformers_gpt2.loss(run, tokens)
-
-
-CONTENDERS: dict[str, tuple[Callable, bool]] = {
-    "ours": (ours, False),
-    "ours compiled": (ours, True),
-    "transformers": (theirs, False),
-    "transformers compiled": (theirs, True),
-}
-
-
-def worker(case: Case, contender: str, allocator: str) -> None:
-    """Answer each line on stdin with the seconds and loss of one round of steps."""
-    build, compiled = CONTENDERS[contender]
-    if allocator == "kept" or build is ours:
-        keep_freed_memory()
-    model, loss = build(case, compiled)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    shape = (case.batch_size, case.seq_len)
-    tokens = torch.randint(VOCAB, shape, generator=generator)  # one batch: the loss falls
-    value = torch.zeros(())
-
-    def step() -> None:
-        nonlocal value
-        value = loss(tokens)
-        value.backward()
-        if build is ours:
-            norm = global_norm(model.parameters())
-            apply_update(optimizer, clip_scale(norm, 1.0), None)
-        else:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    for line in sys.stdin:
+    def answer(num_steps: int) -> dict[str, float]:
         start = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        seconds = (time.perf_counter() - start) / int(line)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(
-            json.dumps({"seconds": seconds, "loss": value.item(), "peak_bytes": peak}), flush=True
-        )
+        fit(trainer, batch, num_steps)
+        seconds = (time.perf_counter() - start) / num_steps
+        with torch.no_grad():
+            loss = trainer.engine.model(batch.tokens, batch.targets) / trainer.engine.count_targets(
+                batch
+            )
+        return {"seconds": seconds, "loss": loss.item(), "peak_bytes": common.peak_memory()}
+
+    common.serve(answer)
 
 
-def product_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations per second of a square matrix product, the best of a few tries."""
-    size, best = 2048, float("inf")
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def ask(process: subprocess.Popen, steps: int) -> dict:
-    """One round of one contender."""
-    process.stdin.write(f"{steps}\n")
-    process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:
-        raise SystemExit(f"a contender ended with code {process.wait()}")
-    return json.loads(line)
-
-
-def note(text: str) -> None:
-    """Progress, beside the table."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def measure(case: Case, rounds: int, contenders: list[str], allocator: str) -> dict:
-    """Interleaved rounds of every contender, and the machine's peak between them."""
-    command = [sys.executable, "-m", "benchmarks.train_step", "--case", case.name]
-    command += ["--peer_allocator", allocator, "--worker"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = {name: subprocess.Popen([*command, name], **pipes) for name in contenders}
-    try:
-        first = {}
-        for name, process in processes.items():
-            start = time.perf_counter()
-            first[name] = ask(process, 1)["loss"]
-            ask(process, 5)  # until no memory is new any more
-            note(f"{name}: ready after {time.perf_counter() - start:.0f} s")
-        results: dict[str, list[dict]] = {name: [] for name in contenders}
-        peaks: dict[str, list[float]] = {"f32": [], "bf16": []}
-        for index in range(rounds):
-            for name, process in processes.items():
-                results[name].append(ask(process, case.steps))
-            seconds = " ".join(f"{results[name][-1]['seconds']:.2f}" for name in contenders)
-            note(f"round {index + 1}: {seconds} s/step")
-            peaks["f32"].append(product_peak(torch.float32))
-            peaks["bf16"].append(product_peak(torch.bfloat16))
-    finally:
-        for process in processes.values():
-            process.stdin.close()
-            process.wait()
-    peak = {name: max(values) for name, values in peaks.items()}
-    return {"peak": peak, **summary(case, first, results, peak["bf16"])}
-
-
-def summary(case: Case, first: dict, results: dict[str, list[dict]], peak: float) -> dict:
-    """Medians of each contender, and ours over the best peer."""
-    tokens = case.batch_size * case.seq_len
-    table = {}
-    for name, rounds in results.items():
-        seconds = [each["seconds"] for each in rounds]
-        median = statistics.median(seconds)
-        table[name] = {
-            "seconds": [min(seconds), median, max(seconds)],
-            "tokens_per_second": tokens / median,
-            "mfu": case.flops_per_token() * tokens / median / peak,
-            "peak_bytes": max(each["peak_bytes"] for each in rounds),
-            "first_loss": first[name],
-            "last_loss": rounds[-1]["loss"],
-        }
-    speed = {name: row["tokens_per_second"] for name, row in table.items()}
-    best_of_ours = max((name for name in speed if name.startswith("ours")), key=speed.get)
-    best_peer = max((name for name in speed if not name.startswith("ours")), key=speed.get)
-    # Round by round, so that a slow minute of the machine does not count for one side only.
-    pairs = zip(results[best_of_ours], results[best_peer], strict=True)
-    ratio = statistics.median(peer["seconds"] / our["seconds"] for our, peer in pairs)
+def sizes_of(config: TrainLmConfig) -> dict[str, Any]:
+    """What a peer has to build."""
+    model: Any = config.model
+    llama = hasattr(model, "intermediate_dim")
     return {
-        **asdict(case),
-        "ratio": ratio,
-        "mfu": table[best_of_ours]["mfu"],
-        "memory_ratio": table[best_of_ours]["peak_bytes"] / table[best_peer]["peak_bytes"],
-        "best_of_ours": best_of_ours,
-        "best_peer": best_peer,
-        "contenders": table,
+        "family": "llama" if llama else "gpt2",
+        "seq_len": model.seq_len,
+        "hidden_dim": model.hidden_dim,
+        "num_layers": model.num_layers,
+        "num_heads": model.num_heads,
+        "mlp_dim": model.intermediate_dim if llama else 4 * model.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "batch_size": config.trainer.train_batch_size,
     }
 
 
-def show(case: dict) -> None:
-    """Print a case as a table."""
-    peaks = " and ".join(f"{value / 1e9:.0f} ({name})" for name, value in case["peak"].items())
-    print(f"\n{case['name']}: matrix products reach {peaks} GFLOP/s")
-    print(f"{'':24}{'ms/step (min-max)':>24}{'tokens/s':>10}{'MFU':>7}{'peak MB':>9}{'loss':>16}")
-    for name, row in case["contenders"].items():
-        low, median, high = (1000 * value for value in row["seconds"])
-        losses = f"{row['first_loss']:.4f} {row['last_loss']:.4f}"
-        print(f"{name:24}{median:10.0f} ({low:.0f}-{high:.0f})".ljust(48)
-              + f"{row['tokens_per_second']:10.0f}{row['mfu']:7.1%}"
-              f"{row['peak_bytes'] / 1e6:9.0f}{losses:>16}")  # fmt: skip
-    print(f"{case['best_of_ours']} is {case['ratio']:.2f} times {case['best_peer']}, "
-          f"with {case['memory_ratio']:.2f} of its memory")  # fmt: skip
+def flops_per_token(sizes: Mapping[str, Any]) -> int:
+    """6N + 12LCT."""
+    width, layers, mlp = sizes["hidden_dim"], sizes["num_layers"], sizes["mlp_dim"]
+    per_layer = 4 * width**2 + (3 if sizes["family"] == "llama" else 2) * width * mlp
+    biases_and_norms = 9 * width + mlp if sizes["family"] == "gpt2" else 2 * width
+    last_norm = 2 * width if sizes["family"] == "gpt2" else width
+    parameters = sizes["vocab_size"] * width + layers * (per_layer + biases_and_norms) + last_norm
+    return 6 * parameters + 12 * layers * width * sizes["seq_len"]
+
+
+def start(case: str, setting: Setting) -> common.Worker:
+    """The process of a contender."""
+    python, environment = sys.executable, KEPT if setting["kept"] else {}
+    if setting["peer"] == "ours":
+        command = ["-m", "benchmarks.train_step", "--case", case, "--worker", json.dumps(setting)]
+        return common.Worker([python, *command])
+    if setting["peer"] == "litgpt":
+        python = os.environ.get("LITGPT_PYTHON", python)
+    told = sizes_of(load_case(case)) | setting | {"peer": PEERS[setting["peer"]]}
+    root = str(Path(__file__).parents[1])
+    return common.Worker(
+        [python, "-m", "benchmarks.peers.step", json.dumps(told)],
+        {**environment, "PYTHONPATH": root},
+    )
+
+
+def label(setting: Setting) -> str:
+    """A setting in words."""
+    words = [setting["peer"], "compiled" if setting["compiled"] else "eager", setting["dtype"]]
+    return " ".join(words) + ("" if setting["kept"] else ", default malloc")
+
+
+def try_out(case: str, setting: Setting) -> dict[str, float]:
+    """Its figures alone, after memory and compilation have settled."""
+    worker = start(case, setting)
+    try:
+        worker.ask(4)
+        each = worker.ask(1)["seconds"]
+        found = [worker.ask(max(1, round(0.5 / each))) for _ in range(3)]
+    finally:
+        worker.close()
+    best = min(found, key=lambda answer: answer["seconds"])
+    common.note(f"{case}, {label(setting)}: {1000 * best['seconds']:.1f} ms")
+    return best
+
+
+def pick(case: str, peer: str) -> dict[str, Any]:
+    """The best setting of a peer, and the figures of all that were tried.
+
+    Compiled only in the precision that is not hopeless: within one and a half times the other.
+    """
+    tried: list[tuple[Setting, dict[str, float]]] = []
+
+    def attempt(compiled: bool, dtype: str, kept: bool) -> float:
+        setting = {"peer": peer, "compiled": compiled, "dtype": dtype, "kept": kept}
+        tried.append((setting, try_out(case, setting)))
+        return tried[-1][1]["seconds"]
+
+    eager = {dtype: attempt(False, dtype, True) for dtype in ("bf16", "f32")}
+    for dtype, seconds in eager.items():
+        if seconds <= 1.5 * min(eager.values()):
+            attempt(True, dtype, True)
+    best, _ = min(tried, key=lambda each: each[1]["seconds"])
+    attempt(best["compiled"], best["dtype"], False)
+    best, _ = min(tried, key=lambda each: each[1]["seconds"])
+    return {"best": best, "tried": [{"setting": s, **found} for s, found in tried]}
+
+
+def pick_all(case: str, file: Path | None) -> dict[str, Any]:
+    """`pick` for every peer, remembered in a file."""
+    known = json.loads(file.read_text()) if file and file.exists() else {}
+    of_case = known.setdefault(case, {})
+    for peer in available():
+        if peer not in of_case:
+            of_case[peer] = pick(case, peer)
+            if file:
+                file.write_text(json.dumps(known, indent=2) + "\n")
+    return of_case
+
+
+def run_case(case: str, rounds: int, picks: Path | None) -> dict[str, Any]:
+    """Interleaved rounds of ours and the peers at their best, the machine's peak between them."""
+    found = pick_all(case, picks)
+    settings = [each["best"] for each in found.values()]
+    best = min(
+        (each for peer in found.values() for each in peer["tried"]),
+        key=lambda each: each["seconds"],
+        default=None,
+    )
+    dtype = "bf16" if best is None else best["setting"]["dtype"]
+    for compiled, own in itertools.product((False, True), sorted({dtype, "bf16"})):
+        settings.append({"peer": "ours", "compiled": compiled, "dtype": own, "kept": True})
+    workers = {label(setting): start(case, setting) for setting in settings}
+    try:
+        steps = {}
+        for name, worker in workers.items():
+            first = worker.ask(6)  # until no memory is new any more
+            steps[name] = max(1, round(1.5 / worker.ask(1)["seconds"]))
+            common.note(f"{case}, {name}: ready, loss {first['loss']:.4f}")
+        calls: dict[str, Any] = {
+            name: lambda worker=worker, name=name: worker.ask(steps[name])
+            for name, worker in workers.items()
+        }
+        calls["peak"] = lambda: common.matrix_peak(torch.bfloat16, seconds=0.3)
+        answers = common.take_turns(calls, rounds)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    peak = max(answers.pop("peak"))
+    return {"case": case, "picks": found, "peak_bf16": peak, **summary(case, answers, peak, dtype)}
+
+
+def available() -> list[str]:
+    """The peers that are installed."""
+    found = ["transformers"] if importlib.util.find_spec("transformers") else []
+    if "LITGPT_PYTHON" in os.environ or importlib.util.find_spec("litgpt"):
+        found.append("litgpt")
+    return found
+
+
+def summary(
+    case: str, answers: Mapping[str, Sequence[dict]], peak: float, dtype: str
+) -> dict[str, Any]:
+    """Spreads of each contender, and the best of ours in that precision against the best peer."""
+    sizes = sizes_of(load_case(case))
+    tokens, contenders, seconds = sizes["batch_size"] * sizes["seq_len"], {}, {}
+    for name, rounds in answers.items():
+        seconds[name] = [each["seconds"] for each in rounds]
+        middle = statistics.median(seconds[name])
+        contenders[name] = {
+            "seconds": common.spread(seconds[name]),
+            "tokens_per_second": tokens / middle,
+            "mfu": flops_per_token(sizes) * tokens / middle / peak,
+            "peak_bytes": max(each["peak_bytes"] for each in rounds),
+            "loss": rounds[-1]["loss"],
+        }
+    by_speed = sorted(contenders, key=lambda name: contenders[name]["seconds"]["median"])
+    best = next(name for name in by_speed if re.match(f"ours.*{dtype}", name))
+    result = {"contenders": contenders, "ours": best, "mfu": contenders[best]["mfu"]}
+    if peers := [name for name in by_speed if not name.startswith("ours")]:
+        memory = {name: contenders[name]["peak_bytes"] for name in (best, peers[0])}
+        result |= {
+            "peer": peers[0],
+            "ratio": common.paired_ratio(seconds[peers[0]], seconds[best]),
+            "memory_ratio": memory[best] / memory[peers[0]],
+        }
+    return result
+
+
+def measure(rounds: int, cases: Sequence[str] = CASES, picks: Path | None = None) -> dict[str, Any]:
+    """All cases; `picks`: a file for the peers' best settings."""
+    found = [run_case(case, rounds, picks) for case in cases]
+    return {"cases": {each["case"]: each for each in found}}
+
+
+def show(result: dict[str, Any]) -> str:
+    """A table of ratios, and one of the contenders of each case."""
+    header = ["case", "times as fast as the best peer", "which is", "memory of its", "MFU"]
+    rows, parts = [], []
+    for name, case in result["cases"].items():
+        if "ratio" in case:
+            ratio, memory = common.figure(case["ratio"], digits=2), f"{case['memory_ratio']:.2f}"
+            rows.append([name, f"**{ratio}**", case["peer"], memory, f"{case['mfu']:.0%}"])
+        parts.append(f"{name}, matrix products reach {case['peak_bf16'] / 1e9:.0f} GFLOP/s:")
+        lines = [
+            [who, common.figure(row["seconds"], 1000, 1), f"{row['tokens_per_second']:.0f}",
+             f"{row['mfu']:.1%}", f"{row['peak_bytes'] / 1e6:.0f}"]
+            for who, row in case["contenders"].items()
+        ]  # fmt: skip
+        tried = [each for peer in case["picks"].values() for each in peer["tried"]]
+        lines += [
+            [f"alone: {label(each['setting'])}", f"{1000 * each['seconds']:.1f}", "", "",
+             f"{each['peak_bytes'] / 1e6:.0f}"]
+            for each in tried
+        ]  # fmt: skip
+        parts.append(common.table(["", "ms a step", "tokens/s", "MFU", "peak MB"], lines))
+    return "\n\n".join([common.table(header, rows), *parts])
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--case", choices=[case.name for case in CASES], help="only this one")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--peer_allocator", choices=["kept", "default"], default="kept")
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--picks", type=Path, help="file of the peers' best settings")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    cases = [case for case in CASES if options.case in (None, case.name)]
     if options.worker:
-        return worker(cases[0], options.worker, options.peer_allocator)
-    found = []
-    for case in cases:
-        found.append(measure(case, options.rounds, options.only, options.peer_allocator))
-        show(found[-1])
+        return ours(options.case[0], options.worker)
+    result = measure(options.rounds, options.case, options.picks)
+    print(show(result))
     if options.json:
-        peak = {name: max(case["peak"][name] for case in found) for name in ("f32", "bf16")}
-        options.json.write_text(json.dumps({"peak": peak, "cases": found}, indent=2) + "\n")
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""Whether speed changed the mathematics: losses of ours against transformers, step by step.
+
+    python -m benchmarks.agreement [--case NAME ...] [--steps 100] [--json FILE] [--a.setting ...]
+
+100 updates from the same weights on the same batches of real text, another one each step, with one
+optimizer (AdamW, warm-up of 10 steps, gradients clipped to norm 1): ours as it trains, in bfloat16,
+and transformers in float32 and under bfloat16 autocast. To agree is a mean absolute difference of
+at most 0.01, and a mean difference over the last 20 steps as small: noise does not add up.
+
+The text is the standard library's source in GPT-2's tokens, or bytes where the vocabulary is small;
+ids are ranks by frequency, so that any vocabulary can be filled.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import common
+from benchmarks.ours import CASES, build_trainer, load_case
+from benchmarks.peers import transformers_models
+from benchmarks.train_step import sizes_of
+from ostro.data.sequences import Batch
+from ostro.data.source import StdlibSource
+from ostro.data.tokenizer import BytesTokenizer, Gpt2Tokenizer
+from ostro.hf import to_hf
+from ostro.lm_config import TrainLmConfig
+from ostro.trainer import Trainer
+
+BOUND = 0.01
+FLAGS = ("--optimizer.warmup", "10", "--optimizer.decay_mask", "all_2d")
+RATES = {"gpt2_124m": "6e-4", "llama_110m": "6e-4", "gpt2_6x384": "1e-3", "gpt2_4x128": "2e-3"}
+
+
+def batches(config: TrainLmConfig, num_steps: int) -> list[Batch]:
+    """One batch a step, cut from the text one after the other."""
+    assert config.vocab_size is not None
+    size, seq_len = config.trainer.batch_plan(1).schedule.size(0), config.model.seq_len
+    needed = num_steps * size * seq_len + 1
+    big = config.vocab_size > 1000
+    tokenizer, ids = (Gpt2Tokenizer() if big else BytesTokenizer()).build(), []
+    for text in _texts():
+        ids += tokenizer.encode_batch([text])[0]
+        if len(ids) >= needed:
+            break
+    values, inverse, counts = np.unique(ids[:needed], return_inverse=True, return_counts=True)
+    ranks = np.empty(len(values), np.int64)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(values))
+    tokens = torch.from_numpy(ranks[inverse]).clamp(max=config.vocab_size - 1)
+    found = []
+    for part in tokens[: needed - 1].view(num_steps, size, seq_len).split(1):
+        start = len(found) * size * seq_len
+        targets = tokens[start + 1 : start + 1 + size * seq_len].view(size, seq_len)
+        found.append(Batch(part[0], targets))
+    return found
+
+
+def _texts() -> Iterator[str]:
+    source = StdlibSource()
+    for shard in source.list_shards("train"):
+        yield from (text for text in source.read_shard(shard) if isinstance(text, str))
+
+
+def train_ours(trainer: Trainer, data: Sequence[Batch]) -> list[float]:
+    """The loss of each step."""
+    losses = []
+    for step, batch in enumerate(data):
+        losses.append(trainer.train_step(step, batch)["train/loss"].item())
+        trainer.state.step = step + 1
+    return losses
+
+
+def train_theirs(model: nn.Module, trainer: Trainer, data: Sequence[Batch], bf16: bool):
+    """The same with transformers' model, in plain torch; `trainer` gives the settings."""
+    group = trainer.state.optimizer.param_groups[0]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": group["weight_decay"]},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=group["betas"], eps=group["eps"], fused=True)
+    losses = []
+    for step, batch in enumerate(data):
+        for own in optimizer.param_groups:
+            own["lr"] = trainer.schedule(step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits: Tensor = model(batch.tokens).logits
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def run_case(case: str, num_steps: int, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Losses of all three, and how far they are apart; `flags` change the configuration."""
+    rate = ["--optimizer.learning_rate", RATES[case]]
+    steps = ["--trainer.num_train_steps", str(num_steps)]
+    config = load_case(case, [*FLAGS, *rate, *steps, *flags])
+    trainer, data = build_trainer(config), batches(config, num_steps)
+    weights = {name: p.detach().clone() for name, p in trainer.state.model.named_parameters()}
+    losses = {"ours": train_ours(trainer, data)}
+    common.note(f"{case}: ours ends at {losses['ours'][-1]:.4f}")
+    for name, bf16 in (("bf16 autocast", True), ("float32", False)):
+        model = transformers_models.build(sizes_of(config))
+        missing = model.load_state_dict(to_hf(config.model, weights), strict=False).missing_keys
+        assert set(missing) <= {"lm_head.weight"}, missing
+        losses[name] = train_theirs(model, trainer, data, bf16)
+        common.note(f"{case}: transformers in {name} ends at {losses[name][-1]:.4f}")
+    pairs = [("ours", "float32"), ("ours", "bf16 autocast"), ("bf16 autocast", "float32")]
+    apart = {f"{a} - {b}": difference(losses[a], losses[b]) for a, b in pairs}
+    return {"losses": losses, "differences": apart}
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Mean and largest absolute difference of two curves, and the mean one at their end."""
+    found = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "mean_absolute": statistics.fmean(map(abs, found)),
+        "largest": max(map(abs, found)),
+        "mean_of_last_20": statistics.fmean(found[-20:]),
+    }
+
+
+def measure(
+    rounds: int, cases: Sequence[str] = CASES, num_steps: int = 100, flags: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All cases, once: nothing here depends on time."""
+    return {"cases": {case: run_case(case, num_steps, flags) for case in cases}}
+
+
+def show(result: dict[str, Any]) -> str:
+    """A row for each case and pair."""
+    header = ["case, losses of", "last losses", "mean absolute difference", "largest",
+              "mean of the last 20", "agree"]  # fmt: skip
+    rows = []
+    for case, found in result["cases"].items():
+        for pair, apart in found["differences"].items():
+            ends = " and ".join(f"{found['losses'][name][-1]:.4f}" for name in pair.split(" - "))
+            agree = max(apart["mean_absolute"], abs(apart["mean_of_last_20"])) <= BOUND
+            figures = [f"{apart['mean_absolute']:.4f}", f"{apart['largest']:.4f}",
+                       f"{apart['mean_of_last_20']:+.4f}"]  # fmt: skip
+            rows.append([f"{case}: {pair}", ends, *figures, "yes" if agree else "**no**"])
+    return common.table(header, rows)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write losses and figures to this file")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--steps", type=int, default=100)
+    options, flags = parser.parse_known_args()
+    result = measure(1, options.case, options.steps, flags)
+    print(show(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
