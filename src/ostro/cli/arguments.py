@@ -31,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"ostro {command}", allow_abbrev=False, add_help=False)
         self.description = description
         self.settings = settings
+        self._least: dict[str, int] = {}
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog} - {message} - `{self.prog} --help` lists the options")
@@ -44,26 +45,40 @@ class Parser(argparse.ArgumentParser):
                 print("\nsettings, as flags or in a file:\n")
                 print(help_text(self.settings))
             sys.exit(0)
-        return self.parse_known_args(argv)
+        options, flags = self.parse_known_args(argv)
+        wrong = [
+            Problem(f"--{name}", f"must be at least {least}", value=str(value))
+            for name, least in self._least.items()
+            if (value := getattr(options, name)) is not None and value < least
+        ]
+        if wrong:
+            raise ConfigError(wrong)
+        if self.settings is None:
+            self.refuse(flags)
+        return options, flags
+
+    def refuse(self, flags: Sequence[str]) -> None:
+        """Refuse words that the command has no use for."""
+        if flags:
+            self.error(f"unknown option {flags[0]}")
 
     def add_config_path(self, required: bool = True) -> None:
         """`--config_path FILE`, also spelled `--config`."""
-        self.add_argument(
-            "--config_path",
-            "--config",
-            metavar="FILE",
-            required=required,
-            help="YAML file of settings; .yaml may be left out",
-        )
+        about = "YAML file of settings; .yaml may be left out"
+        names = ("--config_path", "--config")
+        self.add_argument(*names, metavar="FILE", required=required, help=about)
 
-    def add_checkpoint(self) -> None:
-        """`--checkpoint PATH`."""
-        self.add_argument(
-            "--checkpoint",
-            metavar="PATH",
-            required=True,
-            help="a checkpoint, or a folder above some: the newest is taken",
-        )
+    def add_checkpoint(self, name: str = "--checkpoint") -> None:
+        """`--checkpoint PATH`, or under another name."""
+        about = "a checkpoint, or a folder above some: the newest is taken"
+        self.add_argument(name, metavar="PATH", required=True, help=about)
+
+    def add_count(
+        self, name: str, about: str, *, default: int | None = None, least: int = 1, metavar="N"
+    ) -> None:
+        """`--name N`, a whole number that is not below `least`."""
+        self.add_argument(f"--{name}", type=int, default=default, metavar=metavar, help=about)
+        self._least[name] = least
 
 
 def load_run(
@@ -127,10 +142,3 @@ def _completed(loaded: Loaded[TrainLmConfig], problem: Problem) -> Problem:
     text = problem.value or (None if value is None else str(value))
     origin = problem.origin or loaded.origins.get(problem.setting)
     return replace(problem, value=text, origin=origin)
-
-
-def unexpected(flags: Sequence[str], command: str) -> None:
-    """Refuse words a command has no use for."""
-    if flags:
-        advice = f"`{command} --help` lists the options"
-        raise ConfigError(f"{command} - unknown option {flags[0]} - {advice}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ostro.checkpoint import Saved, SavedFile
-from ostro.cli.arguments import Parser, unexpected
+from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.distributed import pick_device
 from ostro.errors import ConfigError, Problem
@@ -25,33 +25,25 @@ def benchmark(argv: list[str], signals: Signals) -> None:
     parser.add_checkpoint()
     add_benchmark_options(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for a JSON file of the scores")
-    options, rest = parser.parse(argv)
-    unexpected(rest, "ostro benchmark")
+    options, _ = parser.parse(argv)
     score(open_checkpoint(options.checkpoint), options, options.output)
 
 
 def add_benchmark_options(parser: Parser) -> None:
     """What `ostro benchmark` and `evaluate.py` share."""
-    parser.add_argument(
-        "--benchmark",
-        metavar="NAME",
-        nargs="+",
-        required=True,
-        help="superglue, lambada, triviaqa, piqa, or any task of the harness",
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="questions of each task; default all"
-    )
-    parser.add_argument(
-        "--num_fewshot", type=int, metavar="K", help="solved examples before each question"
-    )
+    known = "superglue, lambada, triviaqa, piqa, or any task of the harness"
+    parser.add_argument("--benchmark", metavar="NAME", nargs="+", required=True, help=known)
+    parser.add_count("limit", "questions of each task; default all")
+    parser.add_count("num_fewshot", "solved examples before each question", least=0, metavar="K")
     parser.add_argument("--task_folder", metavar="DIR", help="more task descriptions (YAML)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 
 
 def score(saved: Saved | SavedFile, options: Namespace, output: str | Path | None) -> None:
     """Evaluate a checkpoint, print a table, and write a JSON file into `output`."""
-    _check(options)
+    if options.task_folder is not None and not Path(options.task_folder).is_dir():
+        rule, advice = "no such folder", "correct the path"
+        raise ConfigError(Problem("--task_folder", rule, advice, options.task_folder))
     device = pick_device(options.device)
     benchmarks = load_benchmarks(options.benchmark, options.task_folder)
     tokenizer = load_tokenizer(saved)
@@ -74,22 +66,6 @@ def score(saved: Saved | SavedFile, options: Namespace, output: str | Path | Non
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(f"\nscores: {path}")
-
-
-def _check(options: Namespace) -> None:
-    problems = []
-    if options.limit is not None and options.limit < 1:
-        problems.append(Problem("--limit", "must be positive", value=str(options.limit)))
-    if options.num_fewshot is not None and options.num_fewshot < 0:
-        problems.append(
-            Problem("--num_fewshot", "must not be negative", value=str(options.num_fewshot))
-        )
-    if options.task_folder is not None and not Path(options.task_folder).is_dir():
-        problems.append(
-            Problem("--task_folder", "no such folder", "correct the path", options.task_folder)
-        )
-    if problems:
-        raise ConfigError(problems)
 
 
 def table(scores: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

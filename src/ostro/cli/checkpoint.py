@@ -17,7 +17,7 @@ from ostro.checkpoint import (
     write,
 )
 from ostro.checkpoint.storage import is_folder
-from ostro.cli.arguments import Parser, unexpected
+from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint
 from ostro.errors import CheckpointError, ConfigError, Problem, did_you_mean
 from ostro.signals import Signals
@@ -50,7 +50,7 @@ def checkpoint(argv: list[str], signals: Signals) -> None:
 def _ls(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint ls", "List checkpoints, newest first.", None)
     parser.add_argument("path", metavar="PATH")
-    found = _found(_options(parser, argv).path)
+    found = _found(parser.parse(argv)[0].path)
     print(f"{'step':>9}  {'saved':19}  {'kind':9}  {'size':>9}  {'loss':>8}  {'run':12}  path")
     for entry in found:
         loss = open_entry(entry).values.get("eval_loss")
@@ -65,7 +65,7 @@ def _ls(argv: Sequence[str]) -> None:
 def _verify(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint verify", "Compare every file with its checksum.", None)
     parser.add_argument("path", metavar="PATH")
-    path = _options(parser, argv).path
+    path = parser.parse(argv)[0].path
     num_found = num_damaged = 0
     for place, fault in verified(path):
         num_found += 1
@@ -83,18 +83,15 @@ def _verify(argv: Sequence[str]) -> None:
 def _prune(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint prune", "Delete checkpoints that were not asked for.", None)
     parser.add_argument("path", metavar="PATH")
-    parser.add_argument("--keep_every", type=int, metavar="STEPS", help="permanent ones of these")
-    parser.add_argument("--keep_last", type=int, metavar="N", help="and so many of the newest")
+    parser.add_count("keep_every", "permanent ones of these", metavar="STEPS")
+    parser.add_count("keep_last", "and so many of the newest")
     parser.add_argument("--keep_bytes", metavar="SIZE", help="within so much, as 200GB, per run")
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    options = _options(parser, argv)
+    options, _ = parser.parse(argv)
     wishes = {name: getattr(options, name) for name in ("keep_every", "keep_last", "keep_bytes")}
     if set(wishes.values()) == {None}:
         advice = "give --keep_every, --keep_last, --keep_bytes, or several"
         raise ConfigError(f"ostro checkpoint prune - nothing says what to keep - {advice}")
-    for name in ("keep_every", "keep_last"):
-        if wishes[name] is not None and wishes[name] < 1:
-            raise ConfigError(Problem(f"--{name}", "must be at least 1", value=str(wishes[name])))
     if options.keep_bytes is not None:
         try:
             wishes["keep_bytes"] = ByteSize.from_text(options.keep_bytes)
@@ -124,7 +121,7 @@ def _agrees() -> bool:
 def _diff(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint diff", "Say what two checkpoints do not have in common.", None)
     parser.add_argument("paths", metavar="PATH", nargs=2)
-    first, second = (_open(path) for path in _options(parser, argv).paths)
+    first, second = (_open(path) for path in parser.parse(argv)[0].paths)
     print(f"{first} -> {second}")
     lines = list(map(str, differences(first, second)))
     print("\n".join(lines) or "no difference")
@@ -135,7 +132,7 @@ def _average(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint average", about, None)
     parser.add_argument("paths", metavar="PATH", nargs="+")
     parser.add_argument("--output", metavar="DIR", required=True, help="a folder not there yet")
-    options = _options(parser, argv)
+    options, _ = parser.parse(argv)
     if is_folder(options.output):
         rule, advice = "is there already", "name a new folder, outside the run's own"
         raise ConfigError(Problem("--output", rule, advice, options.output))
@@ -153,12 +150,6 @@ def _average(argv: Sequence[str]) -> None:
     )
     rest = ", ".join(group for group in state.tensors if group != "model") or "nothing"
     print(f"not averaged, but of {newest}: {rest}, step, config.yaml, tokenizer")
-
-
-def _options(parser: Parser, argv: Sequence[str]):
-    options, flags = parser.parse(argv)
-    unexpected(flags, parser.prog)
-    return options
 
 
 def _open(path: str):

@@ -1,6 +1,6 @@
 """`ostro export`: a checkpoint in the layout of another program."""
 
-from ostro.cli.arguments import Parser, unexpected
+from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.hf import is_library_tokenizer, write_hf
 from ostro.inference import load_tokenizer
@@ -14,8 +14,7 @@ def export(argv: list[str], signals: Signals) -> None:
     parser.add_checkpoint()
     parser.add_argument("--to", choices=["hf"], required=True, help="hf: Hugging Face transformers")
     parser.add_argument("--output", metavar="DIR", required=True, help="a folder not there yet")
-    options, flags = parser.parse(argv)
-    unexpected(flags, "ostro export")
+    options, _ = parser.parse(argv)
     saved = open_checkpoint(options.checkpoint)
     tokenizer = load_tokenizer(saved)
     text = tokenizer.to_text()

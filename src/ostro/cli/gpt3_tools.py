@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ostro.checkpoint import Saved, SavedFile
-from ostro.cli.arguments import Parser, unexpected
+from ostro.cli.arguments import Parser
 from ostro.cli.benchmark import add_benchmark_options, score
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.config import load
@@ -33,8 +33,7 @@ def _words() -> list[str]:
 def _evaluate(argv: list[str]) -> None:
     parser = _parser("evaluate.py", "Score a checkpoint on benchmarks.")
     add_benchmark_options(parser)
-    options, rest = parser.parse(argv)
-    unexpected(rest, parser.prog)
+    options, _ = parser.parse(argv)
     _check_config(options.config)
     saved = open_checkpoint(options.model_checkpoint, "--model_checkpoint")
     score(saved, options, results_folder(saved, options.config))
@@ -63,18 +62,9 @@ def _infer(argv: list[str]) -> None:
 def _parser(name: str, description: str, settings: type | None = None) -> Parser:
     parser = Parser("", description, settings)
     parser.prog = name
-    parser.add_argument(
-        "--model_checkpoint",
-        metavar="PATH",
-        required=True,
-        help="a checkpoint, or a folder above some: the newest is taken",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        required=True,
-        help="the model's file; what is built follows the configuration in the checkpoint",
-    )
+    parser.add_checkpoint("--model_checkpoint")
+    about = "the model's file; what is built follows the configuration in the checkpoint"
+    parser.add_argument("--config", metavar="FILE", required=True, help=about)
     return parser
 
 

@@ -7,13 +7,9 @@ from ostro.secrets import redact
 from ostro.signals import Signals
 
 _OPTIONS = {
-    "partition": "NAME",
-    "account": "NAME",
-    "qos": "NAME",
-    "time": "HH:MM:SS",
-    "mem": "SIZE",
-    "job_name": "NAME",
-}
+    **dict.fromkeys(("partition", "account", "qos", "job_name"), "NAME"),
+    "time": "HH:MM:SS", "mem": "SIZE",
+}  # fmt: skip
 
 
 def launch(argv: list[str], signals: Signals) -> None:
@@ -21,22 +17,16 @@ def launch(argv: list[str], signals: Signals) -> None:
     parser = Parser("launch", "slurm: train as a SLURM job, one process for each GPU.")
     parser.add_argument("where", choices=["slurm"])
     parser.add_config_path()
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default 1")
-    parser.add_argument("--gpus_per_node", type=int, metavar="N", help="GPUs of each")
-    parser.add_argument(
-        "--processes_per_node", type=int, metavar="N", help="on machines without GPUs"
-    )
-    parser.add_argument("--cpus_per_process", type=int, metavar="N", help="cores for each process")
-    parser.add_argument(
-        "--max_restarts", type=int, default=0, metavar="N",
-        help="start all processes again after a failure, so often; default 0",
-    )  # fmt: skip
+    parser.add_count("nodes", "machines; default 1", default=1)
+    parser.add_count("gpus_per_node", "GPUs of each")
+    parser.add_count("processes_per_node", "on machines without GPUs")
+    parser.add_count("cpus_per_process", "cores for each process")
+    about = "start all processes again after a failure, so often; default 0"
+    parser.add_count("max_restarts", about, default=0, least=0)
     for name, metavar in _OPTIONS.items():
         parser.add_argument(f"--{name}", metavar=metavar, help="as sbatch has it")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="NAME=VALUE",
-        help="any other option of sbatch, may be repeated",
-    )  # fmt: skip
+    about = "any other option of sbatch, may be repeated"
+    parser.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help=about)
     parser.add_argument("--dry_run", action="store_true", help="print the script, and stop")
     options, flags = parser.parse(argv)
     num_local = options.gpus_per_node or options.processes_per_node
@@ -44,10 +34,6 @@ def launch(argv: list[str], signals: Signals) -> None:
         advice = "give one of the two: --gpus_per_node 8"
         rule = "GPUs or processes of each machine must be known"
         raise ConfigError(Problem("--gpus_per_node, --processes_per_node", rule, advice))
-    for name in ("nodes", "gpus_per_node", "processes_per_node"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(Problem(f"--{name}", "must be at least 1", value=str(value)))
     for word in flags:
         if redact(word) != word:
             advice = "write ${NAME} for an environment variable in its place"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, SavedFile, find_latest, read_settings
-from ostro.cli.arguments import Parser, explained, load_run, start_run, unexpected
+from ostro.cli.arguments import Parser, explained, load_run, start_run
 from ostro.cli.translate import translate
 from ostro.cluster import find_place
 from ostro.config import format_tree, json_schema, load, public
@@ -66,7 +66,7 @@ def config(argv: list[str], signals: Signals) -> None:
     parser.add_config_path(required=False)
     options, flags = parser.parse(argv)
     if options.what == "schema":
-        unexpected(flags, "ostro config schema")
+        parser.refuse(flags)
         print(json.dumps(json_schema(TrainLmConfig), indent=2))
         return
     print(format_tree(load_run(options.config_path, flags)))
@@ -78,8 +78,7 @@ def diff(argv: list[str]) -> None:
     parser = Parser("config diff", about, settings=None)
     kinds = "a configuration, a run's folder, or a checkpoint"
     parser.add_argument("runs", nargs=2, metavar="A B", help=kinds)
-    options, flags = parser.parse(argv)
-    unexpected(flags, "ostro config diff")
+    options, _ = parser.parse(argv)
     (before, was), (after, now) = map(_side, options.runs)
     changes = compare(after, now, before, was, {})
     print("\n".join(map(str, changes)) or "nothing that counts is different")

@@ -10,7 +10,7 @@ from ostro.cli.arguments import Parser, load_run
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.data.text import LMData
 from ostro.distributed import pick_device
-from ostro.errors import ConfigError, Problem
+from ostro.errors import ConfigError
 from ostro.inference import load_model, load_tokenizer
 from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals
@@ -27,14 +27,12 @@ def why(argv: list[str], signals: Signals) -> None:
     parser.add_config_path(required=False)
     about = "in place of the file: the folder of a run's checkpoints, or the one to compute with"
     parser.add_argument("--checkpoint", metavar="PATH", help=about)
-    parser.add_argument("--top", type=int, metavar="K", help="show so many only")
+    parser.add_count("top", "show so many only", metavar="K")
     parser.add_argument("--sort", choices=["loss", "example"], default="loss", help="default: loss")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options, flags = parser.parse(argv)
     if options.config_path is None and options.checkpoint is None:
         raise ConfigError("ostro why - needs a run - give --config_path FILE or --checkpoint PATH")
-    if options.top is not None and options.top < 1:
-        raise ConfigError(Problem("--top", "must be at least 1", value=str(options.top)))
     given = None if options.checkpoint is None else open_checkpoint(options.checkpoint)
     if options.config_path is not None:
         config = load_run(options.config_path, flags).config
