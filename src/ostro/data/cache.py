@@ -5,7 +5,6 @@ not depend on the number of workers. About every hundredth of the corpus the pos
 every second the files are synced; after a kill the build goes on from the last note.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -24,20 +23,9 @@ import numpy as np
 
 from ostro.data.documents import ROW, DocumentIndex, Documents, TokenFiles
 from ostro.data.encode import Piece, encoder, pieces
-from ostro.data.files import BadRecord, Shard, Unreachable
+from ostro.data.files import BadRecord, Shard
 from ostro.data.source import SourceConfig
-from ostro.data.store import (
-    FILE_NAME,
-    LEDGER,
-    CacheDir,
-    TokenStore,
-    fits,
-    has_shape,
-    locked,
-    not_there,
-    read_json,
-    write_json,
-)
+from ostro.data.store import FILE_NAME, LEDGER, CacheDir, TokenStore, fits, has_shape, write_json
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
 from ostro.secrets import redact, redacted
@@ -130,42 +118,15 @@ def open_cache(request: CacheRequest, where: CacheDir, progress: Progress | None
     difference; when a file or record is bad; when the disk is full; when there is none and it
     `must_exist`.
     """
-    folder = where.fetch(request.name)
-    ledger = read_json(folder / LEDGER, _LEDGER)
-    if ledger is None and request.must_exist:
-        raise not_there(folder)
-    shards: list[Shard] | None = None
-    try:
-        shards = request.source.list_shards(request.split)
-    except Unreachable as error:
-        if ledger is None:
-            raise
-        logger.warning("%s: using the finished cache without its files: %s", request.name, error)
-    if ledger is None or not request.fits(folder, ledger, shards):
-        assert shards is not None, "without its files a cache fits or is an error"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder):
-                # another process may have finished it
-                ledger = read_json(folder / LEDGER, _LEDGER)
-                if ledger is None or not request.fits(folder, ledger, shards):
-                    (folder / LEDGER).unlink(missing_ok=True)
-                    _Build(request, folder, shards, progress).run()
-                    where.publish(request.name)
-        except OSError as error:
-            raise _disk_error(folder, error) from error
-        ledger = read_json(folder / LEDGER, _LEDGER)
-        assert ledger is not None, "the build writes a ledger"
+    folder, ledger = where.finished(
+        request.name,
+        _LEDGER,
+        lambda: request.source.list_shards(request.split),
+        request.fits,
+        lambda folder, shards: _Build(request, folder, shards, progress).run(),
+        request.must_exist,
+    )
     return _opened(folder, ledger)
-
-
-def _disk_error(folder: Path, error: OSError) -> DataError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(
-            f"{folder} - the disk is full - make room or set cache_dir to another disk; what was "
-            "built is kept and the next start goes on from there"
-        )
-    return DataError(f"{folder} - the cache cannot be written: {error.strerror or error}")
 
 
 def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:

@@ -1,5 +1,6 @@
 """The token cache on disk: where it lies, what its ledger says, how its tokens are read."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -7,17 +8,18 @@ import logging
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ostro.data.files import is_local, located
+from ostro.data.files import Unreachable, is_local, located
 from ostro.errors import DataError
 from ostro.secrets import redact
 
+Files = TypeVar("Files")
 logger = logging.getLogger("ostro.data")
 
 LEDGER = "ledger.json"
@@ -87,14 +89,6 @@ def read_json(path: Path, shape: dict[str, Any]) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise DataError(f"{path} - cannot be read ({error}) - delete the folder") from error
-
-
-def not_there(folder: Path) -> DataError:
-    """What is wrong where a finished cache is needed, and none may be built now."""
-    return DataError(
-        f"{folder} - holds no finished cache - make it with: ostro cache --config_path FILE, or"
-        " correct data.cache_dir"
-    )
 
 
 def parse_json(data: bytes, where: str, shape: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +207,54 @@ class CacheDir:
                 self.remote, self._root = located(self.url)
             except (ImportError, ValueError, OSError) as error:
                 raise DataError(f"cache_dir = {url} - cannot be used: {error}") from error
+
+    def finished(
+        self,
+        name: str,
+        shape: dict[str, Any],
+        list_files: Callable[[], Files],
+        fits: Callable[[Path, dict[str, Any], Files | None], bool],
+        make: Callable[[Path, Files], None],
+        must_exist: bool,
+    ) -> tuple[Path, dict[str, Any]]:
+        """The finished folder of that name and its ledger of a shape, made now if need be.
+
+        `list_files` says what it is made from. A folder that `fits` stands as it is, also where
+        those files are `Unreachable`; else `make` fills it and writes the ledger, alone in there.
+        """
+        folder = self.fetch(name)
+        ledger = read_json(folder / LEDGER, shape)
+        if ledger is None and must_exist:
+            raise DataError(
+                f"{folder} - holds no finished cache - make it with: ostro cache --config_path"
+                " FILE, or correct data.cache_dir"
+            )
+        try:
+            files = list_files()
+        except Unreachable as error:
+            if ledger is None or not fits(folder, ledger, None):
+                raise
+            logger.warning("%s: using the finished cache without its files: %s", name, error)
+            return folder, ledger
+        if ledger is not None and fits(folder, ledger, files):
+            return folder, ledger
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                ledger = read_json(folder / LEDGER, shape)  # another process may have finished it
+                if ledger is None or not fits(folder, ledger, files):
+                    (folder / LEDGER).unlink(missing_ok=True)
+                    make(folder, files)
+                    self.publish(name)
+        except OSError as error:
+            what = f"the cache cannot be written: {error.strerror or error}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                what = "the disk is full - make room or set cache_dir to another disk; what was"
+                what += " built is kept and the next start goes on from there"
+            raise DataError(f"{folder} - {what}") from error
+        ledger = read_json(folder / LEDGER, shape)
+        assert ledger is not None, "it was written"
+        return folder, ledger
 
     def fetch(self, name: str) -> Path:
         """The local folder of that name; a finished remote one is copied there first."""

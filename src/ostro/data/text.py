@@ -18,16 +18,7 @@ from ostro.data.mixture import block_counts
 from ostro.data.permutation import derive_key
 from ostro.data.sequences import EvalData, TrainData, Windows, cut
 from ostro.data.source import HfSource, SourceConfig, TokensSource, UrlsSource
-from ostro.data.store import (
-    LEDGER,
-    CacheDir,
-    TokenStore,
-    fits,
-    locked,
-    not_there,
-    read_json,
-    write_json,
-)
+from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, read_json, write_json
 from ostro.data.tokenizer import (
     LEARNED,
     Gpt2Tokenizer,
@@ -40,7 +31,7 @@ from ostro.secrets import redacted
 
 logger = logging.getLogger("ostro.data")
 
-_SINGLE = "data"
+_SINGLE, _TOKENIZER = "data", "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -194,40 +185,37 @@ class LMDatasetConfig:
                 source.list_shards("train")  # what is missing is said before anything is fetched
         if not self.tokenizer.learned:
             return self.tokenizer.build()
-        where = CacheDir(self.cache_dir)
-        folder = where.fetch(LEARNED)
-        if must_exist and not (folder / LEDGER).exists():
-            raise not_there(folder)
         rebuild = self.rebuild_cache and not must_exist
         sources = {name: source for name, source in self.sources().items()
                    if name in self._trained() and not isinstance(source, TokensSource)}  # fmt: skip
         if not sources:
             raise DataError("tokenizer - cannot be learned from token files - name the one that "
                             "made them, or use bytes")  # fmt: skip
-        shards: list[tuple[SourceConfig, Shard]] = []
         key: dict[str, Any] = {
             "tokenizer": self.tokenizer.settings(),
             "source": {name: source.settings("train") for name, source in sources.items()},
             "places": redacted([source.places("train") for source in sources.values()]),
         }
-        try:
-            shards = [(s, shard) for s in sources.values() for shard in s.list_shards("train")]
-            key["files"] = file_list([shard for _, shard in shards])
-        except Unreachable as error:
-            if not (folder / LEDGER).exists():
-                raise
-            logger.warning("using the learned tokenizer without its files: %s", error)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "tokenizer.json"
-        with locked(folder):
-            ledger = read_json(folder / LEDGER, {"key": {"files": FILES}})
-            fit = ledger and fits(folder, ledger["key"], key, rebuild)
-            if not fit or not path.exists():
-                logger.info("learning the tokenizer from %d files", len(shards))
-                texts = [partial(self._texts, source, shard) for source, shard in shards]
-                path.write_text(self.tokenizer.learn(texts).to_text(), encoding="utf-8")
-                write_json(folder / LEDGER, {"key": key, "stored": [path.name]})
-                where.publish(LEARNED)
+
+        def shards() -> list[tuple[SourceConfig, Shard]]:
+            found = [(s, shard) for s in sources.values() for shard in s.list_shards("train")]
+            key["files"] = file_list([shard for _, shard in found])
+            return found
+
+        def fit(folder: Path, ledger: dict, _: object) -> bool:
+            is_there = (folder / _TOKENIZER).exists()
+            return fits(folder, ledger["key"], key, rebuild) and is_there
+
+        def learn(folder: Path, shards: list[tuple[SourceConfig, Shard]]) -> None:
+            logger.info("learning the tokenizer from %d files", len(shards))
+            texts = [partial(self._texts, source, shard) for source, shard in shards]
+            text = self.tokenizer.learn(texts).to_text()
+            (folder / _TOKENIZER).write_text(text, encoding="utf-8")
+            write_json(folder / LEDGER, {"key": key, "stored": [_TOKENIZER]})
+
+        where, shape = CacheDir(self.cache_dir), {"key": {"files": FILES}}
+        folder, _ = where.finished(LEARNED, shape, shards, fit, learn, must_exist)
+        path = folder / _TOKENIZER
         return tokenizer_from_text(path.read_text("utf-8", "replace"), None, str(path))
 
     def _texts(self, source: SourceConfig, shard: Shard) -> Iterator[str]:
