@@ -32,12 +32,7 @@ from ostro.run_log import logging_to
 from ostro.session import Session, load_first_weights
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput, device_peak
-from ostro.tracker import (
-    RunInfo,
-    TensorboardConfig,
-    build_trackers,
-    run_folder,
-)
+from ostro.tracker import RunInfo, TensorboardConfig, build_trackers, run_folder
 from ostro.trainer import (
     BatchPlan,
     TrainingDivergedError,

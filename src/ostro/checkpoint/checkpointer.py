@@ -184,10 +184,7 @@ class Checkpointer:
     """All ranks, where each holds a part of the state; for the saving thread only."""
 
     def __init__(
-        self,
-        config: CheckpointerConfig,
-        store: FolderStore | FileStore,
-        clock: Callable[[], float],
+        self, config: CheckpointerConfig, store: FolderStore | FileStore, clock: Callable[[], float]
     ):
         self.folder = store.folder
         self.last: SaveReport | None = None
