@@ -40,17 +40,11 @@ class Recorder(Tracker):
         self._note("log")
         self.metrics.append((step, dict(metrics)))
 
-    def log_hyperparameters(self, values):
-        self._note("log_hyperparameters")
-
     def log_summary(self, values):
         self._note("log_summary")
 
     def log_text(self, name, text, step):
         self._note("log_text")
-
-    def log_artifact(self, path, name, type):
-        self._note("log_artifact")
 
     def finish(self):
         self._note("finish")
@@ -67,10 +61,8 @@ class Failing(Recorder):
 def use_all(tracker: Tracker) -> None:
     tracker.log({"train/loss": math.nan}, 3)
     tracker.log({"train/loss": 1.0}, 4)
-    tracker.log_hyperparameters({})
     tracker.log_summary({})
     tracker.log_text("sample", "text", 4)
-    tracker.log_artifact("file", "name", "type")
     tracker.finish()
 
 
@@ -80,16 +72,7 @@ def test_composite_hands_everything_on():
     assert composite.state() == {"Recorder": {"id": 7}}
     use_all(composite)
     for recorder in recorders:
-        assert recorder.calls == [
-            "state",
-            "log",
-            "log",
-            "log_hyperparameters",
-            "log_summary",
-            "log_text",
-            "log_artifact",
-            "finish",
-        ]
+        assert recorder.calls == ["state", "log", "log", "log_summary", "log_text", "finish"]
         assert math.isnan(recorder.metrics[0][1]["train/loss"])
         assert recorder.metrics[1] == (4, {"train/loss": 1.0})
 
@@ -181,10 +164,8 @@ def test_json_lines(tmp_path):
     assert len(read_lines(path)) == 2, "each event is there at once"
     tracker.log({"train/loss": math.nan, "grad": math.inf, "low": -math.inf}, 1)
     tracker.log({"eval/loss": np.float32(2.5)}, 1)
-    tracker.log_hyperparameters({"device": "cpu"})
     tracker.log_summary({"parameter_count": 5})
     tracker.log_text("sample", 'é "x"\n', 1)
-    tracker.log_artifact(tmp_path / "f.yaml", "config.yaml", "config")
     tracker.finish()
 
     assert '"train/loss": NaN, "grad": Infinity, "low": -Infinity' in path.read_text()
@@ -195,11 +176,8 @@ def test_json_lines(tmp_path):
         {"step": 0, "train/loss": 3.5, "optim/learning_rate": 0.0},
         {"step": 1, "grad": math.inf, "low": -math.inf},
         {"step": 1, "eval/loss": 2.5},
-        {"step": 1, "event": "hyperparameters", "values": {"device": "cpu"}},
         {"step": 1, "event": "summary", "values": {"parameter_count": 5}},
         {"step": 1, "event": "text", "name": "sample", "text": 'é "x"\n'},
-        {"step": 1, "event": "artifact", "path": str(tmp_path / "f.yaml")}
-        | {"name": "config.yaml", "type": "config"},
         {"step": 1, "event": "finish"},
     ]
 
@@ -238,7 +216,6 @@ def test_tensorboard_files(tmp_path, caplog):
         tracker.log({"train/loss": loss, "optim/learning_rate": 0.5}, step)
     tracker.log_text("sample", "# not a heading\nx", 3)
     tracker.log_summary({"parameter_count": 5})
-    tracker.log_hyperparameters({"device": "cpu"})
     tracker.finish()
 
     found = read_events(tmp_path / "r1")
@@ -255,7 +232,6 @@ def test_tensorboard_files(tmp_path, caplog):
     assert texts["sample/text_summary"] == "    # not a heading\n    x"
     assert '"seed": 0' in texts["config/text_summary"]
     assert '"parameter_count": 5' in texts["summary/text_summary"]
-    assert '"device": "cpu"' in texts["hyperparameters/text_summary"]
 
     run = RunInfo("r1", resume=True, start_step=2)
     tracker = TensorboardConfig(logdir=str(tmp_path / "${run_id}")).build(run)

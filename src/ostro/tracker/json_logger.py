@@ -24,8 +24,8 @@ class JsonLogger(Tracker):
 
     Figures are `{"step": 7, "train/loss": 3.2, ...}`; NaN and Infinity stand as JavaScript writes
     them. All other lines have an `event`: `start` or `resume` with the first step and the
-    configuration, `hyperparameters`, `summary`, `text`, `artifact`, `rollback`, `finish`. After a
-    `resume` or `rollback` at step k, earlier lines of step k and later are of a lost attempt.
+    configuration, `summary`, `text`, `rollback`, `finish`. After a `resume` or `rollback` at step
+    k, earlier lines of step k and later are of a lost attempt.
     """
 
     name = "json_logger"
@@ -44,9 +44,6 @@ class JsonLogger(Tracker):
         self._step = step
         self._write({"step": step, **metrics})
 
-    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        self._event("hyperparameters", values=dict(values))
-
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self._event("summary", values=dict(values))
 
@@ -56,9 +53,6 @@ class JsonLogger(Tracker):
     def log_event(self, event: str, values: Mapping[str, Any], step: int) -> None:
         self._step = step
         self._event(event, **values)
-
-    def log_artifact(self, path: str | Path, name: str, type: str) -> None:
-        self._event("artifact", path=str(path), name=name, type=type)
 
     def finish(self) -> None:
         self._event("finish")

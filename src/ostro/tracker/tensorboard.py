@@ -44,9 +44,6 @@ class TensorboardTracker(Tracker):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        self._log_values("hyperparameters", values)
-
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self._log_values("summary", values)
 

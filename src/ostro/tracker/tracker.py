@@ -56,9 +56,6 @@ class Tracker(ABC):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Figures of a step, such as `train/loss`."""
 
-    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:  # noqa: B027
-        """Settings beside `RunInfo.config`, which a tracker takes from `build`."""
-
     def log_summary(self, values: Mapping[str, Any]) -> None:  # noqa: B027
         """Facts about the whole run, such as `parameter_count`."""
 
@@ -67,9 +64,6 @@ class Tracker(ABC):
 
     def log_event(self, event: str, values: Mapping[str, Any], step: int) -> None:  # noqa: B027
         """Something that happened at a step, such as a `rollback`."""
-
-    def log_artifact(self, path: str | Path, name: str, type: str) -> None:  # noqa: B027
-        """A file or folder to keep with the run."""
 
     def finish(self) -> None:  # noqa: B027
         """The run is over, well or not: write what is left. Called once."""
@@ -103,9 +97,6 @@ class CompositeTracker(Tracker):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._each(lambda tracker: tracker.log(metrics, step))
 
-    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        self._each(lambda tracker: tracker.log_hyperparameters(values))
-
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.log_summary(values))
 
@@ -114,9 +105,6 @@ class CompositeTracker(Tracker):
 
     def log_event(self, event: str, values: Mapping[str, Any], step: int) -> None:
         self._each(lambda tracker: tracker.log_event(event, values, step))
-
-    def log_artifact(self, path: str | Path, name: str, type: str) -> None:
-        self._each(lambda tracker: tracker.log_artifact(path, name, type))
 
     def finish(self) -> None:
         self._each(lambda tracker: tracker.finish())

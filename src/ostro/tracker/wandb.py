@@ -76,7 +76,7 @@ class WandbTracker(Tracker):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "config.yaml")
             path.write_text(yaml.safe_dump(run.config, sort_keys=False), encoding="utf-8")
-            self.log_artifact(path, "config.yaml", "config")
+            self._run.log_artifact(str(path), name="config.yaml", type="config")
         if config.save_code:
             self._save_code()
         if config.save_compile_dumps and not _dump_folder():
@@ -89,9 +89,6 @@ class WandbTracker(Tracker):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(dict(metrics), step=step)
 
-    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        self._run.config.update(dict(values), allow_val_change=True)
-
     def log_summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
 
@@ -100,14 +97,12 @@ class WandbTracker(Tracker):
 
         self._run.log({name: wandb.Html(f"<pre>{escape(text)}</pre>", inject=False)}, step=step)
 
-    def log_artifact(self, path: str | Path, name: str, type: str) -> None:
-        self._run.log_artifact(str(path), name=name, type=type)
-
     def finish(self) -> None:
         folder = _dump_folder() if self._config.save_compile_dumps else ""
         try:
             if folder and Path(folder).is_dir():
-                self.log_artifact(folder, f"compile-dumps-{self._run.id}", "compile_dumps")
+                name = f"compile-dumps-{self._run.id}"
+                self._run.log_artifact(folder, name=name, type="compile_dumps")
         finally:
             self._run.finish()
 
