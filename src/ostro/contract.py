@@ -74,17 +74,14 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "trainer.mp": ("warn", _ROUNDING),
     "trainer.compile": ("warn", _ROUNDING),
     "trainer.deepspeed": ("warn", "DeepSpeed sums and rounds in its own way"),
-    "trainer.per_device_parallelism": ("warn", _SUMS),
-    "trainer.deterministic_reduction": ("warn", _SUMS),
-    "trainer.batch_axis": ("warn", _SUMS),
-    "trainer.fsdp_axis": ("warn", _SUMS),
-    "trainer.tensor_parallel_axes": ("warn", _SUMS),
-    "trainer.model_axis_size": ("warn", _SUMS),
-    "trainer.context_axis_size": ("warn", _SUMS),
-    "trainer.replica_axis_size": ("warn", _SUMS),
-    "trainer.axis_resources": ("warn", _SUMS),
-    "trainer.parameter_axis_resources": ("warn", _SUMS),
-    "trainer.compute_axis_resources": ("warn", _SUMS),
+    **{
+        f"trainer.{name}": ("warn", _SUMS)
+        for name in (
+            *("per_device_parallelism", "deterministic_reduction", "batch_axis", "fsdp_axis"),
+            *("tensor_parallel_axes", "model_axis_size", "context_axis_size", "replica_axis_size"),
+            *("axis_resources", "parameter_axis_resources", "compute_axis_resources"),
+        )
+    },
     "made_by.ostro": ("warn", "another version may compute something else"),
     "made_by.code": ("warn", "the source files of ostro are others: they may compute otherwise"),
     "made_by.python": ("accept", _NO_NUMBERS),

@@ -5,7 +5,6 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +47,7 @@ from ostro.units import format_bytes, format_count
 
 log = logging.getLogger("ostro")
 
-
-@dataclass(frozen=True)
-class RunPaths:
-    """Where a run leaves things."""
-
-    log_dir: Path
-    """Folder of the log, the metrics and the resolved configuration."""
-    log: Path
-    """The Python log."""
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration; running it again resumes the run."""
-        return self.log_dir / "config.yaml"
+_CONFIG = "config.yaml"  # the resolved configuration; running it again resumes the run
 
 
 def run(
@@ -89,20 +75,20 @@ def run(
         if world.device.type == "cpu":
             keep_freed_memory()
         log_dir = run_folder(config.trainer.log_dir, run_id)
-        paths = RunPaths(log_dir, log_dir / config.trainer.log_file)
+        log_file = log_dir / trainer.log_file if world.is_first else None
         saves_to = trainer.checkpointer.folder(run_id)
         with (
             contextlib.nullcontext() if trainer.eval_only else alone_in(saves_to, world),
-            logging_to(paths.log if world.is_first else None, config.trainer.log_level),
+            logging_to(log_file, trainer.log_level),
         ):
             world, mesh = lay_out(config.trainer, world)
             log.info("run %s on %s%s", run_id, world.device, _of(world, mesh))
             signals, origins = signals or Signals(), origins or {}
             session = build_session(config, plan, world, mesh, signals, origins)
             if world.is_first:  # not before: what was there stays if nothing could be resumed
-                paths.config.write_text(dump_yaml(session.config))
+                (log_dir / _CONFIG).write_text(dump_yaml(session.config))
             start, first_step = time.perf_counter(), session.state.step
-            session.signals.go_on = f"go on with: {_resume(config, paths)}"
+            session.signals.go_on = f"go on with: {_resume(config, log_dir)}"
             try:
                 session.tracker.log_summary(_summary(session.state, world, session.throughput))
                 on_ready(session)
@@ -118,7 +104,7 @@ def run(
             steps = range(first_step, session.state.step)
             num_updates = sum(not session.state.recovery.skips(step) for step in steps)
             log.info("made %d updates in %.0f s", num_updates, seconds)
-            _report(config, paths, session.checkpointer.folder, metrics)
+            _report(config, log_dir, session.checkpointer.folder, metrics)
 
 
 def build_session(
@@ -278,14 +264,14 @@ def _announce(
     log.info("%s peak: %.0f GFLOP/s (%s)", peak.kind, peak.flops / 1e9, peak.source)
 
 
-def _resume(config: TrainLmConfig, paths: RunPaths) -> str:
+def _resume(config: TrainLmConfig, log_dir: Path) -> str:
     """The command that goes on with this run."""
     forced = " --trainer.load_checkpoint true" if config.trainer.load_checkpoint is False else ""
-    return f"ostro train --config_path {paths.config}{forced}"
+    return f"ostro train --config_path {log_dir / _CONFIG}{forced}"
 
 
 def _report(
-    config: TrainLmConfig, paths: RunPaths, checkpoints: str, metrics: Mapping[str, float]
+    config: TrainLmConfig, log_dir: Path, checkpoints: str, metrics: Mapping[str, float]
 ) -> None:
     """Say where everything lies and what to type next."""
     if metrics:
@@ -294,11 +280,11 @@ def _report(
     prompt = config.sample_prompts[0] if config.sample_prompts else "Once"
     log.info("where everything lies:")
     log.info("  checkpoints  %s", checkpoints)
-    log.info("  config       %s", paths.config)
-    log.info("  metrics, log %s", paths.log_dir)
+    log.info("  config       %s", log_dir / _CONFIG)
+    log.info("  metrics, log %s", log_dir)
     log.info("what to type next:")
     more = config.trainer.num_train_steps * 2
-    resume = f"{_resume(config, paths)} --trainer.num_train_steps {more}"
+    resume = f"{_resume(config, log_dir)} --trainer.num_train_steps {more}"
     log.info("  train on:    %s", resume)
     sample = f"ostro sample --checkpoint {checkpoints} --prompt {shlex.quote(prompt)}"
     log.info("  sample:      %s", sample)
