@@ -18,19 +18,10 @@ from pathlib import Path
 
 from ostro.checkpoint import CheckpointInterval, Saved, find_latest
 from ostro.config import dump_yaml
+from ostro.doctor import faults
 from ostro.doctor.children import Ended, Orders, quiet, train
 from ostro.doctor.differences import read_history
-from ostro.doctor.faults import (
-    DAMAGES,
-    FRESH,
-    IMPORT_FAULT,
-    KILLED_IN,
-    SIGNALS,
-    Counted,
-    Fault,
-    damage,
-    plan,
-)
+from ostro.doctor.faults import DAMAGES, FRESH, KILLED_IN, Fault
 from ostro.doctor.scenarios import Change, Scenario, stage, unchanged
 from ostro.errors import OstroError
 from ostro.lm_config import TrainLmConfig, replace_trainer
@@ -65,8 +56,7 @@ class Row:
     """A line of the table: all faults of one kind in one place."""
 
     injected: int = 0
-    lost: int = 0
-    """The most updates that had to be made again."""
+    lost: int = 0  # the most updates that had to be made again
     failures: list[str] = field(default_factory=list)
 
 
@@ -74,11 +64,9 @@ class Row:
 class Reference:
     """What a run leaves that nothing hits."""
 
-    files: Mapping[str, str]
-    """Checksums of weights, optimizer and guards."""
+    files: Mapping[str, str]  # checksums of weights, optimizer and guards
     history: Mapping[int, Mapping[str, object]]
-    counts: Mapping[str, int]
-    """How often each phase began."""
+    counts: Mapping[str, int]  # how often each phase began
 
 
 class Campaign:
@@ -99,8 +87,8 @@ class Campaign:
     ) -> dict[tuple[str, str], Row]:
         """Inject `num_each` faults into every place of every kind; returns the table."""
         rows: dict[tuple[str, str], Row] = {}
-        started, faults = time.monotonic(), plan(kinds, self._count, num_each, self._seed)
-        for number, fault in enumerate(faults):
+        started, hits = time.monotonic(), faults.plan(kinds, self._count, num_each, self._seed)
+        for number, fault in enumerate(hits):
             row = rows.setdefault((fault.kind, fault.where), Row())
             folder = self._folder / f"{number:04}"
             row.injected += 1
@@ -112,7 +100,7 @@ class Campaign:
                 row.failures.append(f"{folder}: {fault}: {error}")
                 report(f"failed: {row.failures[-1]}")
             if (number + 1) % 25 == 0:
-                report(f"{number + 1} of {len(faults)} faults, {time.monotonic() - started:.0f} s")
+                report(f"{number + 1} of {len(hits)} faults, {time.monotonic() - started:.0f} s")
         return rows
 
     def _count(self, kind: str, where: str) -> int:
@@ -125,7 +113,7 @@ class Campaign:
     def _reference(self, name: str, change: Change = unchanged) -> Reference:
         """What an undisturbed run leaves, with a change of its settings; made when needed."""
         if name not in self._references:
-            folder, counted = self._folder / f"reference {name}", Counted()
+            folder, counted = self._folder / f"reference {name}", faults.Counted()
             folder.mkdir(parents=True)
 
             @contextlib.contextmanager
@@ -137,7 +125,7 @@ class Campaign:
             config = change(self._in(folder, compiles=name == "compiled"))
             ended = train(config, folder / "output.log", orders)
             if any(one.code for one in ended):
-                raise ChaosError(f"the undisturbed run failed:\n{_tail(ended[0].output)}")
+                raise ChaosError(f"the undisturbed run failed:\n{ended[0].tail}")
             counts = json.loads((folder / "counts.json").read_text())
             self._references[name] = Reference(*_left(folder), counts)
         return self._references[name]
@@ -163,11 +151,11 @@ class Campaign:
         codes = tuple(one.code for one in ended)
         if codes not in scenario.codes:
             expected = " or ".join(map(str, scenario.codes))
-            raise ChaosError(f"ended with {codes}, not {expected}:\n{_tail(ended[0].output)}")
-        made, complete = _reached(scenario, ended[0].output)
+            raise ChaosError(f"ended with {codes}, not {expected}:\n{ended[0].tail}")
+        made, complete = _reached(scenario, ended[0])
         damaged = fault.kind in DAMAGES and complete >= 0
         if damaged:
-            output.write_text(damage(fault, folder / "checkpoints") + "\n")
+            output.write_text(faults.damage(fault, folder / "checkpoints") + "\n")
         lost = 0
         if any(codes):
             again = self._again(scenario.again, folder, len(codes))
@@ -181,11 +169,11 @@ class Campaign:
     def _hit_import(self, fault: Fault, config: TrainLmConfig, path: Path) -> Ended:
         path.write_text(dump_yaml(config))
         words = ["train", "--config_path", str(path)]
-        code, text = self._import(fault.nth, fault.kind, SIGNALS[fault.kind], words)
+        code, text = self._import(fault.nth, fault.kind, faults.SIGNALS[fault.kind], words)
         return Ended(code, text, 0.0)
 
     def _import(self, nth: int, kind: str, signum: int, argv: list[str]) -> tuple[int, str]:
-        code = IMPORT_FAULT.format(nth=nth, kind=kind, signum=int(signum), argv=argv)
+        code = faults.IMPORT_FAULT.format(nth=nth, kind=kind, signum=int(signum), argv=argv)
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
         )
@@ -196,7 +184,7 @@ class Campaign:
         ended = train(config, folder / "again.log", [Orders()] * num_ranks, patience=300)
         for one in ended:
             if one.code:
-                raise ChaosError(f"started again, it ended with {one.code}:\n{_tail(one.output)}")
+                raise ChaosError(f"started again, it ended with {one.code}:\n{one.tail}")
         return ended[0]
 
 
@@ -221,11 +209,11 @@ def _like(kind: str, where: str) -> str:
     return "two" if kind.endswith("rank") else "compiled" if where == "compile" else "one"
 
 
-def _reached(scenario: Scenario, output: str) -> tuple[int, int]:
+def _reached(scenario: Scenario, ended: Ended) -> tuple[int, int]:
     """Updates made and the newest complete checkpoint when it struck, as the log says."""
-    if scenario.marker not in output:
-        raise ChaosError(f"the log does not say {scenario.marker!r}:\n{_tail(output)}")
-    if not (found := _MARKER.search(output)):
+    if scenario.marker not in ended.output:
+        raise ChaosError(f"the log does not say {scenario.marker!r}:\n{ended.tail}")
+    if not (found := _MARKER.search(ended.output)):
         return 0, -1
     complete = -1 if found[2] == "none" else max(map(int, found[2].split(",")))
     return int(found[4]), complete
@@ -263,7 +251,3 @@ def table(rows: Mapping[tuple[str, str], Row]) -> Iterator[str]:
     injected = sum(row.injected for row in rows.values())
     failed = sum(len(row.failures) for row in rows.values())
     yield f"{injected} faults, {failed} failures; lost: the most updates that were made again"
-
-
-def _tail(text: str) -> str:
-    return "\n".join(text.splitlines()[-15:])

@@ -28,11 +28,14 @@ RUN_ID = "doctor"
 class Ended:
     """How a process of a run ended."""
 
-    code: int
-    """Exit code; -9 for one that signal 9 ended."""
-    output: str
-    """What all processes of the run printed, the log included."""
+    code: int  # -9 for one that signal 9 ended
+    output: str  # what all processes of the run printed, the log included
     seconds: float
+
+    @property
+    def tail(self) -> str:
+        """The last lines of the output."""
+        return "\n".join(self.output.splitlines()[-15:])
 
 
 @dataclass(frozen=True)

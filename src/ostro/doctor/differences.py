@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +23,20 @@ _OWN = {
 _CHANGING = ("throughput/", "eval/total_time", "event")
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One thing that is not as it should be."""
-
-    part: str
-    """weights, optimizer, random state, data position, configuration, ..."""
-    what: str
-    """Which of it, and both values."""
-
-    def __str__(self) -> str:
-        return f"{self.part}: {self.what}"
-
-
-def of_checkpoints(was: Saved, now: Saved) -> Iterator[Difference]:
-    """Whatever differs in a bit: settings, position, numbers, every tensor."""
+def of_checkpoints(was: Saved, now: Saved) -> Iterator[str]:
+    """Whatever differs in a bit: settings, position, numbers, every tensor; first the part of the
+    run that it belongs to."""
     for found in differences(was, now):
         own = _OWN.get(found.kind, ())
         if not any(f"{found.name}.".startswith(f"{name}.") for name in own):
-            part = _part(found.kind, found.name)
-            yield Difference(part, f"{found.name}: {found.what}")
+            yield f"{_part(found.kind, found.name)}: {found.name}: {found.what}"
 
 
-def nearly_of_checkpoints(was: Saved, now: Saved, tolerance: float) -> Iterator[Difference]:
+def nearly_of_checkpoints(was: Saved, now: Saved, tolerance: float) -> Iterator[str]:
     """The same between other numbers of ranks: all weights together, and all tensors of the
     optimizer, may differ by that share of their norm; the random state depends on the ranks."""
     if was.step != now.step:
-        yield Difference(_VALUES["step"], f"step: {was.step} -> {now.step}")
+        yield f"{_VALUES['step']}: step: {was.step} -> {now.step}"
     for group in was.groups:
         first, second = was.tensors(group), now.tensors(group)
         names = [name for name in first if _part(group, name) != "random state"]
@@ -58,7 +44,7 @@ def nearly_of_checkpoints(was: Saved, now: Saved, tolerance: float) -> Iterator[
         far = math.hypot(*(float((first[n].double() - second[n].double()).norm()) for n in names))
         if far > tolerance * size:
             relative = far / size if size else math.inf
-            yield Difference(_part(group, ""), f"all of it differs by {relative:.1e} of its norm")
+            yield f"{_part(group, '')}: all of it differs by {relative:.1e} of its norm"
 
 
 def _part(kind: str, name: str) -> str:
@@ -83,7 +69,7 @@ def of_histories(
     now: Mapping[int, Mapping[str, Any]],
     steps: range,
     tolerance: float = 0.0,
-) -> Iterator[Difference]:
+) -> Iterator[str]:
     """Figures of the log that differ, step by step."""
     for step in steps:
         old, new = was.get(step, {}), now.get(step, {})
@@ -97,4 +83,4 @@ def of_histories(
             if both and abs(before - after) <= tolerance * abs(before):
                 continue
             part = {"batch": "data position", "optim/learning_rate": "schedule"}.get(key, "figures")
-            yield Difference(part, f"{key} of step {step} was {before}, is {after}")
+            yield f"{part}: {key} of step {step} was {before}, is {after}"

@@ -27,14 +27,10 @@ SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
 class Fault:
     """One fault, injected into one run."""
 
-    kind: str
-    """As the table names it."""
-    where: str
-    """The phase in which it strikes, or the policy that it meets."""
-    nth: int
-    """It strikes at the nth time that the phase begins, from 1."""
-    seed: int
-    """Of whatever else is random in it."""
+    kind: str  # as the table names it
+    where: str  # the phase in which it strikes, or the policy that it meets
+    nth: int  # it strikes at the nth time that the phase begins, from 1
+    seed: int  # of whatever else is random in it
 
     @property
     def draw(self) -> random.Random:

@@ -41,20 +41,13 @@ class Scenario:
     """A run that is hit, what it may end with, and what its result has to equal."""
 
     hit: TrainLmConfig
-    again: TrainLmConfig
-    """What is started once the cause is gone."""
-    orders: list[Orders]
-    """One for each process."""
-    codes: tuple[tuple[int, ...], ...]
-    """What its processes may end with."""
-    marker: str
-    """What its log must say: the fault has happened."""
-    name: str = ""
-    """Of the undisturbed run, where that is another one."""
-    like: Change = unchanged
-    """That run's settings: those where the user has data left out."""
-    ignored: range = range(0)
-    """Steps whose figures are of what was left out."""
+    again: TrainLmConfig  # what is started once the cause is gone
+    orders: list[Orders]  # one for each process
+    codes: tuple[tuple[int, ...], ...]  # what its processes may end with
+    marker: str  # what its log must say: the fault has happened
+    name: str = ""  # of the undisturbed run, where that is another one
+    like: Change = unchanged  # that run's settings: those where the user has data left out
+    ignored: range = range(0)  # steps whose figures are of what was left out
 
 
 def stage(fault: Fault, config: TrainLmConfig, folder: Path) -> Scenario:

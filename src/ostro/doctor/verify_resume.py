@@ -19,9 +19,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ostro.checkpoint import CheckpointInterval, Saved, find_latest, write
-from ostro.doctor.children import Ended, Orders, quiet, sleep_on, strike, train
+from ostro.doctor.children import Orders, quiet, sleep_on, strike, train
 from ostro.doctor.differences import (
-    Difference,
     nearly_of_checkpoints,
     of_checkpoints,
     of_histories,
@@ -108,14 +107,12 @@ def _processes(num: int) -> str:
     return "one process" if num == 1 else f"{num} processes"
 
 
-def _expect(
-    found: Iterator[Difference], what: str, report: Callable[[str], None], shown: int = 8
-) -> None:
+def _expect(found: Iterator[str], what: str, report: Callable[[str], None]) -> None:
     differences = list(found)
-    for difference in differences[:shown]:
+    for difference in differences[:8]:
         report(f"  differs: {difference}")
-    if len(differences) > shown:
-        report(f"  and {len(differences) - shown} more")
+    if len(differences) > 8:
+        report(f"  and {len(differences) - 8} more")
     if differences:
         raise NotExactError(f"resuming is not exact: {what} - first difference: {differences[0]}")
 
@@ -147,7 +144,7 @@ class _Part:
         first = train(self.config, output, orders, grace=0)[0]
         planned = (0, 128 + signal.SIGTERM) if self.is_last else (-signal.SIGKILL,)
         if first.code not in planned:
-            raise NotExactError(f"{output} - a process ended with {first.code}:\n{_end(first)}")
+            raise NotExactError(f"{output} - a process ended with {first.code}:\n{first.tail}")
 
     def _orders(self, rank: int) -> Orders:
         return Orders(_Ending(self.stop, self.is_last, rank), lambda s: self._watch(s, rank))
@@ -220,17 +217,17 @@ def _recipe(session: Session) -> dict[str, Any]:
     return recipe
 
 
-def _restored(part: _Part, saved: Saved, whole: _Part) -> Iterator[Difference]:
+def _restored(part: _Part, saved: Saved, whole: _Part) -> Iterator[str]:
     """What a resumed part begins with, against what had been saved and how the run began."""
     now = find_latest(str(part.start_folder))
     if not isinstance(now, Saved):
-        yield Difference("step and data position", "it started from scratch")
+        yield "step and data position: it started from scratch"
         return
     yield from of_checkpoints(saved, now)
     old, new = (json.loads((p.start_folder / "recipe-0.json").read_text()) for p in (whole, part))
     for key in sorted(old.keys() & new.keys()):
         if old[key] != new[key]:
-            yield Difference("configuration", f"{key} in use was {old[key]}, is {new[key]}")
+            yield f"configuration: {key} in use was {old[key]}, is {new[key]}"
 
 
 def _with_batches(history: dict[int, dict[str, Any]], part: _Part) -> dict[int, dict[str, Any]]:
@@ -242,10 +239,6 @@ def _with_batches(history: dict[int, dict[str, Any]], part: _Part) -> dict[int, 
         step, digest = json.loads(line)
         history.setdefault(step, {})["batch"] = digest
     return history
-
-
-def _end(ended: Ended) -> str:
-    return "\n".join(ended.output.splitlines()[-12:])
 
 
 def check_ranks(text: str) -> tuple[int, ...]:
