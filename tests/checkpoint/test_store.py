@@ -216,17 +216,17 @@ def with_file(name, **record):
 EDITS = {
     "other format": (lambda f: f.update(format=4), "newer ostro"),
     "no format": (lambda f: f.pop("format"), "is not a checkpoint's"),
-    "no step": (lambda f: f.pop("step"), "step is not of type int"),
-    "bool step": (lambda f: f.update(step=True), "step is not of type int"),
+    "no step": (lambda f: f.pop("step"), "not what ostro writes"),
+    "bool step": (lambda f: f.update(step=True), "not what ostro writes"),
     "negative step": (lambda f: f.update(step=-1), "out of range"),
     "nan time": (lambda f: f.update(timestamp=float("nan")), "out of range"),
-    "list of files": (lambda f: f.update(files=[]), "files is not an object"),
+    "list of files": (lambda f: f.update(files=[]), "not what ostro writes"),
     "no values": (lambda f: f["files"].pop("values.json"), "values.json - is missing"),
-    "parent": (with_file("../x", bytes=1, sha256="0" * 64), "no plain file name"),
-    "absolute": (with_file("/etc/passwd", bytes=1, sha256="0" * 64), "no plain file name"),
-    "no size": (with_file("x", sha256="0" * 64), "x has no size"),
-    "no checksum": (with_file("x", bytes=1), "x has no checksum"),
-    "checksum": (with_file("x", bytes=1, sha256="zz"), "x has no checksum"),
+    "parent": (with_file("../x", bytes=1, sha256="0" * 64), "not what ostro writes"),
+    "absolute": (with_file("/etc/passwd", bytes=1, sha256="0" * 64), "not what ostro writes"),
+    "no size": (with_file("x", sha256="0" * 64), "not what ostro writes"),
+    "no checksum": (with_file("x", bytes=1), "not what ostro writes"),
+    "checksum": (with_file("x", bytes=1, sha256="zz"), "not what ostro writes"),
 }
 
 

@@ -36,11 +36,12 @@ READERS = {
     "documents": {"data.files": ""},
     "tokens": {
         "data.text": "_Builder._token_files",
-        "data.store": "TokenStore.open TokenStore.largest parse_json",
+        "data.store": "TokenStore.open TokenStore.largest",
     },
     "ledger": {
-        "data.store": "read_json parse_json has_shape fits _differences _file_differences"
-        " CacheDir.__init__ CacheDir.fetch",
+        "shapes": "",
+        "data.store": "read_json fits _differences _file_differences CacheDir.__init__"
+        " CacheDir.fetch CacheDir.finished",
         "data.cache": "CacheRequest open_cache _opened _Writer.__init__ _Writer._holds",
     },
     "manifest": {

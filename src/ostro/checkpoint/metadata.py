@@ -11,15 +11,15 @@ from typing import Any
 import yaml
 
 from ostro.errors import CheckpointError
+from ostro.shapes import FILE_NAME, has_shape, read_object
 
 FORMAT = 3
 SHARDS = "shards.json"
 """Where the pieces of tensors lie that several ranks saved."""
 _CHECKSUM = b',\n  "sha256": "'
 """Stands between the text and the checksum of all that comes before it; since format 3."""
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _YEAR_9999 = 253_370_764_800  # later ones cannot be written as a date
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_RECORD = {"bytes": int, "sha256": re.compile(r"[0-9a-f]{64}")}
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,6 @@ def sealed(fields: Mapping[str, Any]) -> str:
     return f'{text}{_CHECKSUM.decode()}{own}"\n}}\n'
 
 
-def read_json(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object, or a `CheckpointError` that names the file and what is wrong with it."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} - is damaged, it is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} - is damaged, it is not a JSON object")
-    return value
-
-
 def read_settings(text: str, where: str) -> dict[str, Any]:
     """The `config.yaml` of a checkpoint as plain values, or a `CheckpointError`."""
     try:
@@ -96,7 +85,7 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
 
 def parse_metadata(data: bytes, where: str) -> Metadata:
     """Read `metadata.json`, trusting nothing in it: types, ranges and file names are checked."""
-    value = read_json(data, where)
+    value = read_object(data, where, CheckpointError)
     version = value.get("format")
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{where} - is not a checkpoint's: it has no format number")
@@ -106,30 +95,10 @@ def parse_metadata(data: bytes, where: str) -> Metadata:
         text, _, own = data.rpartition(_CHECKSUM)
         if own != f'{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode():
             raise CheckpointError(f"{where} - is damaged: its content differs from its checksum")
-    if fault := _fault(value):
-        raise CheckpointError(f"{where} - is damaged: {fault}")
+    if not has_shape(value, _FIELDS | {"files": {FILE_NAME: _RECORD}}):
+        raise CheckpointError(f"{where} - is damaged: not what ostro writes there")
     files = {name: FileRecord(r["bytes"], r["sha256"]) for name, r in value["files"].items()}
+    numbers = [value["step"], *(record.bytes for record in files.values())]
+    if min(numbers) < 0 or not 0 <= value["timestamp"] < _YEAR_9999:
+        raise CheckpointError(f"{where} - is damaged: step, timestamp or a size is out of range")
     return Metadata(**{name: value[name] for name in _FIELDS}, files=files)
-
-
-def _fault(value: dict[str, Any]) -> str | None:
-    for name, kind in _FIELDS.items():
-        if type(value.get(name)) is not kind:
-            return f"{name} is not of type {kind.__name__}"
-    if value["step"] < 0 or not 0 <= value["timestamp"] < _YEAR_9999:
-        return "step or timestamp is out of range"
-    if not isinstance(files := value.get("files"), dict):
-        return "files is not an object"
-    for name, record in files.items():
-        if not is_plain_name(name):
-            return f"{name!r} is no plain file name"
-        if not isinstance(record, dict) or type(size := record.get("bytes")) is not int or size < 0:
-            return f"{name} has no size"
-        if not isinstance(digest := record.get("sha256"), str) or not _DIGEST.fullmatch(digest):
-            return f"{name} has no checksum"
-    return None
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a file of a checkpoint may have this name: letters, digits, `_`, `-` and `.`."""
-    return bool(_FILE_NAME.fullmatch(name))

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from ostro.checkpoint import storage
-from ostro.checkpoint.metadata import is_plain_name, read_json
 from ostro.checkpoint.pieces import Stored, whole
 from ostro.checkpoint.store import State
 from ostro.errors import CheckpointError
 from ostro.phases import mark
+from ostro.shapes import FILE_NAME, read_object
 
 LATEST = "latest_checkpoint.pt"
 NANOGPT = "ckpt.pt"
@@ -89,10 +89,8 @@ def pointed_folder(path: Path) -> str | None:
     with open(path, "rb") as file:
         if file.read(1) != b"{":
             return None
-    name = read_json(path.read_bytes(), str(path)).get("folder")
-    if not isinstance(name, str) or not is_plain_name(name):
-        raise CheckpointError(f"{path} - is damaged: it names no folder")
-    return str(path.parent / name)
+    named = read_object(path.read_bytes(), str(path), CheckpointError, {"folder": FILE_NAME})
+    return str(path.parent / named["folder"])
 
 
 def write_file(path: Path, content: Mapping[str, Any]) -> int:

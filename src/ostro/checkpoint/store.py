@@ -34,19 +34,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_rank
 
 from ostro.checkpoint import storage
-from ostro.checkpoint.metadata import (
-    SHARDS,
-    FileRecord,
-    Metadata,
-    is_plain_name,
-    parse_metadata,
-    read_json,
-)
+from ostro.checkpoint.metadata import SHARDS, FileRecord, Metadata, parse_metadata
 from ostro.checkpoint.pieces import Piece, Stored, whole
 from ostro.checkpoint.sharded import SUFFIX, Index, save_shares
 from ostro.checkpoint.tensorfile import file_size, read_tensors, tensor_pieces
 from ostro.errors import CheckpointError
 from ostro.phases import mark
+from ostro.shapes import FILE_NAME, read_object
 
 _VALUES = "values.json"
 STEP = re.compile(r"step-\d+")
@@ -71,7 +65,7 @@ def step_folder(folder: str, step: int) -> str:
 
 def _small_files(state: State, index: Index) -> dict[str, bytes]:
     for name in state.texts:
-        assert is_plain_name(name) and not name.endswith(SUFFIX), name
+        assert FILE_NAME.fullmatch(name) and not name.endswith(SUFFIX), name
         assert name not in (_VALUES, SHARDS, storage.MARKER), name
     files = {_VALUES: (json.dumps(state.values, indent=2) + "\n").encode()}
     if index:
@@ -256,10 +250,12 @@ class Saved:
         self._opened: dict[str, dict[str, Tensor]] = {}  # file name -> tensors, mapped
         small = [name for name in metadata.files if not name.endswith(SUFFIX)]
         contents = {name: self._read(name) for name in small}
-        self._shards: Index = read_json(contents.pop(SHARDS, b"{}"), f"{path}/{SHARDS}")
+        shards = contents.pop(SHARDS, b"{}")
+        self._shards: Index = read_object(shards, f"{path}/{SHARDS}", CheckpointError)
         if _VALUES not in contents:
             raise CheckpointError(f"{path}/{_VALUES} - is missing from the list of files")
-        self.values: dict[str, Any] = read_json(contents.pop(_VALUES), f"{path}/{_VALUES}")
+        values = contents.pop(_VALUES)
+        self.values = read_object(values, f"{path}/{_VALUES}", CheckpointError)
         self.texts = {name: data.decode(errors="replace") for name, data in contents.items()}
 
     def __str__(self) -> str:

@@ -25,10 +25,11 @@ from ostro.data.documents import ROW, DocumentIndex, Documents, TokenFiles
 from ostro.data.encode import Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard
 from ostro.data.source import SourceConfig
-from ostro.data.store import FILE_NAME, LEDGER, CacheDir, TokenStore, fits, has_shape, write_json
+from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, write_json
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
 from ostro.secrets import redact, redacted
+from ostro.shapes import FILE_NAME, has_shape
 
 logger = logging.getLogger("ostro.data")
 

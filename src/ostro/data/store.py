@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,13 @@ import numpy as np
 from ostro.data.files import Unreachable, is_local, located
 from ostro.errors import DataError
 from ostro.secrets import redact
+from ostro.shapes import FILE_NAME, read_object
 
 Files = TypeVar("Files")
 logger = logging.getLogger("ostro.data")
 
 LEDGER = "ledger.json"
-FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
-"""How a ledger may name a file of its folder, lest it reaches out of there."""
+_DELETE = "delete the folder"
 
 
 class TokenStore:
@@ -84,38 +83,11 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, shape: dict[str, Any]) -> dict[str, Any] | None:
     """A JSON object of this shape, or None where there is no file."""
     try:
-        return parse_json(path.read_bytes(), str(path), shape)
+        return read_object(path.read_bytes(), str(path), DataError, shape, _DELETE)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"{path} - cannot be read ({error}) - delete the folder") from error
-
-
-def parse_json(data: bytes, where: str, shape: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object of this shape; the `DataError` that it is none names `where`."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} - cannot be read ({error}) - delete the folder") from error
-    if not has_shape(value, shape):
-        raise DataError(f"{where} - is damaged: not what ostro writes there - delete the folder")
-    return value
-
-
-def has_shape(value: Any, shape: Any) -> bool:
-    """Whether a JSON value is of a type, a text that matches a pattern, a list of values of the
-    shape in `[shape]`, of just those in a tuple, or an object with these keys and maybe others."""
-    if isinstance(shape, dict):
-        has_keys = isinstance(value, dict) and shape.keys() <= value.keys()
-        return has_keys and all(has_shape(value[key], part) for key, part in shape.items())
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
-    if isinstance(shape, tuple):
-        same = isinstance(value, list) and len(value) == len(shape)
-        return same and all(map(has_shape, value, shape))
-    if isinstance(shape, re.Pattern):
-        return isinstance(value, str) and shape.fullmatch(value) is not None
-    return type(value) is shape
+        raise DataError(f"{path} - cannot be read ({error}) - {_DELETE}") from error
 
 
 def fits(folder: Path, was: dict, now: dict, rebuild: bool, more: Sequence[str] = ()) -> bool:
@@ -266,7 +238,8 @@ class CacheDir:
             if not self.remote.exists(f"{path}/{LEDGER}"):
                 return folder
             text = self.remote.cat_file(f"{path}/{LEDGER}")
-            ledger = parse_json(text, f"{self.url}/{name}/{LEDGER}", {"stored": [FILE_NAME]})
+            where, shape = f"{self.url}/{name}/{LEDGER}", {"stored": [FILE_NAME]}
+            ledger = read_object(text, where, DataError, shape, _DELETE)
             if (folder / LEDGER).exists() and (folder / LEDGER).read_bytes() == text:
                 return folder
             folder.mkdir(parents=True, exist_ok=True)

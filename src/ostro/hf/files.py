@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,7 +17,6 @@ from typing import Any
 import tokenizers
 from torch import Tensor
 
-from ostro.checkpoint.metadata import is_plain_name, read_json
 from ostro.checkpoint.single_file import read_file
 from ostro.checkpoint.storage import flush_folder
 from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
@@ -24,6 +24,7 @@ from ostro.errors import CheckpointError
 from ostro.hf.layout import differences, from_hf, refuse, to_hf
 from ostro.hf.settings import hf_config, lm_config, setting_differences
 from ostro.models import LmConfig
+from ostro.shapes import FILE_NAME, has_shape, read_object
 
 _log = logging.getLogger("ostro.hf")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -68,14 +69,14 @@ def _folder(name: str, patterns: list[str]) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path.read_bytes(), str(path))
+        return read_object(path.read_bytes(), str(path), CheckpointError)
     except OSError as error:
         raise CheckpointError(f"{path} - cannot be read: {error.strerror}") from error
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     where = _json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(is_plain_name(str(file)) for file in where.values()):
+    if not has_shape(where, {re.compile(".*"): FILE_NAME}):
         raise CheckpointError(f"{index} - is damaged: it has no weight_map of names to files")
     found: dict[str, Tensor] = {}
     for file in sorted(set(where.values())):

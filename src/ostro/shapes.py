@@ -1,0 +1,50 @@
+"""JSON that may be damaged or forged, held against the shape it was written in."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ostro.errors import OstroError
+
+FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+"""How a file may name others in its folder, lest it reaches out of there."""
+
+
+def read_object(
+    data: bytes,
+    where: str,
+    error: type[OstroError],
+    shape: Mapping[Any, Any] | None = None,
+    advice: str = "",
+) -> dict[str, Any]:
+    """A JSON object of this shape; the error that it is none names `where`."""
+    advice = advice and f" - {advice}"
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{where} - is damaged, it is not JSON: {fault}{advice}") from fault
+    if not has_shape(value, shape or {}):
+        raise error(f"{where} - is damaged: not what ostro writes there{advice}")
+    return value
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a JSON value is of a type, a text that matches a pattern, a list of values of the
+    shape in `[shape]`, of just those in a tuple, or an object with these keys and maybe others;
+    with a pattern for a key all keys match it, and all values have its shape."""
+    if isinstance(shape, Mapping):
+        if not isinstance(value, dict):
+            return False
+        if len(shape) == 1 and isinstance(pattern := next(iter(shape)), re.Pattern):
+            of_keys = all(has_shape(key, pattern) for key in value)
+            return of_keys and all(has_shape(part, shape[pattern]) for part in value.values())
+        return all(key in value and has_shape(value[key], part) for key, part in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    if isinstance(shape, tuple):
+        same = isinstance(value, list) and len(value) == len(shape)
+        return same and all(map(has_shape, value, shape))
+    if isinstance(shape, re.Pattern):
+        return isinstance(value, str) and shape.fullmatch(value) is not None
+    return type(value) is shape
