@@ -1,6 +1,6 @@
 """What two checkpoints do not have in common, and what several have on average."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from ostro.checkpoint.metadata import read_settings
 from ostro.checkpoint.pieces import Stored
 from ostro.checkpoint.single_file import SavedFile
 from ostro.checkpoint.store import Saved, State
+from ostro.config import leaves
 from ostro.errors import CheckpointError
 
 
@@ -18,11 +19,9 @@ from ostro.errors import CheckpointError
 class Difference:
     """One thing that two checkpoints do not have in common."""
 
-    kind: str
-    """`setting`, `value`, or the group of a tensor."""
+    kind: str  # `setting`, `value`, or the group of a tensor
     name: str
-    what: str
-    """Both values, or how far a tensor is from the other."""
+    what: str  # both values, or how far a tensor is from the other
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}: {self.what}"
@@ -32,7 +31,7 @@ def differences(first: Saved | SavedFile, second: Saved | SavedFile) -> Iterator
     """Each setting, value and tensor that differs in a bit. Reads one tensor at a time."""
     configs = [_settings(saved) for saved in (first, second)]
     for kind, pair in (("setting", configs), ("value", [first.values, second.values])):
-        old, new = (dict(_flat(tree)) for tree in pair)
+        old, new = (dict(leaves(tree)) for tree in pair)
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key) or (key in old) != (key in new):
                 before, after = (str(tree.get(key, "absent")) for tree in (old, new))
@@ -49,14 +48,6 @@ def differences(first: Saved | SavedFile, second: Saved | SavedFile) -> Iterator
 def _settings(saved: Saved | SavedFile) -> dict[str, Any]:
     text = saved.texts.get("config.yaml")
     return {} if text is None else read_settings(text, str(saved))
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, Mapping) or not tree:
-        yield prefix, tree
-        return
-    for key, child in tree.items():
-        yield from _flat(child, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _tensor_difference(first: Stored | None, second: Stored | None) -> str | None:

@@ -37,7 +37,7 @@ class Loaded(Generic[Config]):
         for path, value in values.items():
             config = _replace(config, path.split("."), value)
         origins = {}
-        for leaf in leaf_paths(encode(config)):
+        for leaf, _ in leaves(encode(config)):
             is_derived = any(f"{leaf}.".startswith(f"{path}.") for path in values)
             origins[leaf] = "derived" if is_derived else self.origins.get(leaf, "default")
         return Loaded(config, origins, self.notices)
@@ -82,7 +82,7 @@ def load(
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     assert config is not nodes.BAD, "a value that cannot be converted leaves a problem"
-    origins = {path: converter.origin_of(path) for path in leaf_paths(encode(config))}
+    origins = {path: converter.origin_of(path) for path, _ in leaves(encode(config))}
     return Loaded(config, origins, notices)
 
 
@@ -96,26 +96,22 @@ def check(config: Any) -> None:
     advice = "give the whole value as a flag, or write ${NAME} for an environment variable"
     found += [
         Problem(path, "was saved without its credential", advice, text_at(config, path))
-        for path, value in _leaves(encode(config))
+        for path, value in leaves(encode(config))
         if REDACTED in str(value)
     ]
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
 
 
-def leaf_paths(value: Any) -> Iterator[str]:
-    """Dotted paths of the leaves of an encoded value; a list of scalars is one leaf."""
-    return (path for path, _ in _leaves(value))
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths and leaves of an encoded value; a list of scalars is one leaf."""
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:
         yield path, value
         return
     for key, child in value.items():
-        yield from _leaves(child, join(path, key))
+        yield from leaves(child, join(path, key))
 
 
 def _replace(config: Any, names: list[str], value: Any) -> Any:
