@@ -9,7 +9,7 @@ import torch
 from tiny_run import write_config
 
 from ostro.checkpoint import State, entries, find_latest, load, storage, write
-from ostro.checkpoint.files import FileStore
+from ostro.checkpoint.folders import FileStore
 from ostro.cli.main import run_command
 
 _counter = itertools.count()

@@ -11,7 +11,7 @@ import pytest
 from benchmark_model import write_model, write_tasks
 
 from ostro.checkpoint import State, find_latest
-from ostro.checkpoint.files import FileStore
+from ostro.checkpoint.folders import FileStore
 from ostro.cli.gpt3_tools import evaluate, infer, results_folder
 from ostro.cli.main import run_command
 from ostro.inference import load_tokenizer
@@ -143,7 +143,7 @@ def test_benchmark_prints_and_keeps(folder, tmp_path, capsys, monkeypatch, singl
     checkpoint = folder / "experiments"
     if single_file:  # as `src/train.py` leaves it
         saved = find_latest(str(checkpoint))
-        store = FileStore(str(tmp_path), "file")
+        store = FileStore(str(tmp_path), "file", "me")
         store.prepare()
         state = State({"model": saved.tensors("model")}, saved.values, saved.texts)
         store.save(state, 0, "permanent", False, None)

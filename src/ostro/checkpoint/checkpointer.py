@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ostro.checkpoint.discovery import delete, entries, make_room
-from ostro.checkpoint.files import FileStore
-from ostro.checkpoint.folders import FolderStore
+from ostro.checkpoint.folders import FileStore, FolderStore
 from ostro.checkpoint.policy import CheckpointInterval, Kind, Policy, keep_problems
 from ostro.checkpoint.retention import planned_deletions
 from ostro.checkpoint.sharded import Tensors
@@ -104,14 +103,8 @@ class CheckpointerConfig:
         if self.format == "folder" or in_folders:
             store = FolderStore(folder, run_id, run_name, delete_old, in_folders, room)
         else:
-            store = FileStore(
-                folder,
-                self.format,
-                run_id=run_id,
-                only_best=self.save_after_eval == "improved",
-                delete_old=delete_old,
-                make_room=room,
-            )
+            only_best = self.save_after_eval == "improved"
+            store = FileStore(folder, self.format, run_id, only_best, delete_old, room)
         return Checkpointer(self, store, clock)
 
 

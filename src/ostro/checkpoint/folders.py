@@ -1,41 +1,46 @@
-"""The folder of a run's checkpoints: one folder each, tidied up as newer ones come."""
+"""The folder of a run's checkpoints, a folder or a file each, tidied up as newer ones come."""
 
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch.distributed import ProcessGroup
 
 from ostro.checkpoint import storage
-from ostro.checkpoint.discovery import scan
+from ostro.checkpoint.discovery import entries, scan
 from ostro.checkpoint.policy import Kind
-from ostro.checkpoint.single_file import point_to
+from ostro.checkpoint.sharded import full_tensors, on_first
+from ostro.checkpoint.single_file import (
+    FORMATS,
+    INTERRUPTED,
+    LATEST,
+    NANOGPT,
+    point_to,
+    space_for,
+    write_file,
+)
 from ostro.checkpoint.store import STEP, State, read_metadata, step_folder, write
 from ostro.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
+MakeRoom = Callable[[int, int], None]
+"""Called with the bytes that are about to be written, and for which step."""
 
 
+@dataclass
 class FolderStore:
     """Saves each state as `<folder>/step-<k>` and deletes the temporary ones before it."""
 
-    def __init__(
-        self,
-        folder: str,
-        run_id: str,
-        run_name: str,
-        delete_old: bool,
-        points: bool = False,
-        make_room: Callable[[int, int], None] = lambda need, step: None,
-    ):
-        """`points`: `latest_checkpoint.pt` names the newest one. `make_room(need, step)` is called
-        before so many bytes are written for a step."""
-        self.folder = folder
-        self._points, self._make_room = points, make_room
-        self._run_id, self._run_name, self._delete_old = run_id, run_name, delete_old
-        self._newest = 0.0  # commit time of the newest checkpoint in the folder
-        self._temporaries: list[str] | None = None  # None: the folder was not looked at yet
+    folder: str
+    run_id: str
+    run_name: str
+    delete_old: bool  # of the temporary ones that earlier attempts left
+    points: bool  # `latest_checkpoint.pt` names the newest one
+    make_room: MakeRoom
+    _newest: float = 0.0  # commit time of the newest checkpoint in the folder
+    _temporaries: list[str] | None = None  # None: the folder was not looked at yet
 
     def prepare(self) -> None:
         """Tidy up what earlier attempts left, before the first save."""
@@ -61,18 +66,18 @@ class FolderStore:
             step=step,
             is_temporary=kind == "temporary",
             is_best=best,
-            run_id=self._run_id,
-            run_name=self._run_name,
+            run_id=self.run_id,
+            run_name=self.run_name,
             timestamp=timestamp,
             group=group,
-            make_room=self._make_room,
+            make_room=self.make_room,
         )
         path = step_folder(self.folder, step)
         if metadata is None:  # the first rank looks after the folder
             return path, 0
         assert self._temporaries is not None, "prepare comes before save"
         self._newest = timestamp
-        if self._points:
+        if self.points:
             point_to(Path(path).expanduser())
         kept = [old for old in self._temporaries if old != path and not self._drop(old, best)]
         self._temporaries = [*kept, path] if kind == "temporary" else kept
@@ -101,9 +106,9 @@ class FolderStore:
             _log.warning("could not tidy up %s: %s", self.folder, error)
         found = scan(self.folder)
         self._newest = max((metadata.timestamp for _, metadata in found), default=0.0)
-        if not self._delete_old:
+        if not self.delete_old:
             return []
-        return [p for p, m in found if m.is_temporary and m.run_id == self._run_id]
+        return [p for p, m in found if m.is_temporary and m.run_id == self.run_id]
 
     def _tidy_remains(self, name: str) -> None:
         """Delete a half-written folder; put back a checkpoint whose successor never came."""
@@ -130,3 +135,77 @@ def _is_complete(path: str) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+@dataclass
+class FileStore:
+    """Saves each state as a file of its own, or over the one before; as `FolderStore` does."""
+
+    folder: str
+    format_name: str
+    run_id: str
+    only_best: bool = False  # what is not the best so far must not replace it
+    delete_old: bool = True
+    make_room: MakeRoom = lambda need, step: None
+    _temporaries: dict[str, bool] | None = None  # whether each was the best so far
+
+    def prepare(self) -> None:
+        if self._temporaries is not None:
+            return
+        self._temporaries = {}
+        for left in Path(self.folder).expanduser().glob(f"{storage.PARTIAL}*.pt-*"):
+            left.unlink(missing_ok=True)
+        if self.format_name == "file" and self.delete_old:
+            found = [e for e in entries(self.folder) if e.run_id == self.run_id]
+            self._temporaries = {e.path: e.is_best for e in found if e.is_temporary}
+
+    def point(self) -> None:
+        """Make `latest_checkpoint.pt` the newest of the files that are there."""
+        found = entries(self.folder)
+        if found:
+            point_to(Path(found[0].path))
+        else:
+            (Path(self.folder).expanduser() / LATEST).unlink(missing_ok=True)
+
+    def gather(self, state: State, group: ProcessGroup | None) -> State:
+        return state if group is None else replace(state, tensors=full_tensors(state.tensors))
+
+    def save(
+        self, state: State, step: int, kind: Kind, best: bool, group: ProcessGroup | None
+    ) -> tuple[str, int]:
+        return on_first(group, lambda: self._save(state, step, kind, best))
+
+    def _save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
+        folder = Path(self.folder).expanduser()
+        if self.format_name == "nanogpt":
+            content = FORMATS[self.format_name].pack(state)
+            aside = self.only_best and not best
+            path = folder / (INTERRUPTED if aside else NANOGPT)
+            size = write_file(path, content)
+            if not aside:
+                (folder / INTERRUPTED).unlink(missing_ok=True)
+            return str(path), size
+        marks = {"run_id": self.run_id, "is_temporary": kind == "temporary", "is_best": best}
+        content = FORMATS["file"].pack(replace(state, values={**state.values, **marks}))
+        self.make_room(space_for(content), step)
+        path = folder / f"step_{step}.pt"
+        size = write_file(path, content)
+        point_to(path)
+        self._drop_superseded(str(path), best)
+        if kind == "temporary":
+            assert self._temporaries is not None, "prepare comes before save"
+            self._temporaries[str(path)] = best
+        return str(path), size
+
+    def _drop_superseded(self, new: str, new_best: bool) -> None:
+        """Delete the temporary ones before `new`, the best until a better one is there."""
+        assert self._temporaries is not None, "prepare comes before save"
+        for path, was_best in list(self._temporaries.items()):
+            if was_best and not new_best and path != new:
+                continue
+            del self._temporaries[path]
+            if path != new:
+                try:
+                    Path(path).unlink(missing_ok=True)
+                except OSError as error:
+                    _log.warning("could not delete the superseded checkpoint %s: %s", path, error)
