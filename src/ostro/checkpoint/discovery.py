@@ -2,11 +2,10 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 import torch
 
@@ -21,7 +20,6 @@ from ostro.units import format_bytes
 
 _log = logging.getLogger(__name__)
 _ALONE = World(torch.device("cpu"))
-_T = TypeVar("_T")
 
 
 def scan(path: str) -> list[tuple[str, Metadata]]:
@@ -49,7 +47,7 @@ def entries(path: str) -> list[Entry]:
         )
         for folder, m in scan(path)
     ]
-    for timestamp, file in files_below(path) if storage.is_local(path) else []:
+    for timestamp, file in files_below(path):
         try:
             saved = load_file(file, check=False)
         except CheckpointError as error:
@@ -78,7 +76,7 @@ def verified(path: str) -> Iterator[tuple[str, str | None]]:
         folders |= {f"{parent}/{name}" for name in storage.names(parent) if STEP.fullmatch(name)}
     if not folders and STEP.fullmatch(path.rpartition("/")[2]):
         folders.add(path)
-    files = [file for _, file in files_below(path)] if storage.is_local(path) else []
+    files = [file for _, file in files_below(path)]
     places = sorted(folders, key=lambda name: (name.rpartition("/")[0], len(name), name))
     for place in [*places, *files]:
         try:
@@ -161,16 +159,15 @@ def _candidates(path: str) -> list[str]:
         found = scan(parent) if storage.is_folder(parent or "/") else []
         return [folder for folder, metadata in found if metadata.run_name == name]
     found = [(metadata.timestamp, metadata.step, folder) for folder, metadata in scan(path)]
-    if storage.is_local(path):
-        found += [(timestamp, 0, file) for timestamp, file in files_below(path)]
+    found += [(timestamp, 0, file) for timestamp, file in files_below(path)]
     return [place for *_, place in sorted(found, reverse=True)]
 
 
 @dataclass(frozen=True)
-class Decision(Generic[_T]):
+class Decision:
     """What a run starts from, and what to tell the user about it."""
 
-    saved: _T | None  # whose full state is restored; None: a start from scratch
+    saved: Saved | SavedFile | None  # whose full state is restored; None: a start from scratch
     source: Literal["own", "load_checkpoint_path", "initialize_from", "scratch"]
     message: str  # one line for the log
     warnings: tuple[str, ...] = ()  # what did not happen as the settings may have meant
@@ -178,15 +175,13 @@ class Decision(Generic[_T]):
 
 def which_checkpoint(
     own: str,
-    find: Callable[[str], _T | None] | None = None,
     *,
     world: World = _ALONE,
     load_checkpoint: bool | None = None,
     load_checkpoint_path: str | None = None,
     initialize_from: str | None = None,
-) -> Decision[_T]:
-    """Decide what a run starts from; `find` (`find_latest` of all ranks of `world`) looks for the
-    newest checkpoint below a path.
+) -> Decision:
+    """Decide, on all ranks of `world` together, what a run starts from.
 
     The run's `own` folder comes first, so that a run that was interrupted goes on whatever it
     once started from; then `load_checkpoint_path`, then `initialize_from`, then nothing.
@@ -194,24 +189,22 @@ def which_checkpoint(
     searches. Raises `CheckpointError` naming every place that was looked at.
     """
     warnings: list[str] = []
-    is_real = find is None
-    find = find or partial(find_latest, world=world)
     if load_checkpoint is False:
         if load_checkpoint_path is not None:
             warnings.append(
                 f"load_checkpoint_path = {load_checkpoint_path} - not used, for load_checkpoint is "
                 "false"
             )
-        if initialize_from is None and is_real and _candidates(own):
+        if initialize_from is None and _candidates(own):
             warnings.append(
                 f"{own} holds checkpoints of an earlier run; this one starts anew and replaces"
                 " those of the same name"
             )
     else:
-        if (saved := find(own)) is not None:
+        if (saved := find_latest(own, world)) is not None:
             return Decision(saved, "own", f"resuming from {saved}")
         if load_checkpoint_path is not None:
-            if (saved := find(load_checkpoint_path)) is not None:
+            if (saved := find_latest(load_checkpoint_path, world)) is not None:
                 return Decision(saved, "load_checkpoint_path", f"continuing from {saved}")
             warnings.append(
                 f"load_checkpoint_path = {load_checkpoint_path} - no complete checkpoint there"
@@ -224,7 +217,7 @@ def which_checkpoint(
             )
     if initialize_from is None:
         return Decision(None, "scratch", "starting from scratch", tuple(warnings))
-    if (saved := find(initialize_from)) is None:
+    if (saved := find_latest(initialize_from, world)) is None:
         raise CheckpointError(
             f"initialize_from = {initialize_from} - no complete checkpoint there or below - "
             "give a checkpoint's folder (step-<k>) or one that contains some"

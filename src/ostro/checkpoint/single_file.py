@@ -235,7 +235,9 @@ def _is_state(state: State) -> bool:
 
 
 def files_below(path: str) -> list[tuple[float, str]]:
-    """Time and path of the checkpoint files at or below a local folder."""
+    """Time and path of the checkpoint files at or below a folder; none where it is not local."""
+    if not storage.is_local(path):
+        return []
     root = Path(path).expanduser()
     found = [file for name in (NANOGPT, INTERRUPTED, "step_*.pt") for file in root.rglob(name)]
     return [(file.stat().st_mtime, str(file)) for file in found if file.is_file()]
