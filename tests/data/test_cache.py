@@ -177,7 +177,7 @@ def test_a_damaged_cache_is_refused(files, where):
     with pytest.raises(DataError, match="wrong size, the cache is damaged - delete"):
         open_cache(request_for(files), where)
     (cache.folder / "ledger.json").write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is not JSON"):
         open_cache(request_for(files), where)
 
 

@@ -15,32 +15,8 @@ from dataclasses import MISSING, dataclass, field, is_dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, get_args, get_origin
 
-from ostro.config.fields import (
-    choice_name,
-    element,
-    is_dict,
-    is_list,
-    is_record,
-    is_registry,
-    join,
-    members,
-    settings,
-    type_text,
-)
+from ostro.config import fields, nodes
 from ostro.config.merge import Stack, fold, settle
-from ostro.config.nodes import (
-    BAD,
-    Default,
-    Mapping,
-    Node,
-    Scalar,
-    Sequence,
-    children,
-    explode,
-    leaves,
-    value_text,
-    written,
-)
 from ostro.config.scalars import BadValue, plain, read_scalar
 from ostro.errors import Problem, did_you_mean
 
@@ -58,71 +34,73 @@ class Converter:
     """All dotted names, other spellings included, for suggestions."""
     is_partial: bool = False
     """True when a file is missing: what it may hold is then not asked for."""
-    nodes: dict[str, Node] = field(default_factory=dict)
+    decided: dict[str, nodes.Node] = field(default_factory=dict)
     """Dotted path to the node that decided."""
 
     def convert(self, tp: Any, stack: Stack, path: str) -> Any:
         """The value of type `tp`, or BAD."""
         top = stack[-1]
-        if isinstance(top, Default):
+        if isinstance(top, nodes.Default):
             for problem in find_problems(top.value):
                 self.problems.append(self._completed(problem, top.value, path))
             return top.value
-        layers = [layer for node in stack for layer in explode(node)]
-        if BAD in layers:
-            return BAD
-        types = members(tp)
+        layers = [layer for node in stack for layer in nodes.explode(node)]
+        if nodes.BAD in layers:
+            return nodes.BAD
+        types = fields.members(tp)
         top = layers[-1]
-        self.nodes[path] = top
+        self.decided[path] = top
         if types in ((Any,), (object,)):
-            self.nodes |= dict(leaves(top, path))
+            self.decided |= dict(nodes.leaves(top, path))
             return plain(top)
-        if isinstance(top, Scalar) and top.is_null:
+        if isinstance(top, nodes.Scalar) and top.is_null:
             if _NONE in types:
                 return None
-            if top.text or not any(map(is_record, types)):
-                advice = "write [] for none" if any(map(is_list, types)) else ""
+            if top.text or not any(map(fields.is_record, types)):
+                advice = "write [] for none" if any(map(fields.is_list, types)) else ""
                 return self._fail(path, "must not be null", advice)
-            layers[-1] = Mapping({}, top.origin)  # `trainer:` with nothing below it
-        nulls = [i for i, node in enumerate(layers) if isinstance(node, Scalar) and node.is_null]
+            layers[-1] = nodes.Mapping({}, top.origin)  # `trainer:` with nothing below it
+        nulls = [
+            i for i, node in enumerate(layers) if isinstance(node, nodes.Scalar) and node.is_null
+        ]
         if nulls:
             layers = layers[nulls[-1] + 1 :]
         try:
             return self._choose(types, layers, path)
         except BadValue as error:
-            self.nodes[path] = error.node or top
+            self.decided[path] = error.node or top
             return self._fail(path, str(error), error.advice)
 
     def origin_of(self, path: str) -> str:
         """Where a setting comes from."""
-        return self.nodes[path].origin if path in self.nodes else "default"
+        return self.decided[path].origin if path in self.decided else "default"
 
     def _fail(self, path: str, rule: str, advice: str = "") -> Any:
-        node = self.nodes.get(path)
-        text, origin = (None, None) if node is None else (written(node), node.origin)
+        node = self.decided.get(path)
+        text, origin = (None, None) if node is None else (nodes.written(node), node.origin)
         self.problems.append(Problem(path, rule, advice, text, origin))
-        return BAD
+        return nodes.BAD
 
     def _choose(self, types: tuple, layers: Stack, path: str) -> Any:
         """Pick the member of a union by the kind of node, then convert."""
-        list_type = next(filter(is_list, types), None)
-        record = next(filter(is_record, types), None)
-        dict_type = next(filter(is_dict, types), None)
+        list_type = next(filter(fields.is_list, types), None)
+        record = next(filter(fields.is_record, types), None)
+        dict_type = next(filter(fields.is_dict, types), None)
         scalars = [tp for tp in types if tp not in (list_type, record, dict_type, _NONE)]
-        shorthand = is_registry(record)
+        shorthand = fields.is_registry(record)
         if list_type is not None:
             items, layers = fold(list_type, layers, path)
             if items is not None:
                 return self._list(list_type, items, path)
         elif not scalars and not shorthand:
             for layer in layers:  # a scalar hidden below a mapping is a mistake too
-                if not isinstance(layer, Mapping):
+                if not isinstance(layer, nodes.Mapping):
                     raise BadValue(f"must be {_kind(record or dict_type)}", node=layer)
         top = layers[-1]
         raw = getattr(top, "raw", None)
         if raw is not None and str in scalars and not record and not dict_type:
-            top = Scalar(raw, top.origin, quoted=True)  # a prompt: "Q: who?"
-        if isinstance(top, Scalar):
+            top = nodes.Scalar(raw, top.origin, quoted=True)  # a prompt: "Q: who?"
+        if isinstance(top, nodes.Scalar):
             try:
                 if scalars:
                     return read_scalar(scalars, top)
@@ -133,22 +111,23 @@ class Converter:
                 if not top.quoted and top.text.lstrip().startswith("["):
                     raise BadValue("is not a complete list: write [a, b]")
                 return self._list(list_type, [[top]], path)
-        if shorthand and not isinstance(top, Sequence):
+        if shorthand and not isinstance(top, nodes.Sequence):
             return self._choice(record, layers, path)
-        mappings = [layer for layer in layers if isinstance(layer, Mapping)]
-        if record is not None and isinstance(top, Mapping):
+        mappings = [layer for layer in layers if isinstance(layer, nodes.Mapping)]
+        if record is not None and isinstance(top, nodes.Mapping):
             return self._dataclass(record, mappings, path)
-        if dict_type is not None and isinstance(top, Mapping):
+        if dict_type is not None and isinstance(top, nodes.Mapping):
             return self._dict(dict_type, mappings, path)
         kinds = " or ".join(dict.fromkeys(_kind(tp) for tp in types if tp is not _NONE))
         raise BadValue(f"must be {kinds}")
 
     def _list(self, tp: Any, items: list[Stack], path: str) -> Any:
         values = [
-            self.convert(element(tp, i), stack, join(path, i)) for i, stack in enumerate(items)
+            self.convert(fields.element(tp, i), stack, fields.join(path, i))
+            for i, stack in enumerate(items)
         ]
-        if BAD in values:
-            return BAD
+        if nodes.BAD in values:
+            return nodes.BAD
         if (get_origin(tp) or tp) is list:
             return values
         args = get_args(tp)
@@ -156,29 +135,29 @@ class Converter:
             raise BadValue(f"must be a list of {len(args)}")
         return tuple(values)
 
-    def _dict(self, tp: Any, layers: list[Mapping], path: str) -> Any:
+    def _dict(self, tp: Any, layers: list[nodes.Mapping], path: str) -> Any:
         _, value_type = get_args(tp) or (str, Any)
         values = {}
         for key in dict.fromkeys(key for layer in layers for key in layer.items):
             stack = [layer.items[key] for layer in layers if key in layer.items]
-            values[key] = self.convert(value_type, stack, join(path, key))
-        return BAD if BAD in values.values() else values
+            values[key] = self.convert(value_type, stack, fields.join(path, key))
+        return nodes.BAD if nodes.BAD in values.values() else values
 
     def _choice(self, registry: Any, layers: Stack, path: str) -> Any:
         known = registry.get_known_choices()
         name, mappings, dropped = settle(registry, layers)
         for layer in dropped:
-            fields = [key for key in layer.items if key != "type"]
-            if fields and not isinstance(layer.items[fields[0]], Default):
-                origin = layer.items[fields[0]].origin
-                notice = f"{', '.join(fields)} ({origin}) no longer counts"
+            lost = [key for key in layer.items if key != "type"]
+            if lost and not isinstance(layer.items[lost[0]], nodes.Default):
+                origin = layer.items[lost[0]].origin
+                notice = f"{', '.join(lost)} ({origin}) no longer counts"
                 self.notices.append(f"{path}.type is now {name}: {notice}")
         if name is not None and name not in known:
             load_plugins(self.notices)
-        place = join(path, "type")
+        place = fields.join(path, "type")
         for layer in mappings:
             if "type" in layer.items:
-                self.nodes[place] = layer.items["type"]
+                self.decided[place] = layer.items["type"]
         names = ", ".join(sorted(known)) or "none"
         if name is None:
             return self._fail(place, "is required", f"choose {names}")
@@ -187,34 +166,38 @@ class Converter:
             return self._fail(place, f"is not a known type; known: {names}", advice)
         return self._dataclass(known[name], mappings, path, registry)
 
-    def _dataclass(self, cls: type, layers: list[Mapping], path: str, registry: Any = None) -> Any:
+    def _dataclass(
+        self, cls: type, layers: list[nodes.Mapping], path: str, registry: Any = None
+    ) -> Any:
         values: dict[str, Any] = {}
-        names, type_name = [item.name for item in settings(cls)], choice_name(cls)
-        for item in settings(cls):
-            place, default = join(path, item.name), item.default
+        names, type_name = [item.name for item in fields.settings(cls)], fields.choice_name(cls)
+        for item in fields.settings(cls):
+            place, default = fields.join(path, item.name), item.default
             stack = [layer.items[item.name] for layer in layers if item.name in layer.items]
-            if default is not MISSING and not any(isinstance(node, Default) for node in stack):
-                stack.insert(0, Default(default))
+            if default is not MISSING and not any(
+                isinstance(node, nodes.Default) for node in stack
+            ):
+                stack.insert(0, nodes.Default(default))
             if stack:
                 values[item.name] = self.convert(item.type, stack, place)
                 continue
-            values[item.name] = BAD
+            values[item.name] = nodes.BAD
             if not self.is_partial:
-                rule = f"is required ({type_text(item.type)})"
+                rule = f"is required ({fields.type_text(item.type)})"
                 self._fail(place, rule, f"set it in the file or with --{place}")
-        good = BAD not in values.values()
+        good = nodes.BAD not in values.values()
         for layer in layers:
             for key, node in layer.items.items():
-                if key in names or (key == "type" and written(node) == type_name):
+                if key in names or (key == "type" and nodes.written(node) == type_name):
                     continue
                 good = False
-                place = join(path, key)
-                self.nodes[place] = node
+                place = fields.join(path, key)
+                self.decided[place] = node
                 if key == "type" and type_name is not None:
                     self._fail(place, f"must be {type_name} here")
                 else:
                     self._unknown(key, names, path, type_name, registry)
-        return self._build(cls, values, path) if good else BAD
+        return self._build(cls, values, path) if good else nodes.BAD
 
     def _build(self, cls: type, values: dict[str, Any], path: str) -> Any:
         try:
@@ -227,20 +210,22 @@ class Converter:
 
     def _completed(self, problem: Problem, value: Any, path: str) -> Problem:
         """Fill in the path, the value as written, and its origin."""
-        setting = join(path, problem.setting)
-        node = self.nodes.get(setting)
+        setting = fields.join(path, problem.setting)
+        node = self.decided.get(setting)
         text = problem.value
         if text is None:
-            text = text_at(value, problem.setting) if node is None else written(node)
+            text = text_at(value, problem.setting) if node is None else nodes.written(node)
         origin = problem.origin or (node and node.origin) or (text and "default")
         return Problem(setting, problem.rule, problem.advice, text, origin)
 
     def _unknown(
         self, key: str, names: list[str], path: str, type_name: str | None, registry: Any
     ) -> None:
-        place, prefix = join(path, key), f"{path}." if path else ""
+        place, prefix = fields.join(path, key), f"{path}." if path else ""
         others = registry.get_known_choices() if registry is not None else {}
-        owners = [name for name, cls in others.items() if any(f.name == key for f in settings(cls))]
+        owners = [
+            name for name, cls in others.items() if any(f.name == key for f in fields.settings(cls))
+        ]
         elsewhere = [n for n in self.known if n.rpartition(".")[2] == key and n != place]
         aliases = [n.removeprefix(prefix) for n in self.known if n.startswith(prefix)]
         rule = "is not a setting" + (f" of type {type_name}" if type_name else "")
@@ -259,19 +244,19 @@ class Converter:
 def find_problems(value: Any) -> Iterator[Problem]:
     """The problems of a value and of everything below it; paths relative to `value`."""
     yield from _own_problems(value)
-    for key, child in children(value):
+    for key, child in nodes.children(value):
         for problem in find_problems(child):
-            yield replace(problem, setting=join(str(key), problem.setting))
+            yield replace(problem, setting=fields.join(str(key), problem.setting))
 
 
 def text_at(value: Any, setting: str) -> str | None:
     """The value below `setting` as text, or None where the path leads nowhere."""
     for key in filter(None, setting.split(".")):
-        parts = {str(name): child for name, child in children(value)}
+        parts = {str(name): child for name, child in nodes.children(value)}
         if key not in parts:
             return None
         value = parts[key]
-    return None if is_record(type(value)) else value_text(value)
+    return None if fields.is_record(type(value)) else nodes.value_text(value)
 
 
 def load_plugins(notices: list[str]) -> None:
@@ -293,10 +278,10 @@ def _own_problems(value: Any) -> list[Problem]:
 
 
 def _kind(tp: Any) -> str:
-    if is_list(tp):
+    if fields.is_list(tp):
         return "a list"
-    if is_dict(tp):
+    if fields.is_dict(tp):
         return "a mapping"
-    if is_record(tp):
+    if fields.is_record(tp):
         return "a mapping of settings"
-    return {str: "text", int: "a whole number", float: "a number"}.get(tp) or type_text(tp)
+    return {str: "text", int: "a whole number", float: "a number"}.get(tp) or fields.type_text(tp)

@@ -7,18 +7,8 @@ from typing import Any
 
 import yaml
 
+from ostro.config import fields
 from ostro.config.encode import dump_yaml
-from ostro.config.fields import (
-    choice_name,
-    field_docs,
-    is_record,
-    is_registry,
-    join,
-    members,
-    registry_in,
-    settings,
-    type_text,
-)
 from ostro.config.loading import Loaded
 from ostro.config.nodes import value_text
 
@@ -41,19 +31,23 @@ def help_text(cls: type) -> str:
 def _section(cls: type, path: str, default: Any, seen: tuple[type, ...]) -> list[str]:
     lines: list[str] = []
     seen = (*seen, cls)
-    for item in settings(cls):
-        name, doc = join(path, item.name), field_docs(cls).get(item.name)
+    for item in fields.settings(cls):
+        name, doc = fields.join(path, item.name), fields.field_docs(cls).get(item.name)
         value = item.default if default is MISSING else getattr(default, item.name)
         inner = type(value)
-        if not is_record(inner) or inner in seen:
+        if not fields.is_record(inner) or inner in seen:
             lines += _entry(name, item.type, value, doc)
             if value is None or value is MISSING:
-                for member in members(item.type):
-                    if is_record(member) and not is_registry(member) and member not in seen:
+                for member in fields.members(item.type):
+                    if (
+                        fields.is_record(member)
+                        and not fields.is_registry(member)
+                        and member not in seen
+                    ):
                         lines += _section(member, name, MISSING, seen)
             continue
-        if (registry := registry_in(item.type)) is not None:
-            lines += _entry(f"{name}.type", registry, choice_name(inner), doc)
+        if (registry := fields.registry_in(item.type)) is not None:
+            lines += _entry(f"{name}.type", registry, fields.choice_name(inner), doc)
         elif doc:
             lines += ["", *textwrap.wrap(f"{name}: {doc}", _WIDTH)]
         lines += _section(inner, name, value, seen)
@@ -62,7 +56,7 @@ def _section(cls: type, path: str, default: Any, seen: tuple[type, ...]) -> list
 
 def _entry(name: str, tp: Any, value: Any, doc: str | None) -> list[str]:
     default = "required" if value is MISSING else f"default {value_text(value)}"
-    lines = [f"  --{name}  {type_text(tp)}  ({default})"]
+    lines = [f"  --{name}  {fields.type_text(tp)}  ({default})"]
     for paragraph in (doc or "").split("\n\n"):
         lines += textwrap.wrap(paragraph, _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return lines
@@ -83,9 +77,9 @@ def _leaf_rows(node: Any, path: str) -> Iterator[tuple[str, int]]:
     """The dotted path and the line of every leaf; a list of scalars is one leaf."""
     if isinstance(node, yaml.MappingNode) and node.value:
         for key, child in node.value:
-            yield from _leaf_rows(child, join(path, key.value))
+            yield from _leaf_rows(child, fields.join(path, key.value))
     elif isinstance(node, yaml.SequenceNode) and not node.flow_style:
         for index, child in enumerate(node.value):
-            yield from _leaf_rows(child, join(path, index))
+            yield from _leaf_rows(child, fields.join(path, index))
     else:
         yield path, node.start_mark.line

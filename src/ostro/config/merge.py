@@ -6,35 +6,28 @@ layer that changes a registry's `type` drops what lower layers and the default s
 
 from typing import Any
 
+from ostro.config import nodes
 from ostro.config.fields import element, is_record, join, members, registry_in
-from ostro.config.nodes import (
-    Default,
-    Mapping,
-    Node,
-    Scalar,
-    Sequence,
-    explode,
-    from_plain,
-    written,
-)
 from ostro.config.scalars import BadValue
 
-Stack = list[Node]
+Stack = list[nodes.Node]
 """What the layers say about one value, lowest first."""
 
 
-def settle(registry: Any, stack: Stack) -> tuple[str | None, list[Mapping], list[Mapping]]:
+def settle(
+    registry: Any, stack: Stack
+) -> tuple[str | None, list[nodes.Mapping], list[nodes.Mapping]]:
     """Which `type` holds after all layers, the layers that speak of it, and the others."""
     name: str | None = registry.default_choice_name()
-    kept: list[Mapping] = []
-    dropped: list[Mapping] = []
+    kept: list[nodes.Mapping] = []
+    dropped: list[nodes.Mapping] = []
     for layer in stack:
-        if isinstance(layer, Scalar):
-            layer = from_plain(registry.from_scalar(layer.text), layer.origin)
-        if not isinstance(layer, Mapping):
+        if isinstance(layer, nodes.Scalar):
+            layer = nodes.from_plain(registry.from_scalar(layer.text), layer.origin)
+        if not isinstance(layer, nodes.Mapping):
             continue
         given = layer.items.get("type")
-        if isinstance(given, Scalar):
+        if isinstance(given, nodes.Scalar):
             if name is not None and given.text != name:
                 dropped, kept = dropped + kept, []
             name = given.text
@@ -48,9 +41,9 @@ def fold(tp: Any, stack: Stack, path: str) -> tuple[list[Stack] | None, Stack]:
     items: list[Stack] | None = None
     rest: Stack = []
     for layer in stack:
-        if isinstance(layer, Sequence):
+        if isinstance(layer, nodes.Sequence):
             items = [[item] for item in layer.items]
-        elif registry is not None and isinstance(layer, Mapping) and layer.joins:
+        elif registry is not None and isinstance(layer, nodes.Mapping) and layer.joins:
             items, rest = _join(layer, registry, items, rest)
         elif items is None:
             rest = [*rest, layer]
@@ -66,21 +59,21 @@ def fold(tp: Any, stack: Stack, path: str) -> tuple[list[Stack] | None, Stack]:
 
 
 def _join(
-    layer: Mapping, registry: Any, items: list[Stack] | None, rest: Stack
+    layer: nodes.Mapping, registry: Any, items: list[Stack] | None, rest: Stack
 ) -> tuple[list[Stack] | None, Stack]:
     """Add the settings to the element of their type; a new one joins the others."""
     stacks = [rest] if items is None else items
     for index, stack in enumerate(stacks):
-        name, *_ = settle(registry, [part for node in stack for part in explode(node)])
-        if name == written(layer.items["type"]):
+        name, *_ = settle(registry, [part for node in stack for part in nodes.explode(node)])
+        if name == nodes.written(layer.items["type"]):
             stacks = [*stacks[:index], [*stack, layer], *stacks[index + 1 :]]
             return (None, stacks[0]) if items is None else (stacks, [])
     return (None, [layer]) if items is None and not rest else ([*stacks, [layer]], [])
 
 
-def _positions(layer: Node, length: int) -> list[tuple[int, Node]] | None:
+def _positions(layer: nodes.Node, length: int) -> list[tuple[int, nodes.Node]] | None:
     """The elements that a mapping such as `{0: ...}` gives, if all its keys are positions."""
-    given = layer.items if isinstance(layer, Mapping) else {}
+    given = layer.items if isinstance(layer, nodes.Mapping) else {}
     if not given or not all(key.isdecimal() and len(key) < 6 for key in given):
         return None
     positions = [(int(key), node) for key, node in given.items()]
@@ -89,9 +82,9 @@ def _positions(layer: Node, length: int) -> list[tuple[int, Node]] | None:
     return positions if fits else None
 
 
-def _refuse_lost_keys(layer: Node, items: list[Stack], path: str) -> None:
+def _refuse_lost_keys(layer: nodes.Node, items: list[Stack], path: str) -> None:
     """`--trainer.tracker.project x` above a list in a file: whose project?"""
     keys = [key for key in getattr(layer, "items", {}) if not key.isdecimal()]
-    if keys and "type" not in keys and items and not isinstance(items[0][0], Default):
+    if keys and "type" not in keys and items and not isinstance(items[0][0], nodes.Default):
         place = join(join(path, 0), keys[0])
         raise BadValue(f"is a list of {len(items)}", f"name one: {place}", layer)

@@ -4,18 +4,8 @@ from dataclasses import MISSING
 from datetime import timedelta
 from typing import Any, Literal, get_args, get_origin
 
+from ostro.config import fields
 from ostro.config.encode import encode
-from ostro.config.fields import (
-    choice_name,
-    element,
-    field_docs,
-    is_dict,
-    is_list,
-    is_record,
-    is_registry,
-    members,
-    settings,
-)
 from ostro.units import ByteSize
 
 _SIMPLE = {
@@ -51,10 +41,10 @@ def _reference(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    docs, properties, required = field_docs(cls), {}, []
-    if name := choice_name(cls):
+    docs, properties, required = fields.field_docs(cls), {}, []
+    if name := fields.choice_name(cls):
         properties["type"] = {"const": name}
-    for item in settings(cls):
+    for item in fields.settings(cls):
         schema, default = dict(_schema(item.type, definitions)), item.default
         if item.name in docs:
             schema["description"] = docs[item.name]
@@ -68,7 +58,7 @@ def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(tp: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    options = [_member(member, definitions) for member in members(tp)]
+    options = [_member(member, definitions) for member in fields.members(tp)]
     return options[0] if len(options) == 1 else {"anyOf": options}
 
 
@@ -77,16 +67,20 @@ def _member(tp: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return _SIMPLE[tp]
     if get_origin(tp) is Literal:
         return {"enum": list(get_args(tp))}
-    if is_registry(tp):
+    if fields.is_registry(tp):
         return _registry(tp, definitions)
-    if is_record(tp):
+    if fields.is_record(tp):
         return {"anyOf": [_reference(tp, definitions), {"type": "null"}]}
-    if is_list(tp):
-        items = _schema(element(tp), definitions)
+    if fields.is_list(tp):
+        items = _schema(fields.element(tp), definitions)
         array = {"type": "array", "items": items}
         # a bare word is a list of one
-        return array if any(map(is_record, members(element(tp)))) else {"anyOf": [array, items]}
-    if is_dict(tp):
+        return (
+            array
+            if any(map(fields.is_record, fields.members(fields.element(tp))))
+            else {"anyOf": [array, items]}
+        )
+    if fields.is_dict(tp):
         args = get_args(tp)
         return {
             "type": "object",
