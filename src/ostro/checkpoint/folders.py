@@ -8,19 +8,10 @@ from pathlib import Path
 
 from torch.distributed import ProcessGroup
 
-from ostro.checkpoint import storage
+from ostro.checkpoint import single_file, storage
 from ostro.checkpoint.discovery import entries, scan
 from ostro.checkpoint.policy import Kind
 from ostro.checkpoint.sharded import full_tensors, on_first
-from ostro.checkpoint.single_file import (
-    FORMATS,
-    INTERRUPTED,
-    LATEST,
-    NANOGPT,
-    point_to,
-    space_for,
-    write_file,
-)
 from ostro.checkpoint.store import STEP, State, read_metadata, step_folder, write
 from ostro.errors import CheckpointError
 
@@ -78,7 +69,7 @@ class FolderStore:
         assert self._temporaries is not None, "prepare comes before save"
         self._newest = timestamp
         if self.points:
-            point_to(Path(path).expanduser())
+            single_file.point_to(Path(path).expanduser())
         kept = [old for old in self._temporaries if old != path and not self._drop(old, best)]
         self._temporaries = [*kept, path] if kind == "temporary" else kept
         return path, metadata.num_bytes
@@ -163,9 +154,9 @@ class FileStore:
         """Make `latest_checkpoint.pt` the newest of the files that are there."""
         found = entries(self.folder)
         if found:
-            point_to(Path(found[0].path))
+            single_file.point_to(Path(found[0].path))
         else:
-            (Path(self.folder).expanduser() / LATEST).unlink(missing_ok=True)
+            (Path(self.folder).expanduser() / single_file.LATEST).unlink(missing_ok=True)
 
     def gather(self, state: State, group: ProcessGroup | None) -> State:
         return state if group is None else replace(state, tensors=full_tensors(state.tensors))
@@ -178,19 +169,19 @@ class FileStore:
     def _save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
         folder = Path(self.folder).expanduser()
         if self.format_name == "nanogpt":
-            content = FORMATS[self.format_name].pack(state)
+            content = single_file.FORMATS[self.format_name].pack(state)
             aside = self.only_best and not best
-            path = folder / (INTERRUPTED if aside else NANOGPT)
-            size = write_file(path, content)
+            path = folder / (single_file.INTERRUPTED if aside else single_file.NANOGPT)
+            size = single_file.write_file(path, content)
             if not aside:
-                (folder / INTERRUPTED).unlink(missing_ok=True)
+                (folder / single_file.INTERRUPTED).unlink(missing_ok=True)
             return str(path), size
         marks = {"run_id": self.run_id, "is_temporary": kind == "temporary", "is_best": best}
-        content = FORMATS["file"].pack(replace(state, values={**state.values, **marks}))
-        self.make_room(space_for(content), step)
+        content = single_file.FORMATS["file"].pack(replace(state, values={**state.values, **marks}))
+        self.make_room(single_file.space_for(content), step)
         path = folder / f"step_{step}.pt"
-        size = write_file(path, content)
-        point_to(path)
+        size = single_file.write_file(path, content)
+        single_file.point_to(path)
         self._drop_superseded(str(path), best)
         if kind == "temporary":
             assert self._temporaries is not None, "prepare comes before save"

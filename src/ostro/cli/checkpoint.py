@@ -4,18 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
-from ostro.checkpoint import (
-    Entry,
-    average,
-    delete,
-    differences,
-    entries,
-    open_entry,
-    to_prune,
-    total_bytes,
-    verified,
-    write,
-)
+from ostro import checkpoint as checkpoints
 from ostro.checkpoint.storage import is_folder
 from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint
@@ -53,13 +42,13 @@ def _ls(argv: Sequence[str]) -> None:
     found = _found(parser.parse(argv)[0].path)
     print(f"{'step':>9}  {'saved':19}  {'kind':9}  {'size':>9}  {'loss':>8}  {'run':12}  path")
     for entry in found:
-        loss = open_entry(entry).values.get("eval_loss")
+        loss = checkpoints.open_entry(entry).values.get("eval_loss")
         shown = "" if loss is None else f"{loss:.4f}"
         saved = datetime.fromtimestamp(entry.timestamp).isoformat(" ", "seconds")
         size = format_bytes(entry.bytes)
         print(f"{entry.step:>9}  {saved}  {_kind(entry):9}  {size:>9}  {shown:>8}"
               f"  {entry.run_id:12}  {entry.path}")  # fmt: skip
-    print(f"{len(found)} checkpoints, {format_bytes(total_bytes(found))}")
+    print(f"{len(found)} checkpoints, {format_bytes(checkpoints.total_bytes(found))}")
 
 
 def _verify(argv: Sequence[str]) -> None:
@@ -67,7 +56,7 @@ def _verify(argv: Sequence[str]) -> None:
     parser.add_argument("path", metavar="PATH")
     path = parser.parse(argv)[0].path
     num_found = num_damaged = 0
-    for place, fault in verified(path):
+    for place, fault in checkpoints.verified(path):
         num_found += 1
         num_damaged += fault is not None
         print(f"intact   {place}" if fault is None else f"damaged  {fault}", flush=True)
@@ -100,15 +89,15 @@ def _prune(argv: Sequence[str]) -> None:
             raise ConfigError(problem) from None
     found = _found(options.path)
     runs = [[e for e in found if e.run_id == name] for name in {e.run_id: None for e in found}]
-    doomed = [entry for run in runs for entry in to_prune(run, **wishes)]
+    doomed = [entry for run in runs for entry in checkpoints.to_prune(run, **wishes)]
     for entry in doomed:
         print(f"{entry.step:>9}  {_kind(entry):9}  {format_bytes(entry.bytes):>9}  {entry.path}")
-    size = format_bytes(total_bytes(doomed))
+    size = format_bytes(checkpoints.total_bytes(doomed))
     print(f"{len(doomed)} of {len(found)} checkpoints to delete, {size}")
     if not doomed or not (options.yes or _agrees()):
         return
     for entry in doomed:
-        delete(entry, "ostro checkpoint prune")
+        checkpoints.delete(entry, "ostro checkpoint prune")
     print(f"deleted {len(doomed)} checkpoints, {size}")
 
 
@@ -123,7 +112,7 @@ def _diff(argv: Sequence[str]) -> None:
     parser.add_argument("paths", metavar="PATH", nargs=2)
     first, second = (_open(path) for path in parser.parse(argv)[0].paths)
     print(f"{first} -> {second}")
-    lines = list(map(str, differences(first, second)))
+    lines = list(map(str, checkpoints.differences(first, second)))
     print("\n".join(lines) or "no difference")
 
 
@@ -143,8 +132,8 @@ def _average(argv: Sequence[str]) -> None:
         if f"{options.output}/".startswith(f"{folder}/"):
             rule = f"a run that has its checkpoints in {folder} would go on from the average"
             raise ConfigError(Problem("--output", rule, "name a folder elsewhere", options.output))
-    state = average(saved)
-    write(options.output, state, step=newest.step, is_temporary=False)
+    state = checkpoints.average(saved)
+    checkpoints.write(options.output, state, step=newest.step, is_temporary=False)
     print(
         f"wrote {options.output}/step-{newest.step}: the mean weights of {len(saved)} checkpoints"
     )
@@ -156,8 +145,8 @@ def _open(path: str):
     return open_checkpoint(path, "ostro checkpoint")
 
 
-def _found(path: str) -> list[Entry]:
-    found = entries(path)
+def _found(path: str) -> list[checkpoints.Entry]:
+    found = checkpoints.entries(path)
     if not found:
         raise _nothing(path)
     return found
@@ -167,7 +156,7 @@ def _nothing(path: str) -> CheckpointError:
     return CheckpointError(f"{path} - no complete checkpoint there or below - give another path")
 
 
-def _kind(entry: Entry) -> str:
+def _kind(entry: checkpoints.Entry) -> str:
     return ("temporary" if entry.is_temporary else "permanent") + ("*" if entry.is_best else "")
 
 

@@ -3,7 +3,7 @@
 import ast
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,9 @@ _USAGE = """usage: python train.py [config.yaml | config.py] [key=value ...] [--
 Defaults are those of train_config.yaml. Native settings are taken too, as --trainer.id x.
 """
 _OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+}  # fmt: skip
 
 
 def train(argv: list[str], signals: Signals) -> None:
@@ -68,29 +64,34 @@ def load_nanogpt(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translatio
 def split_native(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words as those of the dialect, and native settings: names with a dot or of the top level."""
     top = {field.name for field in fields(TrainLmConfig)}
-    own, native, rest = [], [], list(argv)
+    own, native = [], []
+    for words in _groups(argv):
+        name, equals, _ = words[0].partition("=")
+        if "." in name and (equals or name.startswith("--")):
+            native += [f"--{words[0].removeprefix('--')}", *words[1:]]
+        else:
+            (native if name.startswith("--") and name[2:] in top else own).extend(words)
+    return own, native
+
+
+def _groups(argv: Sequence[str]) -> Iterator[list[str]]:
+    """The words; a flag together with the value behind it."""
+    rest = list(argv)
     while rest:
-        word = rest.pop(0)
-        name, equals, _ = word.partition("=")
-        if not name.startswith("--") and not (equals and "." in name):
-            own.append(word)
-            continue
-        group = [word]
-        if not equals and rest and not rest[0].startswith("--") and "=" not in rest[0]:
+        group = [rest.pop(0)]
+        is_open = group[0].startswith("--") and "=" not in group[0]
+        if is_open and rest and not rest[0].startswith("--") and "=" not in rest[0]:
             group.append(rest.pop(0))
-        is_native = "." in name or name[2:] in top
-        (native if is_native else own).extend(group)
-    return own, [f"--{w}" if "=" in w and not w.startswith("--") else w for w in native]
+        yield group
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Words as configuration files, settings of nanoGPT as flags, and native settings."""
     own, native = split_native(argv)
     files, flags = [], []
-    for index, word in enumerate(own):
-        is_value = index > 0 and own[index - 1].startswith("--") and "=" not in own[index - 1]
-        if word.startswith("--") or is_value:
-            flags.append(word)
+    for word, *value in _groups(own):
+        if word.startswith("--"):
+            flags += [word, *value]
         elif "=" in word:
             flags.append(f"--{word}")
         elif word.endswith((".yaml", ".yml", ".py")):

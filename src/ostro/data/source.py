@@ -14,16 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ostro.config import Choice
-from ostro.data.files import (
-    BadRecord,
-    Shard,
-    Unreachable,
-    find_files,
-    guess_format,
-    is_unicode,
-    make_shard,
-    read_file,
-)
+from ostro.data import files
+from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.errors import DataError, Problem
 
 SPLITS = ("train", "validation")
@@ -86,11 +78,11 @@ class UrlsSource(SourceConfig):
         return self.train_urls if split == "train" else self.validation_urls
 
     def list_shards(self, split: str) -> list[Shard]:
-        paths = find_files(self.places(split), f"{split}_urls")
-        return [make_shard(path, guess_format(path, self.format)) for path in paths]
+        paths = files.find_files(self.places(split), f"{split}_urls")
+        return [files.make_shard(path, files.guess_format(path, self.format)) for path in paths]
 
     def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
-        return read_file(shard.name, shard.format, self.text_key)
+        return files.read_file(shard.name, shard.format, self.text_key)
 
     def settings(self, split: str) -> dict[str, Any]:
         return {"text_key": self.text_key, "format": self.format}
@@ -117,7 +109,7 @@ class StdlibSource(SourceConfig):
         for name in sorted(path.relative_to(_STDLIB).as_posix() for path in found):
             held_out = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 50 == 0
             if held_out == (split == "validation"):
-                shards.append(replace(make_shard(str(_STDLIB / name), "text"), name=name))
+                shards.append(replace(files.make_shard(str(_STDLIB / name), "text"), name=name))
         if not shards:
             raise Unreachable(f"stdlib - {_STDLIB} holds no .py files - use another source")
         return shards
@@ -185,8 +177,8 @@ class HfSource(SourceConfig):
 
     def list_shards(self, split: str) -> list[Shard]:
         builder, name = self._builder(), self._split(split)
-        files = builder.config.data_files or {}
-        known = list(files) or list(builder.info.splits or {})
+        listed = builder.config.data_files or {}
+        known = list(listed) or list(builder.info.splits or {})
         if name is None or (known and name not in known):
             if split == "validation":
                 return []
@@ -194,10 +186,10 @@ class HfSource(SourceConfig):
                 f"splits - {self.id} has no split {name!r}, only {', '.join(known)} - set "
                 "splits: [training split, validation split]"
             )
-        local = [str(path) for path in files.get(name, []) if os.path.isfile(str(path))]
+        local = [str(path) for path in listed.get(name, []) if os.path.isfile(str(path))]
         size, print_ = 0, str(builder.hash or builder.config_id)
-        if local and len(local) == len(files[name]):
-            parts = [make_shard(path, "hf") for path in local]
+        if local and len(local) == len(listed[name]):
+            parts = [files.make_shard(path, "hf") for path in local]
             size = sum(part.size for part in parts)
             text = "".join(part.fingerprint for part in parts)
             print_ = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -213,7 +205,7 @@ class HfSource(SourceConfig):
                 rows = builder.as_dataset(split=shard.format)
             for row, record in enumerate(rows, 1):
                 text = record.get(self.text_key)
-                if isinstance(text, str) and is_unicode(text):
+                if isinstance(text, str) and files.is_unicode(text):
                     yield text
                     continue
                 reason = f"has no text under {self.text_key!r} (it has {', '.join(record)})"
@@ -259,12 +251,12 @@ class TokensSource(SourceConfig):
     def list_shards(self, split: str) -> list[Shard]:
         script = os.path.join(self.dir or "", "prepare.py")
         try:
-            paths = find_files(self.places(split), f"{split} tokens")
+            paths = files.find_files(self.places(split), f"{split} tokens")
         except Unreachable as error:
             if self.dir is None or not os.path.exists(script):
                 raise
             raise Unreachable(f"{error} - make it with: python {script}") from error
-        return [make_shard(path, "tokens") for path in paths]
+        return [files.make_shard(path, "tokens") for path in paths]
 
     def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
         raise AssertionError("token files hold no documents to read")

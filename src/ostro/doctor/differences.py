@@ -23,16 +23,19 @@ _OWN = {
 _CHANGING = ("throughput/", "eval/total_time", "event")
 
 
-def of_checkpoints(was: Saved, now: Saved) -> Iterator[str]:
+def of_checkpoints(was: Saved, now: Saved, tolerance: float = 0.0) -> Iterator[str]:
     """Whatever differs in a bit: settings, position, numbers, every tensor; first the part of the
-    run that it belongs to."""
+    run that it belongs to. With a tolerance see below."""
+    if tolerance:
+        yield from _nearly(was, now, tolerance)
+        return
     for found in differences(was, now):
         own = _OWN.get(found.kind, ())
         if not any(f"{found.name}.".startswith(f"{name}.") for name in own):
             yield f"{_part(found.kind, found.name)}: {found.name}: {found.what}"
 
 
-def nearly_of_checkpoints(was: Saved, now: Saved, tolerance: float) -> Iterator[str]:
+def _nearly(was: Saved, now: Saved, tolerance: float) -> Iterator[str]:
     """The same between other numbers of ranks: all weights together, and all tensors of the
     optimizer, may differ by that share of their norm; the random state depends on the ranks."""
     if was.step != now.step:

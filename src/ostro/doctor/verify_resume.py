@@ -19,13 +19,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ostro.checkpoint import CheckpointInterval, Saved, find_latest, write
+from ostro.doctor import differences
 from ostro.doctor.children import Orders, quiet, sleep_on, strike, train
-from ostro.doctor.differences import (
-    nearly_of_checkpoints,
-    of_checkpoints,
-    of_histories,
-    read_history,
-)
 from ostro.errors import ConfigError, OstroError, Problem
 from ostro.lm_config import TrainLmConfig
 from ostro.phases import place
@@ -80,7 +75,7 @@ def verify_resume(
     report(f"undisturbed: {plan.total} updates in {_processes(plan.ranks[0])}")
     whole.train(plan.ranks[0])
     reference = whole.newest()
-    history = read_history(whole.folder / "logs" / "metrics.jsonl")
+    history = differences.read_history(whole.folder / "logs" / "metrics.jsonl")
     history = _with_batches(history, whole)
     for index, num_ranks in enumerate(plan.ranks):
         stop = (index + 1) * plan.num_steps
@@ -91,13 +86,12 @@ def verify_resume(
         part.train(num_ranks)
         if saved is not None:
             _expect(_restored(part, saved, whole), "was not restored as it was saved", report)
-        own = read_history(part.folder / "logs" / "metrics.jsonl")
+        own = differences.read_history(part.folder / "logs" / "metrics.jsonl")
         steps = range(stop - plan.num_steps, stop)
-        found = of_histories(history, _with_batches(own, part), steps, tolerance)
+        found = differences.of_histories(history, _with_batches(own, part), steps, tolerance)
         when = f"after resuming at step {steps.start}" if index else "before anything was killed"
         _expect(found, f"is not the same {when}", report)
-    ends = (reference, part.newest())
-    found = nearly_of_checkpoints(*ends, tolerance) if tolerance else of_checkpoints(*ends)
+    found = differences.of_checkpoints(reference, part.newest(), tolerance)
     _expect(found, f"is not the same after {plan.total} updates", report)
     exact = "bit for bit" if not tolerance else f"to {tolerance:g}"
     report(f"resuming is exact: figures, weights, optimizer, guards and position agree {exact}")
@@ -108,13 +102,13 @@ def _processes(num: int) -> str:
 
 
 def _expect(found: Iterator[str], what: str, report: Callable[[str], None]) -> None:
-    differences = list(found)
-    for difference in differences[:8]:
-        report(f"  differs: {difference}")
-    if len(differences) > 8:
-        report(f"  and {len(differences) - 8} more")
-    if differences:
-        raise NotExactError(f"resuming is not exact: {what} - first difference: {differences[0]}")
+    lines = list(found)
+    for line in lines[:8]:
+        report(f"  differs: {line}")
+    if len(lines) > 8:
+        report(f"  and {len(lines) - 8} more")
+    if lines:
+        raise NotExactError(f"resuming is not exact: {what} - first difference: {lines[0]}")
 
 
 class _Part:
@@ -223,7 +217,7 @@ def _restored(part: _Part, saved: Saved, whole: _Part) -> Iterator[str]:
     if not isinstance(now, Saved):
         yield "step and data position: it started from scratch"
         return
-    yield from of_checkpoints(saved, now)
+    yield from differences.of_checkpoints(saved, now)
     old, new = (json.loads((p.start_folder / "recipe-0.json").read_text()) for p in (whole, part))
     for key in sorted(old.keys() & new.keys()):
         if old[key] != new[key]:
