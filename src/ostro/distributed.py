@@ -181,12 +181,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. The hosts wait for each other, not for devices."""
-        if self.num_ranks == 1:
-            return flag
-        return bool(self.sum_all(torch.tensor(int(flag))))
-
     def from_first(self, value: Value) -> Value:
         """The first rank's value, on all ranks."""
         if self.num_ranks == 1:
@@ -203,8 +197,8 @@ class World:
         return values
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.any(False)
+        """Wait until every rank is here. The hosts wait for each other, not for devices."""
+        self.sum_all(torch.tensor(0))
 
 
 def pick_device(name: str, require_accelerator: bool = False) -> torch.device:
@@ -217,16 +211,10 @@ def pick_device(name: str, require_accelerator: bool = False) -> torch.device:
     if not known.get(kind, False):
         present = ", ".join(k for k, there in known.items() if there)
         rule = "this machine has no such device" if kind in known else "unknown kind of device"
-        problem = Problem("trainer.device", rule, f"use auto or one of: {present}", value=name)
-        raise ConfigError(problem)
+        raise ConfigError(Problem("trainer.device", rule, f"use auto or one of: {present}", name))
     if require_accelerator and kind == "cpu":
-        problem = Problem(
-            "trainer.require_accelerator",
-            "no CUDA or MPS device was found",
-            "set it to false to train on the CPU",
-            value="true",
-        )
-        raise ConfigError(problem)
+        rule, advice = "no CUDA or MPS device was found", "set it to false to train on the CPU"
+        raise ConfigError(Problem("trainer.require_accelerator", rule, advice, "true"))
     return torch.device(name)
 
 

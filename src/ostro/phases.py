@@ -10,7 +10,6 @@ The watchdog looks here for what stalls, and the tests of failures let them happ
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +22,9 @@ class Place:
     phase: str
     step: int
     """0-based index of the update that is being made."""
-    since: float
-    """Seconds of `time.monotonic`."""
 
 
-_place = Place("start", 0, time.monotonic())
+_place = Place("start", 0)
 _listeners: list[Callable[[str], None]] = []
 
 
@@ -40,7 +37,7 @@ def mark(phase: str, step: int | None = None) -> None:
     """This thread begins `phase`; of the main thread that is remembered, with its step."""
     global _place
     if threading.current_thread() is threading.main_thread():
-        _place = Place(phase, _place.step if step is None else step, time.monotonic())
+        _place = Place(phase, _place.step if step is None else step)
     for listener in _listeners:
         listener(phase)
 

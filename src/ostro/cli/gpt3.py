@@ -75,8 +75,7 @@ def _model_file(flags: gpt3.Gpt3Flags, search: Sequence[Path]) -> str:
     if flags.config is not None:
         if flags.model_size not in (None, Path(flags.config).stem):
             rule = f"--config names another model, {flags.config}"
-            problem = Problem("model_size", rule, "keep one", flags.model_size, "--model_size")
-            raise ConfigError(problem)
+            raise _wrong("model_size", rule, flags.model_size, "keep one")
         return flags.config
     if flags.model_size is None:
         advice = f"give a file of {MODEL_FOLDER}, or --model_size 125M"
@@ -85,9 +84,7 @@ def _model_file(flags: gpt3.Gpt3Flags, search: Sequence[Path]) -> str:
     sizes = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     if flags.model_size not in sizes:
         advice = did_you_mean(flags.model_size, sizes)
-        rule = f"must be one of {', '.join(sizes)}"
-        problem = Problem("model_size", rule, advice, flags.model_size, "--model_size")
-        raise ConfigError(problem)
+        raise _wrong("model_size", f"must be one of {', '.join(sizes)}", flags.model_size, advice)
     return f"{MODEL_FOLDER}/{flags.model_size}.yaml"
 
 
@@ -100,7 +97,7 @@ def processes(flags: gpt3.Gpt3Flags, environ: Mapping[str, str]) -> tuple[int, i
     num_nodes = 1 if flags.num_nodes is None else flags.num_nodes
     for name, count in (("gpus_per_node", num_local), ("num_nodes", num_nodes)):
         if count < 1:
-            raise ConfigError(Problem(name, "must be at least 1", "", str(count), f"--{name}"))
+            raise _wrong(name, "must be at least 1", count)
     place = find_place(environ)
     starts_workers = place.launcher == "SLURM" and place.num_local == 1 and num_local > 1
     if place.launcher is None or (starts_workers and place.num_ranks == num_nodes):
@@ -123,9 +120,10 @@ def check_devices(loaded: Loaded[TrainLmConfig], num_local: int) -> None:
     num_gpus = torch.cuda.device_count()
     if backend == "nccl" and not num_gpus:
         rule = "nccl joins CUDA devices only, and this machine has none"
-        origin = "--distributed_backend"
-        raise ConfigError(Problem("distributed_backend", rule, "use gloo", backend, origin))
+        raise _wrong("distributed_backend", rule, backend, "use gloo")
     if num_gpus and num_local > num_gpus and loaded.config.trainer.device != "cpu":
-        rule = f"this machine has {num_gpus} GPUs"
-        problem = Problem("gpus_per_node", rule, "", str(num_local), "--gpus_per_node")
-        raise ConfigError(problem)
+        raise _wrong("gpus_per_node", f"this machine has {num_gpus} GPUs", num_local)
+
+
+def _wrong(flag: str, rule: str, value: object, advice: str = "") -> ConfigError:
+    return ConfigError(Problem(flag, rule, advice, str(value), f"--{flag}"))

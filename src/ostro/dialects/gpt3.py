@@ -318,9 +318,8 @@ def read_deepspeed(path: str) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         rule = f"cannot be read as JSON: {error}"
-        problem = Problem("deepspeed_config", rule, "", path, "--deepspeed_config")
-        raise ConfigError(problem) from None
+        origin = "--deepspeed_config"
+        raise ConfigError(Problem("deepspeed_config", rule, "", path, origin)) from None
     if not isinstance(content, dict):
-        problem = Problem("deepspeed_config", "must hold a JSON object", "", path)
-        raise ConfigError(problem)
+        raise ConfigError(Problem("deepspeed_config", "must hold a JSON object", "", path))
     return content
