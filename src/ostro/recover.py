@@ -26,7 +26,6 @@ class StepRange:
     """The last step, which belongs to them."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is wrong with the two numbers."""
         if self.first < 0:
             yield Problem("first", "must not be negative")
         if self.last < self.first:
@@ -61,7 +60,6 @@ class RecoverConfig:
     none; the run goes back to its newest checkpoint, or to its start."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is wrong with these settings."""
         for name in ("max_rollbacks", "window", "patience"):
             if getattr(self, name) < 1:
                 yield Problem(name, "must be at least 1")

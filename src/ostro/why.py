@@ -147,13 +147,7 @@ def _describe(
     num_predicted = target.stop - target.start
     has_loss = losses is not None and num_predicted > 0
     return DocumentLoss(
-        example,
-        source,
-        part.file,
-        part.record,
-        part.byte,
-        part.token,
-        part.stop - part.start,
+        *(example, source, part.file, part.record, part.byte, part.token, part.stop - part.start),
         num_predicted,
         float(losses.mean()) if has_loss else None,
         _excerpt(store, tokenizer, part.begin, part.end),

@@ -57,7 +57,6 @@ class CheckpointerConfig:
     and `latest_checkpoint.pt` names the newest."""
 
     def problems(self) -> Iterator[Problem]:
-        """Mistakes in these settings."""
         if not self.base_path.strip():
             yield Problem("base_path", "must name a folder or a URL")
         for name in re.findall(r"\$\{[^}]*\}", self.base_path):

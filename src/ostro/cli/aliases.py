@@ -2,16 +2,8 @@
 
 from ostro.config import Alias
 
-_OPTIMIZER = (
-    "learning_rate",
-    "weight_decay",
-    "min_lr_ratio",
-    "beta1",
-    "beta2",
-    "epsilon",
-    "max_grad_norm",
-    "lr_schedule",
-)
+_OPTIMIZER = ("learning_rate", "weight_decay", "min_lr_ratio", "beta1", "beta2", "epsilon",
+              "max_grad_norm", "lr_schedule")  # fmt: skip
 
 
 def _fraction(text: str) -> float:

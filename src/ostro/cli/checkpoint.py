@@ -1,7 +1,7 @@
 """`ostro checkpoint ls | verify | prune | diff | average`."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 
 from ostro import checkpoint as checkpoints
@@ -160,10 +160,4 @@ def _kind(entry: checkpoints.Entry) -> str:
     return ("temporary" if entry.is_temporary else "permanent") + ("*" if entry.is_best else "")
 
 
-_ACTIONS: dict[str, Callable[[Sequence[str]], None]] = {
-    "ls": _ls,
-    "verify": _verify,
-    "prune": _prune,
-    "diff": _diff,
-    "average": _average,
-}
+_ACTIONS = {"ls": _ls, "verify": _verify, "prune": _prune, "diff": _diff, "average": _average}

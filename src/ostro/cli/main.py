@@ -41,21 +41,10 @@ commands:
 
 
 COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
-    "train": train,
-    "launch": launch,
-    "eval": evaluate,
-    "benchmark": benchmark,
-    "sample": sample,
-    "export": export,
-    "why": why,
-    "cache": cache,
-    "config": config,
-    "schedule": schedule,
-    "plan": plan,
-    "checkpoint": checkpoint,
-    "verify-resume": verify_resume,
-    "chaos": chaos,
-}
+    "train": train, "launch": launch, "eval": evaluate, "benchmark": benchmark, "sample": sample,
+    "export": export, "why": why, "cache": cache, "config": config, "schedule": schedule,
+    "plan": plan, "checkpoint": checkpoint, "verify-resume": verify_resume, "chaos": chaos,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -52,7 +52,6 @@ class NanoGptSampleConfig:
     """Compile the model first."""
 
     def problems(self) -> Iterator[Problem]:
-        """What cannot be sampled from."""
         if self.num_samples < 1:
             yield Problem("num_samples", "must be at least 1")
         if self.init_from != "resume" and self.init_from not in GPT2_SIZES:

@@ -13,16 +13,12 @@ _SIMPLE = {
     bool: {"type": "boolean"},
     # YAML readers of editors take `1e-4` for text, and we read it as the number it is
     int: {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^[+-]?\d[\d_]*$"}]},
-    float: {
-        "anyOf": [
-            {"type": "number"},
-            {"type": "string", "pattern": r"^[+-]?[\d_.]+([eE][+-]?\d+)?$"},
-        ]
-    },
+    float: {"anyOf": [{"type": "number"},
+                      {"type": "string", "pattern": r"^[+-]?[\d_.]+([eE][+-]?\d+)?$"}]},
     timedelta: {"type": ["string", "number"]},
     ByteSize: {"type": ["string", "integer"]},
     type(None): {"type": "null"},
-}
+}  # fmt: skip
 
 
 def json_schema(cls: type) -> dict[str, Any]:

@@ -37,7 +37,6 @@ class Gpt3ModelConfig:
     """Sequences of an update, where the training file says null."""
 
     def problems(self) -> Iterator[Problem]:
-        """What the native settings would report under other names."""
         if self.n_heads < 1 or self.d_model % self.n_heads:
             yield Problem("d_model", f"must be divisible by n_heads = {self.n_heads}", "change one")
 
@@ -56,7 +55,6 @@ class Gpt3OptimizerConfig:
     """Decoupled decay of all weights but biases, norms and embeddings."""
 
     def problems(self) -> Iterator[Problem]:
-        """There are two betas."""
         if len(self.betas) != 2:
             yield Problem("betas", "must be two numbers", "for example [0.9, 0.95]")
 

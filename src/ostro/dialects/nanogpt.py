@@ -16,11 +16,9 @@ from ostro.hf import read_settings
 
 DEFAULT_FILE = "train_config.yaml"
 GPT2_SIZES = {
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
+    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
+}  # fmt: skip
 """Layers, heads and width of OpenAI's models."""
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 _PADDED_VOCAB = 50304  # GPT-2's 50,257, rounded up to a multiple of 64
@@ -102,7 +100,6 @@ class NanoGptConfig:
     """Seed of the initial weights, the data and dropout."""
 
     def problems(self) -> Iterator[Problem]:
-        """What the native settings would report under other names."""
         for name in ("batch_size", "gradient_accumulation_steps", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 yield Problem(name, "must be at least 1")

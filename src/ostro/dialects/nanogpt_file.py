@@ -53,12 +53,9 @@ class NanoGptFormat:
             "iter_num": state.values["step"],
             "best_val_loss": 1e9 if best is None else best,
             "config": config,
-            "ostro": {
-                "state": dict(state.tensors["state"]),
-                "values": dict(state.values),
-                "texts": dict(state.texts),
-            },
-        }
+            "ostro": {"state": dict(state.tensors["state"]), "values": dict(state.values),
+                      "texts": dict(state.texts)},
+        }  # fmt: skip
 
     def unpack(self, content: Mapping[str, Any], where: str) -> State:
         """Ours from a file of theirs or ours; compiled and tied names are understood."""
@@ -123,11 +120,8 @@ def _their_optimizer(
         "lr": config["learning_rate"],
         "betas": (config["beta1"], config["beta2"]),
         "eps": config["epsilon"],
-        "amsgrad": False,
+        **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False),
         "foreach": None,
-        "maximize": False,
-        "capturable": False,
-        "differentiable": False,
         "fused": True,
         "decoupled_weight_decay": True,
     }
