@@ -115,9 +115,8 @@ def test_stages_bring_sources_in(texts, make):
     parts = sources(texts)["configs"]
     stages = [WeightStage(0, {"a": 1.0}), WeightStage(4, {"b": 1.0})]
     config = make(**{**parts, "train_weights": stages}, mixture_block_size=16)
-    data = build(config)
-    tokenizer = data.tokenizer
-    loader = Loader(data.train, SCHEDULE)
+    tokenizer = config.build_tokenizer()
+    loader = Loader(build(config).train, SCHEDULE)
     before, after = (tokenizer.decode(loader.batch(i).tokens.flatten().tolist()) for i in (3, 4))
     assert "train" in before and "val" not in before and "train" not in after
 

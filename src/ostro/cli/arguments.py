@@ -102,7 +102,7 @@ def load_run(
     config = with_hf_model(loaded.config)
     if config is loaded.config:
         return loaded
-    return loaded.derive({"model": config.model, "use_hf_model_config": False})
+    return loaded.derive(model=config.model, use_hf_model_config=False)
 
 
 def start_run(

@@ -31,14 +31,12 @@ class Loaded(Generic[Config]):
     notices: list[str]
     """Lines for the user: other spellings that were read, settings that no longer count."""
 
-    def derive(self, values: Mapping[str, Any]) -> "Loaded[Config]":
+    def derive(self, **values: Any) -> "Loaded[Config]":
         """A copy with these fields set; the origin of all below them is `derived`."""
-        config = self.config
-        for path, value in values.items():
-            config = _replace(config, path.split("."), value)
+        config = replace(self.config, **values)  # type: ignore[type-var]
         origins = {}
         for leaf, _ in leaves(encode(config)):
-            is_derived = any(f"{leaf}.".startswith(f"{path}.") for path in values)
+            is_derived = leaf.partition(".")[0] in values
             origins[leaf] = "derived" if is_derived else self.origins.get(leaf, "default")
         return Loaded(config, origins, self.notices)
 
@@ -112,13 +110,6 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, child in value.items():
         yield from leaves(child, join(path, key))
-
-
-def _replace(config: Any, names: list[str], value: Any) -> Any:
-    name, *rest = names
-    if rest:
-        value = _replace(getattr(config, name), rest, value)
-    return replace(config, **{name: value})
 
 
 def _import_modules(

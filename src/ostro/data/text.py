@@ -265,7 +265,6 @@ class LMData:
     """Equal for equal data in an equal order; recorded in checkpoints."""
     contents: dict[str, str]
     """The same of each split by its folder in the cache, whatever the order."""
-    tokenizer: Tokenizer
 
 
 class _Builder:
@@ -314,7 +313,6 @@ class _Builder:
             self._documents,
             _digest(text),
             {name: _digest(text) for name, text in self._prints.items()},
-            self._tokenizer,
         )  # fmt: skip
 
     def _has_validation(self, name: str, source: SourceConfig) -> bool:
