@@ -110,14 +110,10 @@ _NO_SETTING = object()
 class Change:
     """One difference between a run and the checkpoint that it goes on from."""
 
-    key: str
-    """Dotted path of the setting, or `made_by.` and what else has changed."""
-    what: str
-    """Both values, and where the new one comes from."""
-    policy: Policy
-    """What is done about it."""
-    why: str
-    """What the change means."""
+    key: str  # dotted path of the setting, or `made_by.` and what else has changed
+    what: str  # both values, and where the new one comes from
+    policy: Policy  # what is done about it
+    why: str  # what the change means
 
     def __str__(self) -> str:
         return f"{self.key}: {self.what} - {self.policy} - {self.why}"

@@ -53,20 +53,13 @@ def _how_to(command: Sequence[str], num_nodes: int) -> str:
 class SlurmJob:
     """A run as a SLURM job: one process for each GPU, on all nodes."""
 
-    command: Sequence[str]
-    """What each process runs, from `ostro` on."""
-    num_nodes: int
-    """Machines."""
-    num_local: int
-    """Processes on each machine, each with a GPU of its own unless `on_cpu`."""
-    on_cpu: bool = False
-    """Ask for no GPUs."""
-    num_cpus: int | None = None
-    """CPU cores for each process; None leaves it to the cluster."""
-    max_restarts: int = 0
-    """How often torchrun starts all processes again after a failure; 0 does without it."""
-    options: Sequence[str] = ()
-    """More options of sbatch, as `partition=gpu`."""
+    command: Sequence[str]  # what each process runs, from `ostro` on
+    num_nodes: int  # machines
+    num_local: int  # processes on each machine, each with a GPU of its own unless `on_cpu`
+    on_cpu: bool = False  # ask for no GPUs
+    num_cpus: int | None = None  # CPU cores for each process; None leaves it to the cluster
+    max_restarts: int = 0  # how often torchrun starts all again after a failure; 0: without it
+    options: Sequence[str] = ()  # more options of sbatch, as `partition=gpu`
 
     def script(self) -> str:
         """The batch script. The job's number is the run's id, so a requeued job resumes."""

@@ -20,8 +20,7 @@ class Place:
     """What the main thread was last seen to begin."""
 
     phase: str
-    step: int
-    """0-based index of the update that is being made."""
+    step: int  # 0-based index of the update that is being made
 
 
 _place = Place("start", 0)

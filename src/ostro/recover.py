@@ -78,10 +78,8 @@ class RecoverConfig:
 class Spike:
     """Why a run cannot go on as it is."""
 
-    step: int
-    """The first bad step."""
-    reason: str
-    """What was seen there."""
+    step: int  # the first bad step
+    reason: str  # what was seen there
 
 
 class Recovery:

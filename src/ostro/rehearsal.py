@@ -76,16 +76,11 @@ def _num_bytes(value: Any) -> int:
 class Rehearsal:
     """What the first of the ranks did in one step."""
 
-    parameters: int
-    """Bytes of its part of the weights."""
-    moments: int
-    """Bytes of the optimizer's tensors."""
-    working: int
-    """The most bytes of everything else at one time: activations, gathered weights, gradients."""
-    calls: Mapping[str, int]
-    """How often it called each kind of collective."""
-    bytes: Mapping[str, int]
-    """Bytes of the whole tensors of these calls."""
+    parameters: int  # bytes of its part of the weights
+    moments: int  # bytes of the optimizer's tensors
+    working: int  # the most bytes of all else at a time: activations, gathered weights, gradients
+    calls: Mapping[str, int]  # how often it called each kind of collective
+    bytes: Mapping[str, int]  # bytes of the whole tensors of these calls
 
     def lines(self) -> Iterator[str]:
         """The figures as a table."""

@@ -41,15 +41,11 @@ class Report:
     host: str
     phase: str
     step: int
-    line: str
-    """The innermost line, outside of torch, of the thread that the rank waits for."""
-    num_collectives: int
-    """Collectives it has begun."""
-    collective: str
-    """What the last of them sends: name and shape."""
+    line: str  # the innermost line, outside of torch, of the thread that the rank waits for
+    num_collectives: int  # collectives it has begun
+    collective: str  # what the last of them sends: name and shape
     is_finished: bool
-    times: int
-    """How often it has sent the like lately."""
+    times: int  # how often it has sent the like lately
 
     def __str__(self) -> str:
         where = f"rank {self.rank} ({self.host}): {self.phase} of step {self.step}, {self.line}"

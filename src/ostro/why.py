@@ -34,28 +34,17 @@ _EXCERPT_TOKENS, _EXCERPT_CHARS = 32, 40
 class DocumentLoss:
     """What one example of the batch holds of one document."""
 
-    example: int
-    """Place in the batch, from 0."""
-    source: str
-    """The data set's name; `data` where there is one only."""
-    file: str
-    """Where the document came from; a token file where the documents have no index."""
-    record: int | None
-    """1-based line, row or record of the file."""
-    byte: int | None
-    """Bytes before that record in the decompressed file."""
-    token: int
-    """Tokens before this part: in the document, or in the file where there is no record."""
-    num_tokens: int
-    """Tokens of the part."""
-    num_predicted: int
-    """How many of them the model had to predict: all but the first one of a window."""
-    loss: float | None
-    """Their mean loss in nats."""
-    first_words: str
-    """The beginning of the document."""
-    words: str
-    """The beginning of the part."""
+    example: int  # place in the batch, from 0
+    source: str  # the data set's name; `data` where there is one only
+    file: str  # where the document came from; a token file where the documents have no index
+    record: int | None  # 1-based line, row or record of the file
+    byte: int | None  # bytes before that record in the decompressed file
+    token: int  # tokens before this part: in the document, or in the file where there is no record
+    num_tokens: int  # tokens of the part
+    num_predicted: int  # how many of them had to be predicted: all but the first of a window
+    loss: float | None  # their mean loss in nats
+    first_words: str  # the beginning of the document
+    words: str  # the beginning of the part
 
     @property
     def rank(self) -> float:
@@ -72,12 +61,9 @@ class Explanation:
     step: int
     batch_size: int
     seq_len: int
-    mean_loss: float | None
-    """Over all predicted tokens."""
-    documents: list[DocumentLoss]
-    """In the order of the batch."""
-    notes: list[str]
-    """What cannot be said, and why."""
+    mean_loss: float | None  # over all predicted tokens
+    documents: list[DocumentLoss]  # in the order of the batch
+    notes: list[str]  # what cannot be said, and why
 
     def lines(self, documents: Sequence[DocumentLoss]) -> Iterator[str]:
         """A table of some of the documents."""

@@ -159,14 +159,10 @@ def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:
 class _Batch:
     """Items for one worker, and the position behind them."""
 
-    items: list[tuple[int, Piece | BadRecord]]
-    """Index of an item's shard, and the item."""
-    shard: int
-    """Index of the shard to go on with."""
-    skip: int
-    """Items of that shard that are done."""
-    done: int
-    """Stored bytes read so far, about."""
+    items: list[tuple[int, Piece | BadRecord]]  # index of an item's shard, and the item
+    shard: int  # index of the shard to go on with
+    skip: int  # items of that shard that are done
+    done: int  # stored bytes read so far, about
     chars: int
 
     def texts(self) -> list[Piece]:

@@ -31,10 +31,8 @@ class Piece(NamedTuple):
 
     text: str
     is_last: bool
-    record: int = 1
-    """1-based number of the document's record in its file."""
-    byte: int = UNKNOWN
-    """Bytes before that record."""
+    record: int = 1  # 1-based number of the document's record in its file
+    byte: int = UNKNOWN  # bytes before that record
 
 
 def pieces(records: Iterable[str | BadRecord], splittable: bool) -> Iterator[Piece | BadRecord]:

@@ -74,12 +74,9 @@ class Shard:
     """One file (or one part of a data set): the unit in which a source is listed and read."""
 
     name: str
-    size: int
-    """Stored bytes; 0 where unknown."""
-    fingerprint: str
-    """Depends on the content (or the remote's checksum), not on place or time."""
-    format: str = "text"
-    """How to read it; a data set's own name of the split."""
+    size: int  # stored bytes; 0 where unknown
+    fingerprint: str  # depends on the content (or the remote's checksum), not on place or time
+    format: str = "text"  # how to read it; a data set's own name of the split
 
 
 def find_files(patterns: Sequence[str], setting: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tokenizers
 
-from ostro.config import Choice
+from ostro.config import Choice, encode
 from ostro.data.meta import read_alphabet
 from ostro.data.store import CacheDir
 from ostro.errors import DataError, Problem
@@ -277,7 +277,7 @@ class TokenizerConfig(Choice):
 
     def settings(self) -> dict[str, Any]:
         """What a learned tokenizer depends on beside the text."""
-        return {}
+        return encode(self)
 
     def known_vocab_size(self, cache_dir: str) -> int | None:
         """The vocabulary without reading data or the network; None where only they can tell."""
@@ -430,9 +430,6 @@ class BpeTokenizer(TokenizerConfig):
     def known_vocab_size(self, cache_dir: str) -> int | None:
         return super().known_vocab_size(cache_dir) or self.vocab_size
 
-    def settings(self) -> dict[str, Any]:
-        return {"type": "bpe", "vocab_size": self.vocab_size, "sample_mb": self.sample_mb}
-
 
 def _sample(shards: Sequence[Callable[[], Iterator[str]]], limit: int) -> Iterator[str]:
     """Texts from the start of every shard, about `limit` characters; unused shares go on."""
@@ -473,9 +470,6 @@ class CharsTokenizer(TokenizerConfig):
         if not alphabet:
             raise DataError("tokenizer = chars - the training text is empty")
         return CharTokenizer("".join(sorted(alphabet)), self.eos)
-
-    def settings(self) -> dict[str, Any]:
-        return {"type": "chars", "eos": self.eos}
 
 
 @TokenizerConfig.register_subclass("meta")

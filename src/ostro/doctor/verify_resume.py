@@ -40,10 +40,8 @@ class NotExactError(OstroError):
 class Plan:
     """How many updates each part makes, and in how many processes."""
 
-    num_steps: int
-    """Updates of each part."""
-    ranks: tuple[int, ...] = (1, 1)
-    """Processes of each part; after each but the last all are killed."""
+    num_steps: int  # updates of each part
+    ranks: tuple[int, ...] = (1, 1)  # processes of each; after each but the last all are killed
 
     @property
     def total(self) -> int:

@@ -32,11 +32,9 @@ class HfParameter:
     """
 
     ours: str
-    theirs: tuple[str, ...]
-    """One name, or those of the separate queries, keys and values."""
+    theirs: tuple[str, ...]  # one name, or those of the separate queries, keys and values
     conv1d: bool = False
-    heads: tuple[int, int] | None = None
-    """Of `qkv`: key-value heads, and queries of each."""
+    heads: tuple[int, int] | None = None  # of `qkv`: key-value heads, and queries of each
 
     def export(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Ours -> a tensor for each of their names, not yet transposed."""

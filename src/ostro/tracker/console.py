@@ -113,12 +113,8 @@ class ConsoleTracker(Tracker):
     def _show(self, step: int) -> None:
         if self._bar is None:
             self._start_bar()
-        self._bar.update(
-            self._task,
-            completed=step + 1,
-            description=self._position(step),
-            figures=self._line(step),
-        )
+        texts = {"description": self._position(step), "figures": self._line(step)}
+        self._bar.update(self._task, completed=step + 1, **texts)
 
     def _start_bar(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -154,17 +150,14 @@ def figures_line(figures: Mapping[str, float], seconds_left: float | None) -> st
 
     `throughput/mfu` is a percentage.
     """
-    parts = []
-    if "train/loss" in figures:
-        parts.append(f"loss {figures['train/loss']:.4f}")
-    if "optim/learning_rate" in figures:
-        parts.append(f"lr {figures['optim/learning_rate']:.2e}")
-    if "throughput/tokens_per_second" in figures:
-        parts.append(f"{format_count(figures['throughput/tokens_per_second'])} tok/s")
-    if "throughput/duration" in figures:
-        parts.append(f"{1000 * figures['throughput/duration']:.0f} ms/step")
-    if "throughput/mfu" in figures:
-        parts.append(f"MFU {figures['throughput/mfu']:.1f}%")
+    shown = {
+        "train/loss": lambda loss: f"loss {loss:.4f}",
+        "optim/learning_rate": lambda rate: f"lr {rate:.2e}",
+        "throughput/tokens_per_second": lambda speed: f"{format_count(speed)} tok/s",
+        "throughput/duration": lambda seconds: f"{1000 * seconds:.0f} ms/step",
+        "throughput/mfu": lambda mfu: f"MFU {mfu:.1f}%",
+    }
+    parts = [show(figures[name]) for name, show in shown.items() if name in figures]
     if seconds_left is not None:
         parts.append(f"{format_duration(timedelta(seconds=math.ceil(seconds_left)))} left")
     return "  ".join(parts)
