@@ -113,7 +113,7 @@ class NanoGptConfig:
 
 
 # Keys whose value is that of a native setting.
-_SAME = {
+SAME = {
     "log_interval": ("trainer.log_interval",),
     "eval_interval": ("trainer.steps_per_eval",),
     "eval_iters": ("trainer.max_eval_batches",),
@@ -127,7 +127,7 @@ _SAME = {
     "beta1": ("optimizer.beta1",),
     "beta2": ("optimizer.beta2",),
 }
-_MODEL = {
+MODEL = {
     "n_layer": "model.num_layers",
     "n_head": "model.num_heads",
     "n_embd": "model.hidden_dim",
@@ -167,7 +167,7 @@ def translate(
     config, made = loaded.config, Translation(loaded)
     for path, value in _ALWAYS.items():
         made.set(path, value)
-    for key, paths in _SAME.items():
+    for key, paths in SAME.items():
         for path in paths:
             made.set(path, getattr(config, key), key)
     _outputs(config, made)
@@ -227,7 +227,7 @@ def _model_and_data(
             )
         made.set("initialize_from_hf", start, "init_from")
         described, vocab_size = read_settings(start)
-        given = {key: getattr(described, path[6:]) for key, path in _MODEL.items()}
+        given = {key: getattr(described, path[6:]) for key, path in MODEL.items()}
         del given["block_size"]  # a shorter one cuts the table of positions
         source = f"init_from = {start}"
     if start not in ("scratch", "resume"):
@@ -236,7 +236,7 @@ def _model_and_data(
     made.set("trainer.load_checkpoint", start == "resume", "init_from")
     made.set("vocab_size", vocab_size, "dataset")
     problems = []
-    for key, path in _MODEL.items():
+    for key, path in MODEL.items():
         value = getattr(config, key)
         if key in given and given[key] != value:
             if not made.is_default(key, DEFAULT_FILE):

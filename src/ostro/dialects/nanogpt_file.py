@@ -9,6 +9,8 @@ random state, the loss scale, or the run's own configuration and tokenizer.
 """
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import torch
@@ -201,7 +203,7 @@ def tokenizer_text(tokenizer: TokenizerConfig) -> dict[str, str]:
 
 def their_config(native: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:
     """nanoGPT's settings for a resolved native configuration on so many processes."""
-    trainer, model, optimizer = native["trainer"], native["model"], native["optimizer"]
+    trainer, optimizer = native["trainer"], native["optimizer"]
     trackers = trainer["tracker"] if isinstance(trainer["tracker"], list) else [trainer["tracker"]]
     wandb = next((t for t in trackers if t["type"] == "wandb"), None)
     folder = str((native["data"].get("source") or {}).get("dir") or "data/unknown")
@@ -209,13 +211,12 @@ def their_config(native: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:
     is_plain = isinstance(batch, int)
     micro = micro if micro and micro > 0 else (batch // num_ranks if is_plain else 1)
     num_steps = trainer["num_train_steps"]
-    peak = optimizer["learning_rate"]
-    return {
+    same = {key: paths[0] for key, paths in nanogpt.SAME.items()} | nanogpt.MODEL
+    config = {key: reduce(getitem, path.split("."), native) for key, path in same.items()}
+    return config | {
         "out_dir": trainer["checkpointer"]["base_path"].removesuffix("/."),
-        "log_interval": trainer["log_interval"],
-        "eval_interval": trainer["steps_per_eval"] or num_steps,
-        "eval_iters": trainer["max_eval_batches"] or 200,
-        "eval_only": trainer["eval_only"],
+        "eval_interval": config["eval_interval"] or num_steps,
+        "eval_iters": config["eval_iters"] or 200,
         "always_save_checkpoint": trainer["checkpointer"]["save_after_eval"] != "improved",
         "init_from": "scratch",
         "wandb_log": wandb is not None,
@@ -224,25 +225,14 @@ def their_config(native: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:
         "dataset": folder.rstrip("/").rpartition("/")[2],
         "gradient_accumulation_steps": batch // (micro * num_ranks) if is_plain else 1,
         "batch_size": micro,
-        "block_size": model["seq_len"],
-        "n_layer": model["num_layers"],
-        "n_head": model["num_heads"],
-        "n_embd": model["hidden_dim"],
-        "dropout": model["resid_pdrop"],
-        "bias": model["use_bias"],
-        "learning_rate": peak,
+        "dropout": native["model"]["resid_pdrop"],
         "max_iters": num_steps,
-        "weight_decay": optimizer["weight_decay"],
-        "beta1": optimizer["beta1"],
-        "beta2": optimizer["beta2"],
         "grad_clip": optimizer["max_grad_norm"] or 0.0,
         "decay_lr": optimizer["lr_schedule"].get("type") != "constant",
         "warmup_iters": resolve_steps(optimizer["warmup"], num_steps),
         "lr_decay_iters": optimizer["schedule_steps"] or num_steps,
-        "min_lr": peak * optimizer["min_lr_ratio"],
+        "min_lr": optimizer["learning_rate"] * optimizer["min_lr_ratio"],
         "backend": "nccl" if trainer["distributed"]["backend"] == "nccl" else "gloo",
         "device": trainer["device"],
         "dtype": Precision.from_text(trainer["mp"]).compute,
-        "compile": trainer["compile"],
-        "seed": trainer["seed"],
     }
