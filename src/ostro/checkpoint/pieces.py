@@ -4,14 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed.checkpoint.metadata as described
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.tensor import DTensor
 
 
@@ -55,14 +50,14 @@ def copy_into(targets: Mapping[str, Tensor], source: Mapping[str, Stored]) -> No
     Not a collective: torch's planner cuts what is here out of the pieces that were saved.
     """
     stored = {
-        name: TensorStorageMetadata(
-            TensorProperties(),
+        name: described.TensorStorageMetadata(
+            described.TensorProperties(),
             source[name].shape,
-            [ChunkStorageMetadata(piece.offset, piece.size) for piece in source[name].pieces],
+            [described.ChunkStorageMetadata(p.offset, p.size) for p in source[name].pieces],
         )
         for name in targets
     }
-    for item in create_default_local_load_plan(dict(targets), Metadata(stored)).items:
+    for item in create_default_local_load_plan(dict(targets), described.Metadata(stored)).items:
         name, index = item.storage_index.fqn, item.storage_index.index
         assert index is not None
         piece, target = source[name].pieces[index].read(), targets[name]
