@@ -6,6 +6,7 @@ output the parser reads back.
 
 import itertools
 import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -232,3 +233,12 @@ def in_run_folder(pattern: str, run_id: str) -> str:
     if pattern.endswith("/."):
         return pattern.removesuffix("/.") or "/"
     return f"{pattern.rstrip('/')}/{run_id}"
+
+
+def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> Iterator[str]:
+    """A table as lines; the columns of these numbers are flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        padded = [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in cells]
+        yield "  ".join(padded).rstrip()

@@ -25,6 +25,7 @@ from ostro.lm_config import TrainLmConfig
 from ostro.models.lm_model import LmModel, inference
 from ostro.recover import Recovery
 from ostro.train_lm import with_epochs
+from ostro.units import columns
 
 _TOKENS_AT_ONCE = 8192
 _EXCERPT_TOKENS, _EXCERPT_CHARS = 32, 40
@@ -76,11 +77,7 @@ class Explanation:
             words = f"{d.first_words} ... {d.words}" if is_begun else d.first_words
             numbers = (loss, str(d.num_predicted), str(d.example), byte, str(d.token))
             rows.append((*numbers, d.source, place, words))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            numbers = [cell.rjust(width) for cell, width in zip(row[:5], widths[:5], strict=True)]
-            names = [cell.ljust(width) for cell, width in zip(row[5:7], widths[5:7], strict=True)]
-            yield "  ".join([*numbers, *names, row[7]])
+        yield from columns(rows, right=range(5))
 
 
 def explain(

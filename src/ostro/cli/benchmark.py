@@ -17,6 +17,7 @@ from ostro.harness import load_benchmarks, run_harness
 from ostro.inference import load_model, load_tokenizer
 from ostro.secrets import redact
 from ostro.signals import Signals
+from ostro.units import columns
 
 
 def benchmark(argv: list[str], signals: Signals) -> None:
@@ -78,10 +79,7 @@ def table(scores: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 if not metric.endswith("_stderr"):
                     error = metrics.get(f"{metric}_stderr,{chosen}")
                     rows.append((name, task, metric, _short(value), _short(error)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(padded).rstrip()
+    return columns(rows)
 
 
 def _short(value: Any) -> str:

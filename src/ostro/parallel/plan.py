@@ -4,17 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ostro.axes import (
-    DATA,
-    HEADS,
-    MODEL,
-    VOCAB,
-    AxisMapping,
-    MeshSizes,
-)
+from ostro.axes import DATA, HEADS, MODEL, VOCAB, AxisMapping, MeshSizes
 from ostro.axes import ParameterAxes as Axes
 from ostro.errors import ConfigError, Problem
-from ostro.units import format_bytes
+from ostro.units import columns, format_bytes
 
 
 @dataclass(frozen=True)
@@ -118,10 +111,7 @@ def table(plans: Mapping[str, ParameterPlan], itemsize: int) -> Iterator[str]:
             for axis in (MODEL, DATA)
         ]
         rows.append((name, shape, *where, str(plan.local_size * itemsize)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)]
-        yield "  ".join([*cells, row[4].rjust(widths[4])])
+    yield from columns(rows, right=[4])
     whole = sum(prod(plan.shape) for plan in plans.values()) * itemsize
     own = sum(plan.local_size for plan in plans.values()) * itemsize
     yield f"parameters: {format_bytes(whole)} in all, {format_bytes(own)} on each device"
