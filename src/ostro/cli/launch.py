@@ -7,8 +7,8 @@ from ostro.secrets import redact
 from ostro.signals import Signals
 
 _OPTIONS = {
-    **dict.fromkeys(("partition", "account", "qos", "job_name"), "NAME"),
-    "time": "HH:MM:SS", "mem": "SIZE",
+    "partition": "NAME", "account": "NAME", "qos": "NAME", "time": "HH:MM:SS", "mem": "SIZE",
+    "job_name": "NAME",
 }  # fmt: skip
 
 
