@@ -35,7 +35,7 @@ from ostro.trainer import Trainer
 
 BOUND = 0.01
 FLAGS = ("--optimizer.warmup", "10", "--optimizer.decay_mask", "all_2d")
-RATES = {"gpt2_124m": "6e-4", "llama_110m": "6e-4", "gpt2_6x384": "1e-3", "gpt2_4x128": "2e-3"}
+RATES = {"gpt2_124m": "3e-4", "llama_110m": "3e-4", "gpt2_6x384": "6e-4", "gpt2_4x128": "1e-3"}
 
 
 def batches(config: TrainLmConfig, num_steps: int) -> list[Batch]:
@@ -46,7 +46,7 @@ def batches(config: TrainLmConfig, num_steps: int) -> list[Batch]:
     big = config.vocab_size > 1000
     tokenizer, ids = (Gpt2Tokenizer() if big else BytesTokenizer()).build(), []
     for text in _texts():
-        ids += tokenizer.encode_batch([text])[0]
+        ids.extend(tokenizer.encode_batch([text])[0])
         if len(ids) >= needed:
             break
     values, inverse, counts = np.unique(ids[:needed], return_inverse=True, return_counts=True)

@@ -11,16 +11,16 @@ round, so that noise of the machine meets all of them; ratios are of the medians
 import argparse
 import itertools
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from ostro.data.encode import usable_cores
+from benchmarks import common
 from ostro.data.source import StdlibSource
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Gpt2Tokenizer
@@ -63,39 +63,61 @@ def contenders(texts: list[str], folder: Path) -> dict[str, Callable[[int], obje
 
     return {
         "ostro": build,
-        "tiktoken": lambda _: alone.encode_ordinary_batch(texts, num_threads=usable_cores()),
+        "tiktoken": lambda _: alone.encode_ordinary_batch(texts, num_threads=common.usable_cores()),
         "tokenizers": lambda _: tokenizer.inner.encode_batch_fast(texts),
     }
 
 
+def measure(rounds: int, files: Sequence[Path] = ()) -> dict[str, Any]:
+    """Interleaved rounds of all; the first one warms up."""
+    texts = texts_of(list(files))
+    with tempfile.TemporaryDirectory() as folder:
+        calls = contenders(texts, Path(folder))
+        numbers = iter(itertools.count())
+
+        def timed(call: Callable[[int], object]) -> float:
+            start = time.perf_counter()
+            call(next(numbers))
+            return time.perf_counter() - start
+
+        seconds = common.take_turns(
+            {name: lambda call=call: timed(call) for name, call in calls.items()}, rounds + 1
+        )
+    kept = {name: values[1:] for name, values in seconds.items()}
+    alone = [name for name in kept if name != "ostro"]
+    return {
+        "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
+        "num_texts": len(texts),
+        "cores": common.usable_cores(),
+        "seconds": {name: common.spread(values) for name, values in kept.items()},
+        "ratio": {name: common.paired_ratio(kept[name], kept["ostro"]) for name in alone},
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    """A row for each contender."""
+    size, rows = result["megabytes"], []
+    for name, seconds in result["seconds"].items():
+        ratio = result["ratio"].get(name)
+        times = common.figure(ratio, digits=2) if ratio else ""
+        rate = f"{size / seconds['median']:.1f}"
+        rows.append([name, common.figure(seconds, digits=2), rate, times])
+    about = f"{size:.1f} MB in {result['num_texts']} texts, {result['cores']} cores:"
+    header = ["", "seconds", "MB/s", "ostro is so many times as fast"]
+    return f"{about}\n\n{common.table(header, rows)}"
+
+
 def main() -> None:
-    """Measure and print the table."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 files")
     options = parser.parse_args()
-    texts = texts_of(options.text)
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    with tempfile.TemporaryDirectory() as folder:
-        calls = contenders(texts, Path(folder))
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for number in range(options.rounds + 1):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call(number)
-                seconds[name].append(time.perf_counter() - start)
-    print(f"{megabytes:.1f} MB in {len(texts)} texts, {usable_cores()} cores")
-    ours, results = statistics.median(seconds["ostro"][1:]), {}
-    for name, values in seconds.items():
-        low, middle, high = min(values[1:]), statistics.median(values[1:]), max(values[1:])
-        results[name] = {"seconds": values[1:], "mb_per_s": megabytes / middle}
-        print(
-            f"{name:10}  {low:5.2f} {middle:5.2f} {high:5.2f} s  {megabytes / middle:5.1f} MB/s"
-            f"  ostro is {middle / ours:.2f} times as fast"
-        )
+    result = measure(options.rounds, options.text)
+    print(show(result))
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
