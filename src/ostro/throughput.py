@@ -48,17 +48,18 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25
     with torch.inference_mode():
         a @ b  # the first product pays for packing and kernel selection
         while True:
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             a @ b
-            _synchronize(device)
+            synchronize(device)
             now = time.perf_counter()
             best = min(best, now - start)
             if now >= end:
                 return 2 * size**3 / best
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""`ostro verify-resume` and `ostro chaos`: hit a run on purpose, and see that nothing is lost."""
+"""`ostro verify-resume`, `ostro chaos` and `ostro bench`: what a run survives, and its speed."""
 
 import json
 import random
@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 
 from ostro.cli.arguments import Parser, explained, load_run
+from ostro.doctor.bench import bench as measure
+from ostro.doctor.bench import report
 from ostro.doctor.chaos import KINDS, Campaign, ChaosError, table
 from ostro.doctor.verify_resume import Plan, check_ranks
 from ostro.doctor.verify_resume import verify_resume as verify
@@ -53,6 +55,25 @@ def chaos(argv: list[str], signals: Signals) -> None:
     print("\n".join(table(rows)))
     if any(row.failures for row in rows.values()):
         raise ChaosError("something was lost - see the failures above")
+
+
+def bench(argv: list[str], signals: Signals) -> None:
+    """`ostro bench`: how fast this configuration trains here, and where the time goes."""
+    about = "Train for a while and leave nothing behind: speed, memory, and where the time goes."
+    parser = Parser("bench", about)
+    parser.add_config_path()
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="updates of a round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each, eager and compiled")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    options, flags = parser.parse(argv)
+    for name in ("steps", "rounds"):
+        if getattr(options, name) < 1:
+            raise ConfigError(Problem(f"--{name}", "must be at least 1"))
+    loaded = load_run(options.config_path, flags)
+    result = explained(loaded, lambda: measure(loaded.config, options.steps, options.rounds))
+    print("\n".join(report(result)))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _kinds(asked: list[str]) -> dict[str, tuple[str, ...]]:

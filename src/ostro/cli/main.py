@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from ostro.cli.benchmark import benchmark
 from ostro.cli.checkpoint import checkpoint
-from ostro.cli.doctor import chaos, verify_resume
+from ostro.cli.doctor import bench, chaos, verify_resume
 from ostro.cli.export import export
 from ostro.cli.launch import launch
 from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, train
@@ -35,6 +35,7 @@ commands:
   verify-resume
               kill and resume a run of this configuration; compare it with one that nothing hit
   chaos       hit runs of it in every phase, in every way; see that nothing is lost
+  bench       how fast a configuration trains here, and where the time goes
 
 `ostro <command> --help` lists what it takes. `--debug` shows tracebacks.
 """
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "train": train, "launch": launch, "eval": evaluate, "benchmark": benchmark, "sample": sample,
     "export": export, "why": why, "cache": cache, "config": config, "schedule": schedule,
     "plan": plan, "checkpoint": checkpoint, "verify-resume": verify_resume, "chaos": chaos,
+    "bench": bench,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from ostro.trainer.start import (
     build_state,
     choose_engine,
     find_start,
+    has_compiler,
     lay_out,
     restore,
 )
