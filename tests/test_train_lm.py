@@ -106,6 +106,16 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert straight == resumed
 
 
+def test_muon_goes_on_bit_for_bit(tmp_path):
+    changes = {"optimizer": {"type": "muon", "schedule_steps": 6, "weight_decay": 0.1}}
+    train(write_config(tmp_path / "straight", **changes))
+    path = write_config(tmp_path / "stopped", **changes)
+    train(path, "--trainer.num_train_steps", "3")
+    train(path)
+    assert_same(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+    assert read_metrics(tmp_path / "straight") == read_metrics(tmp_path / "stopped")
+
+
 KILLER = """
 import os, signal
 from ostro.trainer import Trainer

@@ -30,6 +30,8 @@ class ParameterAxes:
     """True for a table indexed by token or position (its dims are then `ins` before `outs`)."""
     num_heads: int | None = None
     """How many equal parts an axis `heads` is made of; it can be split between them only."""
+    fused: tuple[int, ...] = (1,)
+    """How many shares of every head each of the layers has that are stored in one, in order."""
 
     @property
     def names(self) -> tuple[str, ...]:

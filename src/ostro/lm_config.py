@@ -63,6 +63,10 @@ class TrainLmConfig:
             yield Problem("initialize_from_hf", rule, "remove one of the two")
         if self.use_hf_model_config and self.initialize_from_hf is None:
             yield Problem("use_hf_model_config", "needs initialize_from_hf", "name the model there")
+        if self.trainer.checkpointer.format == "nanogpt" and type(self.optimizer) is not AdamConfig:
+            rule = "a ckpt.pt of nanoGPT's holds AdamW's moments"
+            advice = "set trainer.checkpointer.format: file, or folder"
+            yield Problem("optimizer.type", rule, advice)
         pieces = 2 * self.trainer.context_axis_size
         if pieces > 2 and self.model.seq_len % pieces:
             rule = f"sequences are cut into {pieces} pieces, and seq_len = {self.model.seq_len}"

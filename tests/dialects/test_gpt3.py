@@ -1,5 +1,6 @@
 """`src/train.py`: model file, training file, flags; what each becomes natively."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ostro.cli.gpt3 import load_gpt3, processes, train
 from ostro.dialects import gpt3
 from ostro.errors import CheckpointError, ConfigError
 from ostro.launch import launch
+from ostro.optim import MuonConfig
 from ostro.signals import Signals
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,17 @@ def test_settings_become_native_ones(folder):
     assert trainer.log_dir == "experiments/tiny/logs/."
     assert trainer.checkpointer.folder("any") == "experiments/tiny/checkpoints"
     assert native("--output_dir", "here").trainer.log_dir == "here/logs/."
+
+
+def test_muon_is_an_optimizer_of_a_training_file(folder):
+    path = folder / "training.yaml"
+    text = yaml.safe_load(path.read_text())
+    text["optimizer"] = {"type": "Muon", "betas": [0.8, 0.99], "weight_decay": 0.2}
+    path.write_text(yaml.safe_dump(text))
+    expected = MuonConfig(
+        learning_rate=1e-2, beta1=0.8, beta2=0.99, weight_decay=0.2, min_lr_ratio=0.0, warmup=0
+    )
+    assert native() == replace(native(), optimizer=expected)
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,7 @@ def test_effective_batch_counts_the_processes(monkeypatch):
         (["learning_rate=1e-5"], ["min_lr = 6.0e-5", "learning_rate = 1e-05"]),
         (["init_from=resume", "out_dir=/nowhere"], ["there is no /nowhere/ckpt.pt"]),
         (["--trainer.seeed=1"], ["trainer.seeed = 1", "did you mean seed?"]),
+        (["optimizer.type=muon"], ["optimizer.type", "ckpt.pt", "trainer.checkpointer.format"]),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the messages are those without CUDA")

@@ -18,7 +18,7 @@ from ostro.distributed import World
 from ostro.models.gpt2 import Gpt2Config
 from ostro.models.llama import LlamaConfig
 from ostro.models.lm_model import LmConfig
-from ostro.optim import AdamConfig, SkipStepConfig
+from ostro.optim import AdamConfig, OptimizerConfig, SkipStepConfig
 from ostro.parallel import Mesh
 from ostro.trainer import Engine, TrainerConfig, build_state, choose_engine
 
@@ -68,11 +68,12 @@ def train(
     world: World,
     num_steps: int = NUM_STEPS,
     mesh: Mesh | None = None,
+    optimizer: OptimizerConfig = OPTIMIZER,
 ) -> tuple[dict[str, list[float]], Engine]:
     """Figures of each step, and the engine afterwards; `world` and `mesh` are laid out."""
     plan = trainer.batch_plan(world.num_ranks)
-    state = build_state(model, OPTIMIZER, trainer, VOCAB, world.device, mesh)
-    engine = choose_engine(trainer, OPTIMIZER, plan, world, mesh)(state)
+    state = build_state(model, optimizer, trainer, VOCAB, world.device, mesh)
+    engine = choose_engine(trainer, optimizer, plan, world, mesh)(state)
     rows = BATCH_SIZE // world.num_data_ranks
     figures: dict[str, list[float]] = {}
     for step in range(num_steps):
@@ -88,7 +89,7 @@ def train(
         for start in range(0, rows, size):
             micro = batch.rows(start, start + size)
             loss += engine.backward(micro, num_targets, is_last=start + size == rows)
-        for name, value in engine.update(loss, 1e-2, OPTIMIZER.max_grad_norm).items():
+        for name, value in engine.update(loss, 1e-2, optimizer.max_grad_norm).items():
             figures.setdefault(name, []).append(float(value))
     return figures, engine
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from group import ALONE, BATCH_SIZE, MODELS, spawned, train, trainer_config
+from group import ALONE, BATCH_SIZE, MODELS, OPTIMIZER, spawned, train, trainer_config
 from torch.distributed.tensor import DTensor
 
 from ostro.distributed import World
 from ostro.errors import ConfigError
+from ostro.optim import MuonConfig
 from ostro.trainer import TrainerConfig, lay_out
 from ostro.trainer.deterministic import PairwiseSum, pairwise_sum
 from ostro.units import Precision
@@ -18,6 +19,8 @@ CASES: dict[str, dict[str, Any]] = {
     "copies": {"fsdp_axis": None},
     "fsdp": {},
     "fsdp in bfloat16": {"mp": Precision(compute="bfloat16")},
+    "copies with muon": {"fsdp_axis": None},
+    "fsdp with muon": {},
 }
 
 
@@ -28,8 +31,9 @@ def run_all(world: World, num_micro_batches: int) -> dict[str, tuple[dict, dict]
         size = BATCH_SIZE // world.num_ranks // num_micro_batches
         trainer = trainer_config(size, deterministic_reduction=True, **settings)
         placed, mesh = lay_out(trainer, world)
+        optimizer = MuonConfig() if case.endswith("muon") else OPTIMIZER
         for name in ("gpt2", "llama"):
-            figures, engine = train(MODELS[name], trainer, placed, NUM_STEPS, mesh)
+            figures, engine = train(MODELS[name], trainer, placed, NUM_STEPS, mesh, optimizer)
             groups = engine.state.tensors()
             tensors = groups["model"] | groups["optimizer"]
             whole = {
@@ -55,6 +59,8 @@ def test_losses_and_weights_are_bit_equal():
                 assert torch.equal(other[case][1][name], tensor), (case, name)
     losses = alone["gpt2, fsdp"][0]["train/loss"]
     assert losses == alone["gpt2, copies"][0]["train/loss"]
+    with_muon = alone["gpt2, fsdp with muon"][0]["train/loss"]
+    assert with_muon == alone["gpt2, copies with muon"][0]["train/loss"] != losses
     assert losses != alone["gpt2, fsdp in bfloat16"][0]["train/loss"]
     usual = train(MODELS["gpt2"], trainer_config(2), ALONE, NUM_STEPS)[0]["train/loss"]
     assert losses == pytest.approx(usual, rel=1e-5) and losses != usual

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ostro.distributed import World
 from ostro.nn import axes_of
+from ostro.optim import MuonConfig
 from ostro.parallel import plan_sharding
 from ostro.trainer import Engine, lay_out
 
@@ -132,3 +133,40 @@ def test_memory_of_weights_and_moments_falls_as_one_over_n(runs, model):
     assert memory["2 copies"] == memory["4 copies"] == 3 * 4 * count
     assert memory["2 fsdp"] == memory["2 replica x 2 fsdp"] == 3 * 4 * count / 2
     assert memory["4 fsdp"] == memory["2 fsdp x 2 context"] == 3 * 4 * count / 4
+
+
+MUON = MuonConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5, epsilon=1e-4)
+
+
+def run_muon(world: World, layouts: list[str]) -> dict[str, tuple[dict, dict]]:
+    """Figures of each step, and the momentum in full."""
+    found = {}
+    for layout in layouts:
+        trainer = trainer_config(None, **LAYOUTS[layout][1])
+        placed, mesh = lay_out(trainer, world)
+        for model in ("gpt2", "llama"):
+            figures, engine = train(MODELS[model], trainer, placed, mesh=mesh, optimizer=MUON)
+            tensors = engine.state.tensors()["optimizer"]
+            whole = {
+                name: t.full_tensor() if isinstance(t, DTensor) else t
+                for name, t in tensors.items()
+                if name.endswith("momentum_buffer")
+            }
+            found[f"{model}, {layout}"] = figures, whole
+    return found
+
+
+def test_split_matrices_are_orthogonalised_whole():
+    layouts = ["4 fsdp along mlp", "2 fsdp x 2 model", "2 copies x 2 model"]
+    runs = spawned(run_muon, 4, layouts)
+    for model in ("gpt2", "llama"):
+        expected, engine = train(MODELS[model], trainer_config(2), ALONE, optimizer=MUON)
+        momentum = engine.state.tensors()["optimizer"]
+        for layout in layouts:
+            figures, found = runs[f"{model}, {layout}"]
+            assert found and found.keys() <= momentum.keys()
+            # Rounded to bfloat16, directions differ in the last digits.
+            assert figures["train/loss"] == pytest.approx(expected["train/loss"], rel=2e-3), layout
+            for name, tensor in found.items():
+                error = (tensor - momentum[name]).norm() / momentum[name].norm()
+                assert error < 0.05, (layout, name)

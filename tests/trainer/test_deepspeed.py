@@ -12,7 +12,7 @@ from tiny_run import ostro, read_metrics, torchrun_words, write_config
 
 from ostro.checkpoint import CheckpointerConfig, find_latest
 from ostro.errors import ConfigError
-from ostro.optim import AdamConfig
+from ostro.optim import AdamConfig, MuonConfig
 from ostro.trainer import BatchStage, TrainerConfig
 from ostro.trainer.deepspeed import deepspeed_settings
 from ostro.units import Precision
@@ -133,6 +133,11 @@ def test_a_contradiction_names_both(given, theirs, ours):
 def test_what_deepspeed_does_not_do_is_refused(trainer, optimizer, setting):
     with pytest.raises(ConfigError, match=re.escape(setting)):
         fill(SHIPPED, optimizer, **trainer)
+
+
+def test_an_optimizer_that_needs_whole_matrices_is_refused():
+    with pytest.raises(ConfigError, match=r"optimizer\.type - DeepSpeed hands"):
+        fill({}, MuonConfig())
 
 
 def test_fp16_in_the_json_becomes_bf16_where_there_is_none():

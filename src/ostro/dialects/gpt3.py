@@ -45,12 +45,12 @@ class Gpt3ModelConfig:
 class Gpt3OptimizerConfig:
     """The `optimizer` section of a training file."""
 
-    type: Literal["AdamW"] = "AdamW"
-    """AdamW is what there is."""
+    type: Literal["AdamW", "Muon"] = "AdamW"
+    """AdamW; or Muon for the matrices of the blocks, with AdamW for the rest."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay of the mean of gradients, and of their squares."""
+    """AdamW's decay of the mean of gradients, and of their squares."""
     eps: float = 1e-8
-    """Added to the root of the squared gradients."""
+    """AdamW's: added to the root of the squared gradients."""
     weight_decay: float = 0.1
     """Decoupled decay of all weights but biases, norms and embeddings."""
 
@@ -109,7 +109,7 @@ class Gpt3TrainingConfig:
     sequence_length: int | None = None
     """Tokens of a sequence; null = the model file's `context_length`."""
     optimizer: Gpt3OptimizerConfig = field(default_factory=Gpt3OptimizerConfig)
-    """AdamW."""
+    """AdamW or Muon."""
     scheduler: Gpt3SchedulerConfig = field(default_factory=Gpt3SchedulerConfig)
     """Warm-up and cosine decay."""
     dropout: float = 0.0
@@ -191,7 +191,6 @@ _ALWAYS = {
     "trainer.log_file": "training.log",
     "trainer.fsdp_axis": None,  # DistributedDataParallel
     "model.type": "gpt2",
-    "optimizer.type": "adam",
     "optimizer.lr_schedule": "cosine",
 }
 
@@ -260,6 +259,8 @@ def _model(run: Gpt3Run, made: Translation) -> None:
 def _optimizer(run: Gpt3Run, made: Translation) -> None:
     training, model = run.training.config, run.model.config
     peak = model.learning_rate if training.learning_rate is None else training.learning_rate
+    kind = {"AdamW": "adam", "Muon": "muon"}[training.optimizer.type]
+    made.set("optimizer.type", kind, "optimizer.type")
     made.set("optimizer.learning_rate", peak, "learning_rate")
     for name, value in zip(("beta1", "beta2"), training.optimizer.betas, strict=True):
         made.set(f"optimizer.{name}", value, "optimizer.betas")

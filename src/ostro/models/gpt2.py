@@ -159,7 +159,8 @@ class Gpt2Attention(nn.Module):
         )
         back = std / (2 * config.num_layers) ** 0.5
         bias, heads = config.use_bias, config.num_heads
-        self.qkv = Linear(embed, (HEADS, 3 * width), bias, deviation=std, num_heads=heads)
+        rows = (HEADS, 3 * width)
+        self.qkv = Linear(embed, rows, bias, deviation=std, num_heads=heads, fused=(1, 1, 1))
         self.out = Linear((HEADS, width), embed, bias, deviation=back, num_heads=heads)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:

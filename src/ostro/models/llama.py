@@ -179,8 +179,9 @@ class LlamaAttention(nn.Module):
         self.attend = CausalAttention(layer, scale=size**-0.5, upcast=config.upcast_attn)
         embed, std = (EMBED, config.hidden_dim), config.initializer_range
         back = std / (2 * config.num_layers) ** 0.5
-        bias, rows = config.use_bias, heads * (self.group + 2) * size
-        self.qkv = Linear(embed, (HEADS, rows), bias, deviation=std, num_heads=heads)
+        bias, rows = config.use_bias, (HEADS, heads * (self.group + 2) * size)
+        fused = (self.group, 1, 1)
+        self.qkv = Linear(embed, rows, bias, deviation=std, num_heads=heads, fused=fused)
         width = (HEADS, config.num_heads * size)
         self.out = Linear(width, embed, bias, deviation=back, num_heads=heads)
 

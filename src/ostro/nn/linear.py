@@ -46,7 +46,7 @@ class Linear(nn.Module):
 
     The weight is (out, in). Weight and bias are stored in float32 and cast to `x.dtype`. An axis
     can be split over a group of devices: each then has a part of the weight, and of x or y.
-    `num_heads` says how many heads an axis `heads` is made of.
+    `num_heads` says how many heads an axis `heads` is made of, `fused` of which layers.
     """
 
     split_in: Group | None = None
@@ -60,11 +60,13 @@ class Linear(nn.Module):
         *,
         deviation: float = 0.02,
         num_heads: int | None = None,
+        fused: tuple[int, ...] = (1,),
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(Out[1], In[1]))
         self.bias = nn.Parameter(torch.empty(Out[1])) if bias else None
-        self.parameter_axes = {"weight": ParameterAxes((Out[0],), (In[0],), num_heads=num_heads)}
+        axes = ParameterAxes((Out[0],), (In[0],), num_heads=num_heads, fused=fused)
+        self.parameter_axes = {"weight": axes}
         self.parameter_fill = {"weight": Fill(0.0, deviation)}
         if bias:
             self.parameter_axes["bias"] = ParameterAxes((Out[0],), num_heads=num_heads)

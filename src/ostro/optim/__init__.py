@@ -1,6 +1,7 @@
 """Optimizers, learning-rate schedules, clipping and the skipping of bad steps."""
 
 from ostro.optim.config import AdamConfig, OptimizerConfig
+from ostro.optim.muon import MuonConfig
 from ostro.optim.schedule import LrScheduleConfig, Schedule
 from ostro.optim.skip_step import SkipStep, SkipStepConfig
 from ostro.optim.update import (

@@ -5,10 +5,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ostro.axes import ParameterAxes
 from ostro.config import Choice
@@ -34,6 +34,8 @@ class OptimizerConfig(Choice, ABC):
     """
 
     default_type: ClassVar[str | None] = "adam"
+    needs_matrices: ClassVar[bool] = False
+    """True where the update of part of a matrix is not that part of its update."""
 
     learning_rate: float = 1e-4
     """Peak learning rate."""
@@ -79,9 +81,13 @@ class OptimizerConfig(Choice, ABC):
     steps to compare with, or a mapping; false or 0 = never."""
 
     @abstractmethod
-    def build(self, parameters: NamedParameters) -> torch.optim.Optimizer:
-        """The optimizer over these parameters, with its state allocated, in the two groups
-        `decaying`, `not decaying`. Set `lr` of the groups before each step.
+    def build(
+        self, parameters: NamedParameters, split: Mapping[str, Tensor] | None = None
+    ) -> torch.optim.Optimizer:
+        """The optimizer over these parameters, with its state allocated, in groups of what decays
+        and what does not. `set_learning_rate` comes before each step.
+
+        `split`: the DTensors that some of the parameters are this rank's part of.
         """
 
     def problems(self) -> Iterator[Problem]:
@@ -212,27 +218,34 @@ class AdamConfig(OptimizerConfig):
         if not 0 <= self.epsilon < float("inf"):
             yield Problem("epsilon", "must be finite and not negative")
 
-    def build(self, parameters: NamedParameters) -> torch.optim.Optimizer:
-        """`torch.optim.AdamW`, fused where the device has a fused kernel."""
-        devices = {parameter.device.type for parameter, _ in parameters.values()}
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self, parameters),
-            lr=self.learning_rate,
-            betas=(self.beta1, self.beta2),
-            eps=self.epsilon,
-            # The fused kernel reads clip scale and skip mask on the device: no wait for the host.
-            fused=devices <= {"cpu", "cuda"} or None,
-        )
-        # The state that the first step would make, now: a checkpoint can be read into it.
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                step_device = parameter.device if group["fused"] else "cpu"
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=step_device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        return optimizer
+    def build(
+        self, parameters: NamedParameters, split: Mapping[str, Tensor] | None = None
+    ) -> torch.optim.Optimizer:
+        """`torch.optim.AdamW`, in the groups `decaying`, `not decaying`."""
+        return adamw(self, parameter_groups(self, parameters))
+
+
+def adamw(config: Any, groups: list[dict]) -> torch.optim.AdamW:
+    """`torch.optim.AdamW` with the settings of an `AdamConfig`, fused where the device can."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        # The fused kernel reads clip scale and skip mask on the device: no wait for the host.
+        fused=devices <= {"cpu", "cuda"} or None,
+    )
+    # The state that the first step would make, now: a checkpoint can be read into it.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step_device = parameter.device if group["fused"] else "cpu"
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=step_device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
 
 
 def parameter_groups(config: OptimizerConfig, parameters: NamedParameters) -> list[dict]:

@@ -38,9 +38,9 @@ def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """The learning rate of the next step, for all groups."""
+    """The learning rate of the next step; groups may take a multiple of it, their `lr_ratio`."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
 def apply_update(

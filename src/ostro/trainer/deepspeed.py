@@ -110,6 +110,9 @@ def _unsupported(
     if optimizer.skip_step is not None:
         rule, advice = "DeepSpeed cannot hold an update back", "set it to false"
         yield Problem("optimizer.skip_bad_steps", rule, advice, str(optimizer.skip_bad_steps))
+    if optimizer.needs_matrices:
+        rule = "DeepSpeed hands optimizers flat parts of the weights, and this one needs matrices"
+        yield Problem("optimizer.type", rule, "use adam, or fsdp_axis without DeepSpeed")
     if len(plan.schedule.stages) > 1:
         rule = "DeepSpeed needs one batch size for the whole run"
         yield Problem("trainer.train_batch_size", rule, "give a number")

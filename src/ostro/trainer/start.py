@@ -132,10 +132,12 @@ def _fresh(
 ) -> dict[str, Any]:
     """An optimizer and guards that have seen nothing."""
     axes, skip_step = axes_of(model), optimizer.skip_step
+    named = {name: (p, axes[name]) for name, p in parameters.items()}
+    split = {name: p for name, p in model.named_parameters() if p is not parameters[name]}
     # DeepSpeed scales by itself.
     scales = trainer.mp.compute == "float16" and trainer.deepspeed is None
     return {
-        "optimizer": optimizer.build({name: (p, axes[name]) for name, p in parameters.items()}),
+        "optimizer": optimizer.build(named, split),
         "skip_step": skip_step.build(device) if skip_step else None,
         "loss_scaler": LossScaler(device) if scales else None,
         "recovery": Recovery(trainer.recover, trainer.skip_steps),
