@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -107,6 +108,15 @@ def move(source: str, target: str) -> None:
         flush_folder(os.path.dirname(target))
     else:
         fs.mv(path, locate(target)[1], recursive=True)
+
+
+def start_flush(file: Any, start: int, length: int) -> None:
+    """Let the disk begin with what was written there to a local file, before all of it is flushed.
+
+    Linux writes these pages out and forgets those that are clean: a checkpoint is not read soon.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # no such call, or no file of this machine
+        os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
 
 def flush_folder(url: str) -> None:

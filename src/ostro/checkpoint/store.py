@@ -21,8 +21,11 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,6 +49,7 @@ _VALUES = "values.json"
 STEP = re.compile(r"step-\d+")
 """What the folder of a checkpoint is called."""
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
+_UNHASHED = 4  # pieces of a file that may be written before their checksum is made
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,8 @@ def write(
         if group is None:
             work = save.begin()
             parts = {part + SUFFIX: named for part, named in state.tensors.items()}
-            files = {n: save.write_file(f"{work}/{n}", named) for n, named in parts.items()}
-            save.commit(files, {})
+            works = [partial(save.write_file, f"{work}/{n}", t) for n, t in parts.items()]
+            save.commit(dict(zip(parts, _at_once(works), strict=True)), {})
         else:
             save_shares(state.tensors, group, save.begin, save.write_file, save.commit)
     except BaseException:
@@ -223,16 +227,43 @@ class _Save:
             raise CheckpointError(f"{self._target} - {where}{what} - {advice}") from error
 
 
+def _at_once(works: Sequence[Callable[[], FileRecord]]) -> list[FileRecord]:
+    """What each returns, all done at the same time; an error comes out when all have ended."""
+    futures: list[Future[FileRecord]] = [Future() for _ in works]
+
+    def carry_out(work: Callable[[], FileRecord], future: Future[FileRecord]) -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # Daemons, as a disk that hangs must not keep a process that crashes.
+    pairs = zip(works, futures, strict=True)
+    threads = [threading.Thread(target=carry_out, args=pair, daemon=True) for pair in pairs]
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads[:1]:
+        thread.run()
+    wait(futures)
+    return [future.result() for future in futures]
+
+
 def _write_file(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
     """Write one file, flushed to the disk, and say what was written."""
     fs, path = storage.locate(url)
     digest, size = hashlib.sha256(), 0
-    with fs.open(path, "wb") as file:
-        for piece in [content] if isinstance(content, bytes) else tensor_pieces(content):
+    pieces = [content] if isinstance(content, bytes) else tensor_pieces(content)
+    hashed: deque[Future[None]] = deque()
+    # The checksum takes as long as writing: another thread makes it meanwhile.
+    with ThreadPoolExecutor(1, "checksum") as hasher, fs.open(path, "wb") as file:
+        for piece in pieces:
             mark("save")
+            hashed.append(hasher.submit(digest.update, piece))
             file.write(piece)
-            digest.update(piece)
+            storage.start_flush(file, size, len(piece))
             size += len(piece)
+            if len(hashed) > _UNHASHED:
+                hashed.popleft().result()
         if storage.is_local(url):
             file.flush()
             os.fsync(file.fileno())
