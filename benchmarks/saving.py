@@ -1,30 +1,37 @@
 """What saving costs a run: our checkpoint, written while training goes on, against `torch.save`.
 
-    python -m benchmarks.saving [--json FILE] [--rounds 5] [--steps 20] [--folder DIR]
+    python -m benchmarks.saving [--json FILE] [--rounds 5]
 
 GPT-2 with 124M parameters and AdamW's moments, 1.5 GB in all, makes real updates on the CPU. A
-round is three stretches of that many updates: one without a save, one with ours, and one with
-`torch.save` and `fsync` of the same tensors, each after the third update. They take turns, so that
-noise of the machine meets all of them; the order is turned from round to round.
+round is three stretches of updates: one without a save, one with ours, and one with `torch.save`
+and `fsync` of the same tensors, each after the third update. They take turns, so that noise of the
+machine meets all of them.
 
-Pause: the longest time that the training thread stands still for the save. Extra: how much longer
-the stretch takes than the one without a save in the same round, until the checkpoint is complete.
-One save before the first round pays for memory and caches; its pause is shown apart.
+Pause: the longest time that the training thread stands still for the save. Longer by: how much
+more time the stretch takes than the one without a save in the same round, until the checkpoint is
+complete. One save before the first round pays for memory and caches; its pause is shown apart.
+
+Then the files are written with nothing else going on, checksums included, in turns with `dd bs=1M
+conv=fdatasync` of as many zeros. OSTRO_BENCH_FOLDER names the disk; else it is that of the
+temporary files.
 """
 
-import argparse
-import json
 import os
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.common import command_line, figure, paired_ratio, spread, table, take_turns
 from ostro.allocator import keep_freed_memory
-from ostro.checkpoint import CheckpointerConfig, State
+from ostro.checkpoint import CheckpointerConfig, State, write
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.models import Gpt2Config
@@ -36,17 +43,19 @@ from ostro.trainer.engine import TorchEngine
 from ostro.units import Precision
 
 VOCAB = 50304
+SEQ_LEN, BATCH_SIZE = 256, 2
+STEPS = 12  # in a stretch
 SAVE_AFTER = 2  # the third update of a stretch
 
 
 class Bench:
     """A run, the two ways to save it, and how long each held up the training thread."""
 
-    def __init__(self, folder: Path, seq_len: int, batch_size: int):
+    def __init__(self, folder: Path):
         self.folder = folder
-        cpu, model = torch.device("cpu"), Gpt2Config(seq_len=seq_len, gradient_checkpointing=False)
+        cpu, model = torch.device("cpu"), Gpt2Config(seq_len=SEQ_LEN, gradient_checkpointing=False)
         config = TrainerConfig(
-            train_batch_size=batch_size, mp=Precision.from_text("p=f32,c=bf16"), compile=False
+            train_batch_size=BATCH_SIZE, mp=Precision.from_text("p=f32,c=bf16"), compile=False
         )
         adam = AdamConfig(learning_rate=1e-5)
         state = allocate(build_model(model, config, VOCAB, None), adam, config, cpu)
@@ -60,10 +69,10 @@ class Bench:
             adam.schedule(10**6),
             max_grad_norm=1.0,
             tracker=CompositeTracker([]),
-            throughput=Throughput(seq_len, 1, DevicePeak("cpu", 1.0, "")),
+            throughput=Throughput(SEQ_LEN, 1, DevicePeak("cpu", 1.0, "")),
             before_update=lambda: self.held(self.checkpointer.before_update),
         )
-        tokens = torch.randint(VOCAB, (batch_size, seq_len))
+        tokens = torch.randint(VOCAB, (BATCH_SIZE, SEQ_LEN))
         self.batch = Batch(tokens, tokens.roll(-1, 1))
         self.checkpointer.prepare(self.state.tensors())  # as a run does
 
@@ -73,7 +82,9 @@ class Bench:
         action()
         self.pauses.append(time.perf_counter() - start)
 
-    def stretch(self, save: Callable[[int], object] | None, num_steps: int) -> dict[str, float]:
+    def stretch(
+        self, save: Callable[[int], object] | None, num_steps: int = STEPS
+    ) -> dict[str, float]:
         """Seconds of so many updates with one save among them, and its longest pause."""
         self.pauses = [0.0]
         start = time.perf_counter()
@@ -100,54 +111,83 @@ class Bench:
             os.fsync(file.fileno())
         os.replace(self.folder / "new.pt", self.folder / "plain.pt")
 
+    def write(self) -> float:
+        """Seconds of the same files, durable, with nothing else going on."""
+        start = time.perf_counter()
+        write(str(self.folder / "alone"), State(self.state.tensors()), step=1, is_temporary=True)
+        seconds = time.perf_counter() - start
+        shutil.rmtree(self.folder / "alone")
+        return seconds
 
-def measure(bench: Bench, rounds: int, num_steps: int) -> dict:
-    """Interleaved rounds of all three, and what follows from their medians."""
-    ways = {"none": None, "ours": bench.ours, "torch.save": bench.torch_save}
-    first = {name: bench.stretch(save, SAVE_AFTER + 3)["pause"] for name, save in ways.items()}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for number in range(rounds):
-        names = list(ways)
-        for name in names[number % 3 :] + names[: number % 3]:
-            found[name].append(bench.stretch(ways[name], num_steps))
-            print(f"round {number + 1}: {name:10} {found[name][-1]}", flush=True)
-    base = [each["seconds"] for each in found["none"]]
-    results: dict = {"rounds": found, "first_pause": first}
-    for name in ("ours", "torch.save"):
-        extra = [each["seconds"] - b for each, b in zip(found[name], base, strict=True)]
-        pause = statistics.median(each["pause"] for each in found[name])
-        results[name] = {"pause": pause, "extra": statistics.median(extra)}
-    plain = results["torch.save"]["pause"]
-    results["pause_ratio"] = results["ours"]["pause"] / plain
-    results["extra_ratio"] = results["ours"]["extra"] / plain
-    results["step"] = statistics.median(base) / num_steps
-    return results
+    def dd(self) -> float:
+        """Seconds in which `dd` writes as many bytes, durable."""
+        mebibytes = self.num_bytes // 2**20
+        command = ["dd", "if=/dev/zero", f"of={self.folder}/dd", "bs=1M", f"count={mebibytes}"]
+        start = time.perf_counter()
+        subprocess.run([*command, "conv=fdatasync"], check=True, capture_output=True)
+        seconds = time.perf_counter() - start
+        (self.folder / "dd").unlink()
+        return seconds
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors of a checkpoint."""
+        return sum(t.nbytes for named in self.state.tensors().values() for t in named.values())
 
 
-def main() -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seq_len", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder")
-    options = parser.parse_args()
+def measure(rounds: int) -> dict[str, Any]:
+    """Interleaved rounds of everything, and what follows from their medians."""
     keep_freed_memory()  # as a run does
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        bench = Bench(Path(folder), options.seq_len, options.batch_size)
-        results = measure(bench, options.rounds, options.steps)
-    print(f"a step without saving takes {results['step']:.2f} s")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("OSTRO_BENCH_FOLDER")) as folder:
+        bench = Bench(Path(folder))
+        ways = {"none": None, "ours": bench.ours, "torch.save": bench.torch_save}
+        first = {name: bench.stretch(save, SAVE_AFTER + 3)["pause"] for name, save in ways.items()}
+        calls = {name: partial(bench.stretch, save) for name, save in ways.items()}
+        found = take_turns(calls, rounds)
+        alone = take_turns({"ours": bench.write, "dd": bench.dd}, rounds)
+        num_bytes = bench.num_bytes
+    base = [each["seconds"] for each in found["none"]]
+    plain = [each["pause"] for each in found["torch.save"]]
+    result: dict[str, Any] = {"step": spread(seconds / STEPS for seconds in base)}
     for name in ("ours", "torch.save"):
-        row = results[name]
-        print(f"{name:10}  pause {1000 * row['pause']:6.0f} ms  extra {row['extra']:6.2f} s"
-              f"  first pause {1000 * results['first_pause'][name]:6.0f} ms")  # fmt: skip
-    print(f"of torch.save's own time: pause {results['pause_ratio']:.1%},"
-          f" extra over {options.steps} steps {results['extra_ratio']:.1%}")  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        pauses = [each["pause"] for each in found[name]]
+        extra = [each["seconds"] - b for each, b in zip(found[name], base, strict=True)]
+        result[name] = {
+            "pause": spread(pauses),
+            "extra": spread(extra),
+            "pause_ratio": paired_ratio(pauses, plain),
+            "extra_ratio": statistics.median(extra) / statistics.median(plain),
+            "first_pause": first[name],
+        }
+    result["bytes_per_second"] = {k: spread(num_bytes / s for s in v) for k, v in alone.items()}
+    result["of_dd"] = paired_ratio(alone["dd"], alone["ours"])
+    return result
+
+
+def show(result: dict[str, Any]) -> str:
+    """The tables."""
+    header = ["", "pause, ms", "of torch.save's", "first pause, ms", f"{STEPS} steps longer by, s"]
+    rows = [
+        [
+            name,
+            figure(result[name]["pause"], 1000),
+            f"{result[name]['pause_ratio']['median']:.1%}",
+            f"{1000 * result[name]['first_pause']:.0f}",
+            figure(result[name]["extra"], digits=2),
+        ]
+        for name in ("ours", "torch.save")
+    ]
+    rates = result["bytes_per_second"]
+    written = [[name, figure(rates[name], 1e-9, 2)] for name in rates]
+    return "\n\n".join(
+        [
+            f"A step without saving takes {figure(result['step'], digits=2)} s.",
+            table(header, rows),
+            table(["alone", "GB/s"], written),
+            f"Ours writes at {figure(result['of_dd'], 100)} % of dd's speed.",
+        ]
+    )
 
 
 if __name__ == "__main__":
-    main()
+    command_line(measure, show, __doc__ or "")

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 
 import pytest
 import safetensors.torch
@@ -313,6 +315,34 @@ def test_failure_while_writing_leaves_only_the_older_checkpoint(
         write(str(tmp_path), small_state(9), step=step, is_temporary=False)
     assert os.listdir(tmp_path) == ["step-7"]
     assert load(path).values["step"] == 7
+
+
+def test_files_are_written_at_the_same_time(tmp_path, monkeypatch):
+    real, together = store._write_file, threading.Barrier(len(small_state(7).tensors), timeout=30)
+
+    def meeting(url, content):
+        if not isinstance(content, bytes):
+            together.wait()
+        return real(url, content)
+
+    monkeypatch.setattr(store, "_write_file", meeting)
+    load(save(str(tmp_path))).verify()
+
+
+def test_a_file_that_fails_waits_for_the_others(tmp_path, monkeypatch):
+    real, ended = store._write_file, []
+
+    def failing(url, content):
+        if url.endswith("model.safetensors"):
+            raise OSError(errno.EIO, "out of luck")
+        time.sleep(0.05)
+        ended.append(real(url, content))
+
+    monkeypatch.setattr(store, "_write_file", failing)
+    with pytest.raises(CheckpointError, match="out of luck"):
+        save(str(tmp_path))
+    assert len(ended) == len(small_state(7).tensors) - 1
+    assert os.listdir(tmp_path) == []
 
 
 def test_failed_replacement_on_a_store_puts_the_old_one_back(monkeypatch):
