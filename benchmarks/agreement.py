@@ -12,6 +12,7 @@ ids are ranks by frequency, so that any vocabulary can be filled.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -39,26 +40,22 @@ RATES = {"gpt2_124m": "3e-4", "llama_110m": "3e-4", "gpt2_6x384": "6e-4", "gpt2_
 
 
 def batches(config: TrainLmConfig, num_steps: int) -> list[Batch]:
-    """One batch a step, cut from the text one after the other."""
+    """One batch a step: windows of the text in random order, none of them twice."""
     assert config.vocab_size is not None
     size, seq_len = config.trainer.batch_plan(1).schedule.size(0), config.model.seq_len
-    needed = num_steps * size * seq_len + 1
     big = config.vocab_size > 1000
-    tokenizer, ids = (Gpt2Tokenizer() if big else BytesTokenizer()).build(), []
-    for text in _texts():
-        ids.extend(tokenizer.encode_batch([text])[0])
-        if len(ids) >= needed:
-            break
-    values, inverse, counts = np.unique(ids[:needed], return_inverse=True, return_counts=True)
-    ranks = np.empty(len(values), np.int64)
-    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(values))
-    tokens = torch.from_numpy(ranks[inverse]).clamp(max=config.vocab_size - 1)
-    found = []
-    for part in tokens[: needed - 1].view(num_steps, size, seq_len).split(1):
-        start = len(found) * size * seq_len
-        targets = tokens[start + 1 : start + 1 + size * seq_len].view(size, seq_len)
-        found.append(Batch(part[0], targets))
-    return found
+    texts = itertools.islice(_texts(), None if big else 100)
+    encoded = (Gpt2Tokenizer() if big else BytesTokenizer()).build().encode_batch(list(texts))
+    values, ranks, counts = np.unique(
+        np.concatenate(encoded), return_inverse=True, return_counts=True
+    )
+    by_rank = np.empty(len(values), np.int64)
+    by_rank[np.argsort(-counts, kind="stable")] = np.arange(len(values))
+    tokens = torch.from_numpy(by_rank[ranks]).clamp(max=config.vocab_size - 1)
+    windows = tokens[: len(tokens) // (seq_len + 1) * (seq_len + 1)].view(-1, seq_len + 1)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    chosen = windows[order[: num_steps * size]].view(num_steps, size, seq_len + 1)
+    return [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in chosen]
 
 
 def _texts() -> Iterator[str]:
