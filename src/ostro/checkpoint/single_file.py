@@ -93,8 +93,8 @@ def pointed_folder(path: Path) -> str | None:
     return str(path.parent / named["folder"])
 
 
-def write_file(path: Path, content: Mapping[str, Any]) -> None:
-    """Save a mapping of tensors and plain values atomically.
+def write_file(path: Path, content: Mapping[str, Any]) -> int:
+    """Save a mapping of tensors and plain values atomically; returns its size in bytes.
 
     Raises `CheckpointError` where the disk is too small, fills up, or refuses; the file that was
     there is untouched then.
@@ -108,6 +108,7 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+            size = file.tell()
         mark("commit")
         os.replace(new, path)  # the commit
         mark("commit")
@@ -122,6 +123,7 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
             advice = "what was there is untouched; free space or write elsewhere"
             raise CheckpointError(f"{path} - {what} - {advice}") from error
         raise
+    return size
 
 
 def space_for(content: Mapping[str, Any]) -> int:
@@ -168,9 +170,7 @@ class SavedFile:
     """A checkpoint in one file, opened. As `store.Saved`: `values`, `texts`, `tensors(group)`."""
 
     path: str
-    values: Mapping[str, Any]  # what is no tensor
-    texts: Mapping[str, str]  # by name
-    by_group: Mapping[str, Mapping[str, Tensor]]
+    state: State
 
     def __str__(self) -> str:
         return self.path
@@ -183,13 +183,23 @@ class SavedFile:
     @property
     def groups(self) -> list[str]:
         """The groups of tensors that it holds."""
-        return list(self.by_group)
+        return list(self.state.tensors)
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """What is no tensor."""
+        return self.state.values
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """Text files of the checkpoint, by name."""
+        return self.state.texts
 
     def tensors(self, group: str) -> Mapping[str, Tensor]:
         """The tensors of one group, on the CPU."""
-        if group not in self.by_group:
+        if group not in self.state.tensors:
             raise CheckpointError(f"{self.path} - holds no {group!r} tensors")
-        return self.by_group[group]
+        return self.state.tensors[group]
 
     def stored(self, group: str) -> dict[str, Stored]:
         """The same, each as one piece."""
@@ -207,7 +217,7 @@ def load_file(path: str | Path, *, check: bool = True) -> SavedFile:
             state = file_format.unpack(content, str(path))
             if not _is_state(state):
                 raise CheckpointError(f"{path} - is damaged: its parts are not of the right types")
-            return SavedFile(str(path), state.values, state.texts, state.tensors)
+            return SavedFile(str(path), state)
     found = ", ".join(map(str, list(content)[:8]))
     raise CheckpointError(f"{path} - is no checkpoint of ostro or nanoGPT: it holds {found}")
 

@@ -190,10 +190,7 @@ class LlamaAttention(nn.Module):
     ) -> Tensor:
         """(batch, position, embed) -> the same."""
         batch, position, _ = x.shape
-        group, size = self.group, self.head_size
-        qkv = self.qkv(x).view(batch, position, -1, group + 2, size)
-        turned = apply_rotary(qkv[:, :, :, : group + 1], cos, sin)
-        query = turned[:, :, :, :group].reshape(batch, position, -1, size).transpose(1, 2)
-        key = turned[:, :, :, group].transpose(1, 2)  # (batch, kv_heads, position, head_size)
-        value = qkv[:, :, :, group + 1].transpose(1, 2)
-        return self.out(self.attend(query, key, value, mask, cache))
+        qkv = self.qkv(x).view(batch, position, -1, self.group + 2, self.head_size)
+        turned = apply_rotary(qkv[:, :, :, : self.group + 1], cos, sin)
+        qkv = torch.cat((turned, qkv[:, :, :, self.group + 1 :]), 3)
+        return self.out(self.attend.fused(qkv, mask, cache))
