@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ostro import native
 from ostro.models import Gpt2Config, LlamaConfig, initialize
+from ostro.nn.norm import RMSNorm
+from ostro.nn.rotary import turn_fused
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason=native.why_not() or "runs")
 
@@ -174,3 +176,27 @@ def test_without_a_compiler_torch_does_the_work(tmp_path):
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "no C++ compiler (no-such-compiler)" in done.stdout or "CPU" in done.stdout
+
+
+@needs_kernels
+def test_rms_norm_and_rotary_positions_and_their_gradients():
+    torch.manual_seed(0)
+    x, upstream = noise(3, 50, 96).requires_grad_(), noise(3, 50, 96)
+    norm = RMSNorm(("embed", 96), eps=1e-5)
+    norm.weight.data = torch.randn(96)
+    qkv, back = noise(2, 9, 2, 4, 32).requires_grad_(), noise(2, 9, 2, 4, 32)
+    angles = torch.randn(1, 9, 1, 1, 16)
+    found = []
+    for wanted in (True, False):
+        native.use(wanted)
+        norm.weight.grad = x.grad = qkv.grad = None
+        try:
+            y, turned = norm(x), turn_fused(qkv, angles.cos(), angles.sin())
+        finally:
+            native.use(True)
+        y.backward(upstream)
+        turned.backward(back)
+        found.append([y, x.grad, norm.weight.grad, turned, qkv.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert distance(ours, theirs.float()) < 0.005
+    assert torch.equal(turned[:, :, :, 3], qkv[:, :, :, 3])

@@ -25,7 +25,7 @@ from ostro.nn import (
     RMSNorm,
     RotaryConfig,
     TiedGradient,
-    apply_rotary,
+    turn_fused,
 )
 from ostro.nn.rotary import DefaultRotaryConfig
 
@@ -191,6 +191,4 @@ class LlamaAttention(nn.Module):
         """(batch, position, embed) -> the same."""
         batch, position, _ = x.shape
         qkv = self.qkv(x).view(batch, position, -1, self.group + 2, self.head_size)
-        turned = apply_rotary(qkv[:, :, :, : self.group + 1], cos, sin)
-        qkv = torch.cat((turned, qkv[:, :, :, self.group + 1 :]), 3)
-        return self.out(self.attend.fused(qkv, mask, cache))
+        return self.out(self.attend.fused(turn_fused(qkv, cos, sin), mask, cache))

@@ -29,6 +29,8 @@ __all__ = [
     "in_use",
     "is_used",
     "linear",
+    "rms_norm",
+    "rotary",
     "silu_gate",
     "use",
     "why_not",
@@ -276,3 +278,58 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor | None:
     """`silu(gate) * up`; None where the kernels cannot do it."""
     fits = is_used(gate) and gate.is_contiguous() and up.is_contiguous()
     return _SiluGate.apply(gate, up) if fits else None
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rows, size = x.numel() // x.shape[-1], x.shape[-1]
+        out, scales = torch.empty_like(x), torch.empty(rows)
+        _call("rms_norm_forward", x, weight, out, scales, rows, size, eps)
+        ctx.save_for_backward(x, weight, scales)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, scales = ctx.saved_tensors
+        gradients = torch.empty_like(x), torch.empty_like(weight)
+        sizes = len(scales), x.shape[-1]
+        _call("rms_norm_backward", x, weight, scales, grad.contiguous(), *gradients, *sizes)
+        return *gradients, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """`x * weight / sqrt(mean(x^2) + eps)` over the last dim; None where the kernels cannot."""
+    fits = x.shape[-1] % 16 == 0 and is_used(x) and x.is_contiguous() and _is_plain(weight)
+    return _RmsNorm.apply(x, weight, float(eps)) if fits else None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turned(qkv, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return _turned(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
+
+
+def _turned(qkv: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    batch, position, *sizes = qkv.shape
+    out, num_angles = torch.empty_like(qkv), cos.numel() // cos.shape[-1]
+    _call("rotary", qkv, cos, sin, out, batch * position, num_angles, *sizes, sign)
+    return out
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """Turn all but the values of (batch, position, kv_heads, group + 2, head_size).
+
+    Dim i turns against dim i + head_size / 2 by the angles of which `cos` and `sin` are (batch or
+    1, position, 1, 1, head_size / 2). None where the kernels cannot do it.
+    """
+    fits = qkv.shape[-1] % 32 == 0 and is_used(qkv) and qkv.is_contiguous()
+    fits = fits and cos.dtype == sin.dtype == torch.float32
+    return _Rotary.apply(qkv, cos.contiguous(), sin.contiguous()) if fits else None
