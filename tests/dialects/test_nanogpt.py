@@ -24,6 +24,7 @@ from ostro.dialects.nanogpt import NanoGptConfig, names
 from ostro.errors import CheckpointError, ConfigError
 from ostro.guard import guarded
 from ostro.inference import load_model, load_tokenizer
+from ostro.optim import MuonConfig
 from ostro.signals import Interrupted, Signals
 from ostro.train_lm import run
 
@@ -311,6 +312,17 @@ def test_effective_batch_counts_the_processes(monkeypatch):
     loaded, _ = load_nanogpt(["batch_size=3", "gradient_accumulation_steps=5"])
     assert loaded.config.trainer.train_batch_size == 30
     assert loaded.config.trainer.batch_plan(2).num_micro_batches(0) == 5
+
+
+@pytest.mark.parametrize(
+    "words", [["optimizer.type=muon"], ["--optimizer.type=muon"], ["--optimizer.type", "muon"]]
+)
+def test_the_settings_of_adamw_hold_for_muon_too(words):
+    ours = ["learning_rate=1e-2", "min_lr=1e-3", "beta2=0.99", "weight_decay=0.2"]
+    loaded, _ = load_nanogpt([*ours, *words, "--trainer.checkpointer.format=file"])
+    adam = load_nanogpt(ours)[0].config.optimizer
+    assert loaded.config.optimizer == MuonConfig(**vars(adam))
+    assert (loaded.config.optimizer.min_lr_ratio, loaded.config.optimizer.beta2) == (0.1, 0.99)
 
 
 @pytest.mark.parametrize(

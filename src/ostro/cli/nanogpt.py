@@ -5,6 +5,7 @@ import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ def load_nanogpt(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translatio
     )
     config = loaded.config
     made = nanogpt.translate(loaded, saved_arguments(config))
+    words = [part for word in native for part in word.split("=", 1)]
+    if ("--optimizer.type", "muon") in pairwise(words):
+        made.set("optimizer.type", "muon")  # a type that comes later would drop all of AdamW's
     whole = load(TrainLmConfig, [], native, layers=[made.layer], aliases=NATIVE, search=search)
     return whole, made
 
