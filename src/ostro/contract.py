@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 import ostro
+from ostro import native
 from ostro.config import encode
 from ostro.config.fields import join
 from ostro.config.nodes import children, value_text
@@ -73,6 +74,7 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "trainer.recover": ("warn", _UPDATES),
     "trainer.mp": ("warn", _ROUNDING),
     "trainer.compile": ("warn", _ROUNDING),
+    "trainer.kernels": ("accept", "what counts is made_by.kernels"),
     "trainer.deepspeed": ("warn", "DeepSpeed sums and rounds in its own way"),
     **{
         f"trainer.{name}": ("warn", _SUMS)
@@ -87,6 +89,7 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "made_by.python": ("accept", _NO_NUMBERS),
     "made_by.torch": ("warn", _ROUNDING),
     "made_by.device": ("warn", _ROUNDING),
+    "made_by.kernels": ("warn", _ROUNDING),
     "made_by.num_threads": ("warn", _SUMS),
     "made_by.num_ranks": ("warn", _SUMS),
     "made_by.vocab_size": ("refuse", "the embedding has other rows"),
@@ -136,6 +139,7 @@ def record(
         "torch": str(torch.__version__),  # a class of its own, which a file refuses
         "device": device.type + kind,
         "num_threads": torch.get_num_threads(),
+        "kernels": native.in_use(),
         "num_ranks": world.num_ranks,
         "vocab_size": vocab_size,
         "tokenizer": tokenizer,

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from ostro import contract
+from ostro import contract, native
 from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
 from ostro.config import check, dump_yaml, public
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World, joined
+from ostro.errors import ConfigError
 from ostro.lm_config import (
     TrainLmConfig,
     choose_run_id,
@@ -34,6 +35,7 @@ from ostro.throughput import Throughput, device_peak
 from ostro.tracker import RunInfo, TensorboardConfig, build_trackers, run_folder
 from ostro.trainer import (
     BatchPlan,
+    TrainerConfig,
     TrainingDivergedError,
     TrainState,
     allocate,
@@ -74,6 +76,7 @@ def run(
         plan = config.trainer.batch_plan(world.num_ranks)
         if world.device.type == "cpu":
             keep_freed_memory()
+        choose_kernels(config.trainer, world.device)
         log_dir = run_folder(config.trainer.log_dir, run_id)
         log_file = log_dir / trainer.log_file if world.is_first else None
         saves_to = trainer.checkpointer.folder(run_id)
@@ -105,6 +108,18 @@ def run(
             num_updates = sum(not session.state.recovery.skips(step) for step in steps)
             log.info("made %d updates in %.0f s", num_updates, seconds)
             _report(config, log_dir, session.checkpointer.folder, metrics)
+
+
+def choose_kernels(trainer: TrainerConfig, device: torch.device) -> None:
+    """Take what `trainer.kernels` says; `ConfigError` where that cannot run."""
+    # Bits that do not depend on how a batch is split are a promise about torch's operators.
+    wanted = trainer.kernels != "torch" and not trainer.deterministic_reduction
+    native.use(wanted and device.type == "cpu" and trainer.mp.compute == "bfloat16")
+    if trainer.kernels == "native" and native.why_not():
+        raise ConfigError(
+            f"trainer.kernels = native - {native.why_not()} - install a C++ compiler such as g++,"
+            " or take trainer.kernels: auto"
+        )
 
 
 def build_session(

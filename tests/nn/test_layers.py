@@ -5,7 +5,6 @@ import torch
 
 from ostro.nn import Embedding, LayerNorm, Linear, RMSNorm, initialize
 from ostro.nn.attention import _attend_up_to_end, causal_attention, segment_mask
-from ostro.nn.linear import row_blocks
 from ostro.nn.rotary import DefaultRotaryConfig, apply_rotary
 
 
@@ -65,37 +64,6 @@ def test_rotary_logits_depend_on_distance_only():
 
     torch.testing.assert_close(logit(3, 1), logit(30, 28), rtol=1e-4, atol=1e-4)
     assert (logit(3, 1) - logit(3, 2)).abs() > 1e-3
-
-
-def test_short_bfloat16_attention_agrees_with_the_fused_kernel():
-    torch.manual_seed(0)
-    qkv = torch.randn(3, 2, 3, 40, 16, dtype=torch.bfloat16, requires_grad=True)
-    by_products = causal_attention(*qkv, scale=0.3)
-    fused = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, scale=0.3)
-    torch.testing.assert_close(by_products, fused, rtol=0.02, atol=0.02)
-    weights = torch.randn_like(fused)
-    (ours,) = torch.autograd.grad((by_products * weights).sum(), qkv)
-    (theirs,) = torch.autograd.grad((fused * weights).sum(), qkv)
-    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_in_halves_are_those_of_torch(bias):
-    """The shapes for which the input gradient is computed in blocks of rows."""
-    layer = Linear(("embed", 768), ("mlp", 96), bias)
-    initialize(layer, 0)
-    x = torch.randn(2, 515, 768, dtype=torch.bfloat16, requires_grad=True)
-    assert len(row_blocks(0, 2 * 515, layer.weight.to(torch.bfloat16))) == 3
-    upstream = torch.randn(2, 515, 96, dtype=torch.bfloat16)
-    layer(x).backward(upstream)
-    found = [x.grad, *(p.grad for p in layer.parameters())]
-    weight = layer.weight.detach().to(torch.bfloat16).requires_grad_()
-    offset = layer.bias.detach().to(torch.bfloat16).requires_grad_() if bias else None
-    again = x.detach().requires_grad_()
-    torch.nn.functional.linear(again, weight, offset).backward(upstream)
-    expected = [again.grad, weight.grad, *([offset.grad] if bias else [])]
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("before", [0, 5, 32])

@@ -167,5 +167,4 @@ class Gpt2Attention(nn.Module):
         """(batch, position, embed) -> the same."""
         batch, position, _ = x.shape
         qkv = self.qkv(x).view(batch, position, -1, 3, self.head_size)
-        query, key, value = qkv.permute(3, 0, 2, 1, 4)  # (batch, heads, position, head_size)
-        return self.out(self.attend(query, key, value, mask, cache))
+        return self.out(self.attend.fused(qkv, mask, cache))

@@ -25,7 +25,7 @@ from ostro.nn import (
     RMSNorm,
     RotaryConfig,
     TiedGradient,
-    apply_rotary,
+    turn_fused,
 )
 from ostro.nn.rotary import DefaultRotaryConfig
 
@@ -190,10 +190,5 @@ class LlamaAttention(nn.Module):
     ) -> Tensor:
         """(batch, position, embed) -> the same."""
         batch, position, _ = x.shape
-        group, size = self.group, self.head_size
-        qkv = self.qkv(x).view(batch, position, -1, group + 2, size)
-        turned = apply_rotary(qkv[:, :, :, : group + 1], cos, sin)
-        query = turned[:, :, :, :group].reshape(batch, position, -1, size).transpose(1, 2)
-        key = turned[:, :, :, group].transpose(1, 2)  # (batch, kv_heads, position, head_size)
-        value = qkv[:, :, :, group + 1].transpose(1, 2)
-        return self.out(self.attend(query, key, value, mask, cache))
+        qkv = self.qkv(x).view(batch, position, -1, self.group + 2, self.head_size)
+        return self.out(self.attend.fused(turn_fused(qkv, cos, sin), mask, cache))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ostro import native
 from ostro.axes import EMBED, MLP
 from ostro.config import Choice
 from ostro.errors import Problem, did_you_mean
@@ -112,8 +113,9 @@ class LmModel(nn.Module, ABC):
         For whole models without gradients; arguments as of `forward`.
         """
         hidden = self.hidden(tokens, mask=None if segments is None else segment_mask(segments))
-        weight = self.head_weight().to(hidden.dtype)
-        return token_losses(hidden.flatten(0, 1), weight, targets.flatten()).view_as(targets)
+        return token_losses(hidden.flatten(0, 1), self.head_weight(), targets.flatten()).view_as(
+            targets
+        )
 
     def _loss(
         self, tokens: Tensor, targets: Tensor, segments: Tensor | None, scale: float | Tensor
@@ -166,7 +168,8 @@ class Mlp(nn.Module):
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
         gate, up = apply_all(x, self.gate, self.up)
-        return self.down(self.activation(gate) * up)
+        gated = native.silu_gate(gate, up) if self.activation is F.silu else None
+        return self.down(self.activation(gate) * up if gated is None else gated)
 
 
 def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:

@@ -11,4 +11,4 @@ from ostro.nn.init import axes_of, initialize
 from ostro.nn.linear import Linear
 from ostro.nn.loss import IGNORE, linear_cross_entropy, token_losses
 from ostro.nn.norm import LayerNorm, RMSNorm
-from ostro.nn.rotary import RotaryConfig, apply_rotary
+from ostro.nn.rotary import RotaryConfig, turn_fused

@@ -1,10 +1,11 @@
 """Activation functions by the names that configurations use."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
+
+from ostro import native
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -12,12 +13,18 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def gelu_new(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation, as GPT-2 has it."""
+    found = native.gelu(x)
+    return F.gelu(x, approximate="tanh") if found is None else found
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_new": gelu_new,
     "quick_gelu": quick_gelu,
     "tanh": torch.tanh,
 }

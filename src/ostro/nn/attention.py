@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from ostro import native
 from ostro.nn.collectives import Group, gather_sequence
 
 
@@ -87,6 +88,25 @@ class CausalAttention(nn.Module):
     def __init__(self, layer: int, *, scale: float, dropout: float = 0.0, upcast: bool = False):
         super().__init__()
         self.layer, self.scale, self.dropout, self.upcast = layer, scale, dropout, upcast
+
+    def fused(
+        self, qkv: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Attention of (batch, position, kv_heads, group + 2, head_size), see `forward`.
+
+        For each key-value head: the queries of its group, its key, its value.
+        """
+        dropout = self.dropout if self.training else 0.0
+        plain = mask is None and cache is None and self.context is None
+        if plain and not dropout and not self.upcast:
+            found = native.attention(qkv, self.scale)
+            if found is not None:
+                return found
+        group = qkv.shape[3] - 2
+        parts = (
+            [x.flatten(2, 3) for x in qkv.split([group, 1, 1], 3)] if group > 1 else qkv.unbind(3)
+        )
+        return self(*(x.transpose(1, 2) for x in parts), mask, cache)
 
     def forward(
         self,
@@ -214,10 +234,6 @@ def causal_attention(
     dtype = query.dtype
     if upcast:
         query, key, value = query.float(), key.float(), value.float()
-    by_products = query.is_cpu and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    by_products = by_products and mask is None and not dropout and query.shape == key.shape
-    if by_products and query.shape[2] <= CPU_TOKENS:
-        return _attention_by_products(query, key, value, scale)
     result = F.scaled_dot_product_attention(
         query,
         key,
@@ -229,19 +245,3 @@ def causal_attention(
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return result.to(dtype)
-
-
-CPU_TOKENS = 256
-"""Longest sequence whose attention is made of matrix products on a CPU."""
-
-
-def _attention_by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention with all scores at once, for short sequences.
-
-    On CPUs with bfloat16 matrix units this trains faster than the fused kernel, whose backward pass
-    does not use them. Scores are rounded to bfloat16; the softmax sums in float32.
-    """
-    num_tokens = query.shape[2]
-    scores = (query * scale) @ key.transpose(2, 3)  # (batch, heads, position, position)
-    later = torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(later, -torch.inf), -1) @ value

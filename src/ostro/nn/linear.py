@@ -4,41 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ostro import native
 from ostro.axes import ParameterAxes
 from ostro.nn.collectives import Group, enter, leave, local
 from ostro.nn.init import Fill
-
-
-def row_blocks(start: int, stop: int, weight: torch.Tensor) -> list[slice]:
-    """Ranges of rows in which to multiply with a `weight` of (out, in), giving `in` columns.
-
-    On CPUs oneDNN cuts a bfloat16 product of about 1024 rows for GPT-2's width of 768 badly over
-    its threads: two halves take 0.6 to 0.75 of the time. Other widths and more rows are best left
-    whole.
-    """
-    narrow = weight.is_cpu and weight.dtype == torch.bfloat16 and 640 < weight.shape[1] < 1024
-    size = 512 if narrow and 512 < stop - start <= 1280 else stop - start
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
-class _LinearByRows(torch.autograd.Function):
-    """`F.linear` whose input gradient is computed in `row_blocks`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        rows, grad_x = grad.flatten(0, -2), torch.empty_like(x)
-        flat = grad_x.view(len(rows), -1)
-        for block in row_blocks(0, len(rows), weight):
-            torch.mm(rows[block], weight, out=flat[block])
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, rows.T @ x.flatten(0, -2), grad_bias
 
 
 class Linear(nn.Module):
@@ -77,16 +46,12 @@ class Linear(nn.Module):
         return apply_all(x, self)[0]
 
     def _apply_local(self, x: torch.Tensor) -> torch.Tensor:
-        weight = local(self.weight).to(x.dtype)
         # What a group sums gets its bias once, afterwards.
         late = self.bias is None or self.split_in is not None
-        bias = None if late else local(self.bias).to(x.dtype)
-        num_rows = x.numel() // x.shape[-1]
-        by_rows = not torch.compiler.is_compiling() and torch.is_grad_enabled()
-        if by_rows and len(row_blocks(0, num_rows, weight)) > 1:
-            y = _LinearByRows.apply(x, weight, bias)
-        else:
-            y = F.linear(x, weight, bias)
+        weight, bias = local(self.weight), None if late else local(self.bias)
+        y = native.linear(x, weight, bias)
+        if y is None:
+            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y = leave(y, self.split_in)
         return y + self.bias.to(x.dtype) if late and self.bias is not None else y
 

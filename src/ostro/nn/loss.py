@@ -6,13 +6,15 @@ into the gradients of the hidden states and of the head's weight. The backward p
 what was kept. Peak memory is one chunk of logits in the compute dtype.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ostro import native
 from ostro.nn.collectives import Group, local
 from ostro.nn.embedding import TiedGradient, first_row
-from ostro.nn.linear import row_blocks
 
 IGNORE = -100
 """Target of a position at which nothing is predicted."""
@@ -55,7 +57,7 @@ def linear_cross_entropy(
     share = None if group is None else (group, first_row(len(weight), group))
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(rows, part, flat, scale, tie, share)
-    return _loss(rows, part.to(rows.dtype), flat, share) * scale
+    return _loss(rows, part, flat, share) * scale
 
 
 def _chunk_rows(num_rows: int, vocab: int) -> int:
@@ -74,6 +76,7 @@ def _loss(rows: Tensor, weight: Tensor, targets: Tensor, share: Share | None) ->
     """The sum without gradients."""
     if share is None:
         return token_losses(rows, weight, targets).sum()
+    weight = weight.to(rows.dtype)
     size = max(1, CHUNK_ELEMENTS // 4 // weight.shape[0])
     losses = [
         split_softmax_minus_target_(part @ weight.T, target, 1.0, *share)
@@ -85,8 +88,12 @@ def _loss(rows: Tensor, weight: Tensor, targets: Tensor, share: Share | None) ->
 def token_losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The cross-entropy of each of the `rows`, (rows,), 0 where nothing is predicted.
 
-    Both matrices have the same dtype. Gradients would hold on to all logits.
+    `weight` is cast to the dtype of `rows`. For use without gradients, which would hold on to all
+    logits.
     """
+    if native.gives_loss(rows, weight):
+        return native.head_loss(rows, weight, targets)
+    weight = weight.to(rows.dtype)
     size = max(1, CHUNK_ELEMENTS // 4 // weight.shape[0])
     losses = [
         F.cross_entropy((part @ weight.T).float(), target, ignore_index=IGNORE, reduction="none")
@@ -95,16 +102,36 @@ def token_losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
+def gradient_memory(weight: Tensor) -> Tensor:
+    """Memory for the gradient of a weight: that of the last update, where `keep_memory` kept it."""
+    kept = vars(weight).pop("kept_memory", None)
+    return torch.empty_like(weight) if kept is None else kept
+
+
+def keep_memory(parameters: Iterable[nn.Parameter]) -> None:
+    """Forget gradients, but keep the memory of the largest: a head's is made first of all.
+
+    Its pages would be new to the process in every step, which takes a CPU longer than filling them.
+    """
+    largest = max(parameters, key=Tensor.numel)
+    if largest.is_cpu and type(largest.grad) is Tensor:
+        largest.kept_memory = largest.grad
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Summed loss of (rows, weight, targets), with both gradients made in the forward pass."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, scale, tie, share) -> Tensor:
+        grad_rows = torch.empty_like(rows)
+        grad_weight = gradient_memory(weight) if ctx.needs_input_grad[1] else None
+        ctx.gradients, ctx.tie = (grad_rows, grad_weight), tie
+        if share is None and native.gives_loss(rows, weight):
+            gradients = (float(scale), grad_rows, grad_weight)
+            return native.head_loss(rows, weight, targets, *gradients).sum() * scale
         cast = weight.to(rows.dtype)
         size = _chunk_rows(rows.shape[0], weight.shape[0])
         buffer = rows.new_empty(size, weight.shape[0])
-        grad_rows = torch.empty_like(rows)
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), device=rows.device)
         for start in range(0, rows.shape[0], size):
             part, target = rows[start : start + size], targets[start : start + size]
@@ -115,10 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss += softmax_minus_target_(logits, target, scale)
             else:
                 loss += split_softmax_minus_target_(logits, target, scale, *share)
-            for block in row_blocks(start, start + len(part), cast):
-                torch.mm(
-                    buffer[block.start - start : block.stop - start], cast, out=grad_rows[block]
-                )
+            torch.mm(logits, cast, out=grad_rows[start : start + size])
             if grad_weight is None:
                 continue
             for columns in _slices(weight):
@@ -127,7 +151,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight[columns] = step
                 else:  # summed over chunks in the wider type; `+=` would copy the slice once more
                     grad_weight[columns].add_(step.to(weight.dtype))
-        ctx.gradients, ctx.tie = (grad_rows, grad_weight), tie
         return loss
 
     @staticmethod

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ostro import native
 from ostro.config import Choice
 from ostro.errors import Problem
 
@@ -136,3 +137,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
     return turned.to(x.dtype)
+
+
+def turn_fused(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rotary` to all but the values of (batch, position, kv_heads, group + 2, head_size)."""
+    found = native.rotary(qkv, cos, sin)
+    if found is not None:
+        return found
+    turned = apply_rotary(qkv[:, :, :, :-1], cos, sin)
+    return torch.cat((turned, qkv[:, :, :, -1:]), 3)

@@ -67,6 +67,10 @@ class TrainerConfig:
     """Precision of weights, computation and output: `f32`, or `p=f32,c=bfloat16`."""
     compile: bool = False
     """Compile the blocks of the model with torch.compile: slower to start, faster on long runs."""
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """What computes attention, linear layers and the loss on CPUs in bfloat16. native: kernels of
+    ostro, made by the C++ compiler at their first use; torch: its operators. auto: native where
+    the CPU and a compiler allow. They differ by rounding; `deterministic_reduction` takes torch."""
     device: str = "auto"
     """`auto` (CUDA, then MPS, then CPU), or a torch device such as `cpu` or `cuda:1`."""
     require_accelerator: bool = False

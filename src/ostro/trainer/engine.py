@@ -15,6 +15,7 @@ from ostro.checkpoint import Saved, SavedFile
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.errors import CheckpointError
+from ostro.nn.loss import keep_memory
 from ostro.optim import apply_update, clip_scale, gradient_norm, set_learning_rate
 from ostro.parallel import Mesh
 from ostro.phases import mark
@@ -70,6 +71,7 @@ class Engine(ABC):
         set_learning_rate(state.optimizer, learning_rate)
         clip = clip_scale(norm, max_grad_norm)
         apply_update(state.optimizer, grad_scale=clip * scale, found_inf=hold)
+        keep_memory(state.parameters.values())
         state.optimizer.zero_grad(set_to_none=True)
         return {"train/loss": loss, "grad/norm/total": norm} | figures
 

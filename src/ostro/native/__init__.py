@@ -1,0 +1,335 @@
+"""Kernels in C++ for training on CPUs: attention, linear layers, the head's loss, activations.
+
+They need x86-64 with AVX-512 and bfloat16 (AMX where there is one), Linux and a C++ compiler, which
+makes them in seconds at their first use; torch's own operators do the work elsewhere, with results
+that differ by rounding only. What they compute is bfloat16 with float32 sums and float32 weights.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "attention",
+    "available",
+    "gelu",
+    "gives_loss",
+    "head_loss",
+    "in_use",
+    "is_used",
+    "linear",
+    "rms_norm",
+    "rotary",
+    "silu_gate",
+    "use",
+    "why_not",
+]
+
+log = logging.getLogger("ostro")
+_FLAGS = "-O3 -march=native -std=c++20 -fopenmp -shared -fPIC -w"
+_is_wanted = True
+
+
+def use(wanted: bool) -> None:
+    """Whether models of this process use the kernels, where they can."""
+    global _is_wanted
+    _is_wanted = wanted
+
+
+def is_used(x: Tensor) -> bool:
+    """Whether the kernels do the work on this bfloat16 tensor of a CPU."""
+    return (
+        _is_wanted
+        and x.dtype == torch.bfloat16
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and available()
+    )
+
+
+def in_use() -> str:
+    """`native` or `torch`: what does the work on bfloat16 tensors of CPUs."""
+    return "native" if _is_wanted and available() else "torch"
+
+
+def available() -> bool:
+    """Whether this machine can run the kernels; makes them at the first call."""
+    return not isinstance(_library(), str)
+
+
+def why_not() -> str:
+    """What the kernels lack here; empty where they run."""
+    found = _library()
+    return found if isinstance(found, str) else ""
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "they are written for Linux on x86-64"
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "this CPU has no bfloat16 instructions"
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]
+    try:
+        return ctypes.CDLL(str(_made(compiler)))
+    except FileNotFoundError:
+        return f"there is no C++ compiler ({compiler[0]})"
+    except subprocess.CalledProcessError as error:
+        log.debug("%s", error.stderr)
+        return f"{compiler[0]} could not compile them: {error.stderr.strip().splitlines()[-1:]}"
+    except OSError as error:
+        return str(error)
+
+
+def _made(compiler: list[str]) -> Path:
+    """The compiled library, kept for this source, compiler, torch and machine."""
+    folder, lib = Path(__file__).parent, Path(torch.__file__).parent / "lib"
+    sources = sorted(folder.glob("*.cpp"))
+    asked = [*compiler, "--version"]
+    version = subprocess.run(asked, capture_output=True, check=True, text=True).stdout
+    known = [f"{version}{torch.__version__}{_FLAGS}".encode(), _processor()]
+    known += [path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))]]
+    name = hashlib.sha256(b"\0".join(known)).hexdigest()[:24]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ostro"
+    made = caches / f"kernels-{name}.so"
+    if made.exists():
+        return made
+    caches.mkdir(parents=True, exist_ok=True)
+    log.info("compiling kernels for this CPU into %s (once)", caches)
+    with tempfile.TemporaryDirectory(dir=caches) as scratch:
+        out = Path(scratch, "kernels.so")
+        command = [*compiler, *_FLAGS.split(), *map(str, sources), "-o", str(out)]
+        command += [f"-L{lib}", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+        subprocess.run(command, capture_output=True, check=True, text=True)
+        out.replace(made)  # other processes see it whole or not at all
+    return made
+
+
+def _processor() -> bytes:
+    """What the compiler looks at for `-march=native`."""
+    with open("/proc/cpuinfo", "rb") as file:
+        return b"".join(line for line in file if line.startswith(b"flags"))[:4096]
+
+
+def _call(name: str, *args: Tensor | int | float | bool | None) -> None:
+    """Call a kernel: tensors as pointers, numbers as C sees them there."""
+    kinds = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float}
+    values = [
+        ctypes.c_void_p(None if arg is None else arg.data_ptr())
+        if arg is None or isinstance(arg, Tensor)
+        else kinds[type(arg)](arg)
+        for arg in args
+    ]
+    getattr(_library(), name)(*values)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, scale):
+        batch, position, heads, rows, size = qkv.shape
+        out = qkv.new_empty(batch, position, heads * (rows - 2) * size)
+        log_sums = torch.empty(batch, heads, rows - 2, position)
+        ctx.sizes = batch, position, heads, rows - 2, size, scale
+        _call("attention_forward", qkv, out, log_sums, *ctx.sizes)
+        ctx.save_for_backward(qkv, out, log_sums)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        qkv, out, log_sums = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv)
+        grad = grad.contiguous()
+        _call("attention_backward", qkv, out, grad, log_sums, grad_qkv, *ctx.sizes)
+        return grad_qkv, None
+
+
+def attention(qkv: Tensor, scale: float) -> Tensor | None:
+    """Causal attention of a fused projection (batch, position, kv_heads, group + 2, head_size).
+
+    For each key-value head: the queries of its group, its key, its value. Returns (batch, position,
+    kv_heads * group * head_size), or None where the kernels cannot do it.
+    """
+    if not is_used(qkv) or qkv.shape[-1] % 16 or not qkv.is_contiguous():
+        return None
+    return _Attention.apply(qkv, float(scale))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        rows, (outs, ins) = x.numel() // x.shape[-1], weight.shape
+        y = x.new_empty(*x.shape[:-1], outs)
+        _call("linear_forward", x, weight, bias, y, rows, ins, outs)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x) if wanted[0] else None
+        grad_weight = torch.empty_like(weight) if wanted[1] else None
+        grad_bias = weight.new_empty(len(weight)) if wanted[2] else None
+        rows, (outs, ins) = grad.numel() // grad.shape[-1], weight.shape
+        gradients = (grad_x, grad_weight, grad_bias)
+        _call("linear_backward", x, weight, grad, *gradients, rows, ins, outs, False)
+        return gradients
+
+
+MIN_ROWS = 32
+"""Rows below which packing the weight costs more than multiplying with it."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`x @ weight.T + bias` of bfloat16 rows and float32 weights; None where the kernels cannot."""
+    outs, ins = weight.shape
+    fits = ins % 16 == 0 and outs % 16 == 0 and x.numel() >= MIN_ROWS * ins
+    if not (fits and is_used(x) and _is_plain(weight) and (bias is None or _is_plain(bias))):
+        return None
+    return _Linear.apply(x.contiguous(), weight, bias)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.is_contiguous() and weight.is_cpu
+
+
+def gives_loss(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `head_loss` can work on these."""
+    return hidden.shape[-1] % 16 == 0 and is_used(hidden) and _is_plain(weight)
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: float = 1.0,
+    grad_hidden: Tensor | None = None,
+    grad_weight: Tensor | None = None,
+    *,
+    chunk: int = 1024,
+) -> Tensor:
+    """Cross-entropy of each row, (rows,) float32, 0 where the target is -100.
+
+    `hidden` (rows, embed) bfloat16, `weight` (vocab, embed) float32, `targets` (rows,) int64. The
+    gradients of the losses' sum times `scale` are written into the tensors given. Logits of `chunk`
+    rows are held at once.
+    """
+    losses = torch.empty(len(hidden))
+    sizes = (len(hidden), *weight.shape, min(chunk, len(hidden)), float(scale), False)
+    _call("head_loss", hidden, weight, targets, losses, grad_hidden, grad_weight, *sizes)
+    return losses
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        _call("gelu_forward", x, out, x.numel())
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        _call("gelu_backward", x, grad.contiguous(), grad_x, x.numel())
+        return grad_x
+
+
+def gelu(x: Tensor) -> Tensor | None:
+    """GELU by its tanh approximation; None where the kernels cannot do it."""
+    return _Gelu.apply(x) if is_used(x) and x.is_contiguous() else None
+
+
+class _SiluGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        _call("silu_gate_forward", gate, up, out, gate.numel())
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        _call("silu_gate_backward", gate, up, grad.contiguous(), grad_gate, grad_up, gate.numel())
+        return grad_gate, grad_up
+
+
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor | None:
+    """`silu(gate) * up`; None where the kernels cannot do it."""
+    fits = is_used(gate) and gate.is_contiguous() and up.is_contiguous()
+    return _SiluGate.apply(gate, up) if fits else None
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rows, size = x.numel() // x.shape[-1], x.shape[-1]
+        out, scales = torch.empty_like(x), torch.empty(rows)
+        _call("rms_norm_forward", x, weight, out, scales, rows, size, eps)
+        ctx.save_for_backward(x, weight, scales)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, scales = ctx.saved_tensors
+        gradients = torch.empty_like(x), torch.empty_like(weight)
+        sizes = len(scales), x.shape[-1]
+        _call("rms_norm_backward", x, weight, scales, grad.contiguous(), *gradients, *sizes)
+        return *gradients, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """`x * weight / sqrt(mean(x^2) + eps)` over the last dim; None where the kernels cannot."""
+    fits = x.shape[-1] % 16 == 0 and is_used(x) and x.is_contiguous() and _is_plain(weight)
+    return _RmsNorm.apply(x, weight, float(eps)) if fits else None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turned(qkv, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return _turned(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
+
+
+def _turned(qkv: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    batch, position, *sizes = qkv.shape
+    out, num_angles = torch.empty_like(qkv), cos.numel() // cos.shape[-1]
+    _call("rotary", qkv, cos, sin, out, batch * position, num_angles, *sizes, sign)
+    return out
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """Turn all but the values of (batch, position, kv_heads, group + 2, head_size).
+
+    Dim i turns against dim i + head_size / 2 by the angles of which `cos` and `sin` are (batch or
+    1, position, 1, 1, head_size / 2). None where the kernels cannot do it.
+    """
+    fits = qkv.shape[-1] % 32 == 0 and is_used(qkv) and qkv.is_contiguous()
+    fits = fits and cos.dtype == sin.dtype == torch.float32
+    return _Rotary.apply(qkv, cos.contiguous(), sin.contiguous()) if fits else None

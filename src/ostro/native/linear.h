@@ -1,0 +1,105 @@
+// Matrix products of a layer: rows of bfloat16 times a float weight that is rounded as it is packed.
+//
+// A panel of the weight stays in a core's cache while all rows of a task pass by it. Every sum is made by one
+// thread in one order, so results do not depend on the number of threads.
+#pragma once
+
+#include "common.h"
+
+constexpr int64_t PANEL = 384;        // columns of a panel, at most
+constexpr int64_t DEPTH = 1024;       // of the summed axis at a time
+constexpr int64_t ROWS = 64;          // rows of one product
+constexpr int64_t TASK_ROWS = 1024;   // rows that a panel is packed for
+
+static inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Equal parts of at most `size`, as multiples of 16: the last may be smaller.
+static inline int64_t even_part(int64_t count, int64_t size) {
+  return parts(parts(count, parts(count, size)), 16) * 16;
+}
+
+// Rows of a task: at most `size`, and such that the tasks, `others` for each part, are shared out evenly.
+static inline int64_t task_part(int64_t count, int64_t size, int64_t others) {
+  const int64_t threads = omp_get_num_threads();
+  int64_t n = parts(count, size);
+  while (n * others % threads && n * others < 4 * threads) n++;
+  return parts(parts(count, n), 16) * 16;
+}
+
+// a (rows, depth) times the columns that `pack(from, count, to)` gives in pairs, as floats (rows, width);
+// `done(row, count, values)` takes them, some rows at a time.
+template <typename Pack, typename Done>
+static inline void multiply_panel(const bf16* a, int64_t ld, int64_t rows, int64_t depth, int64_t width,
+                                  Pack pack, Done done) {
+  const bool at_once = depth <= 2 * DEPTH;  // sums need not wait for another part of the depth
+  const int64_t most = at_once ? depth : DEPTH;
+  float* acc = scratch<float>((at_once ? ROWS : rows) * width, 0);
+  bf16* panel = scratch<bf16>(most * width, 1);
+  for (int64_t k = 0; k < depth; k += most) {
+    const int64_t count = std::min(most, depth - k);
+    pack(k, count, panel);
+    for (int64_t row = 0; row < rows; row += ROWS) {
+      const int64_t high = std::min(ROWS, rows - row);
+      float* to = at_once ? acc : acc + row * width;
+      product(high, width, count, a + row * ld + k, ld, panel, width, to, width, k > 0);
+      if (k + count == depth) done(row, high, to);
+    }
+  }
+}
+
+// out (rows, columns) = a (rows, depth) times a matrix whose columns `pack(column, width, from, count, to)` gives.
+template <typename Pack>
+static inline void multiply(const bf16* a, int64_t rows, int64_t depth, int64_t columns, const float* bias,
+                            bf16* out, Pack pack) {
+  const int64_t width = even_part(columns, PANEL), panels = parts(columns, width);
+  const int64_t task_rows = task_part(rows, TASK_ROWS, panels), row_parts = parts(rows, task_rows);
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t task = 0; task < panels * row_parts; task++) {
+    const int64_t col = task % panels * width, row = task / panels * task_rows;
+    const int64_t wide = std::min(width, columns - col), high = std::min(task_rows, rows - row);
+    auto take = [&](int64_t k, int64_t count, bf16* to) { pack(col, wide, k, count, to); };
+    auto give = [&](int64_t at, int64_t count, const float* acc) {
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t c = 0; c < wide; c += 16) {
+          __m512 x = _mm512_loadu_ps(acc + r * wide + c);
+          if (bias) x = _mm512_add_ps(x, _mm512_loadu_ps(bias + col + c));
+          store(out + (row + at + r) * columns + col + c, x);
+        }
+    };
+    multiply_panel(a + row * depth, depth, high, depth, wide, take, give);
+  }
+}
+
+// x (rows, columns) -> panels of `wide` columns, each of pairs of rows: (width / 2, wide, 2).
+static inline void pair_panels(const bf16* x, int64_t rows, int64_t columns, int64_t wide, bf16* to, int64_t width) {
+  constexpr int64_t HIGH = 128;
+  const int64_t row_parts = parts(width, HIGH);
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < parts(columns, wide) * row_parts; task++) {
+    const int64_t col = task / row_parts * wide, row = task % row_parts * HIGH;
+    const int64_t count = std::min(wide, columns - col);
+    pair_rows(x + row * columns + col, columns, rows - row, count, to + col * width + row * count,
+              std::min(HIGH, width - row), count);
+  }
+}
+
+// A part of the columns of grad (rows, ld) -> its transpose (columns, width).
+static inline void transpose_columns(const bf16* grad, int64_t ld, int64_t rows, int64_t columns, bf16* to,
+                                     int64_t width) {
+  constexpr int64_t WIDE = 128;
+  for (int64_t col = 0; col < columns; col += WIDE)
+    for (int64_t row = 0; row < width; row += 32)  // a few whole cache lines on either side
+      transpose(grad + row * ld + col, ld, rows - row, std::min(WIDE, columns - col), to + col * width + row,
+                width, std::min<int64_t>(32, width - row));
+}
+
+// out (outs, columns) (+)= grad_t (outs, width) times the panels of `pair_panels`.
+static inline void multiply_panels(const bf16* grad_t, int64_t outs, int64_t width, const bf16* pairs,
+                                   int64_t columns, int64_t wide, float* out, bool add) {
+  for (int64_t col = 0; col < columns; col += wide) {
+    const int64_t count = std::min(wide, columns - col);
+    for (int64_t row = 0; row < outs; row += ROWS)
+      product(std::min(ROWS, outs - row), count, width, grad_t + row * width, width, pairs + col * width, count,
+              out + row * columns + col, columns, add);
+  }
+}

@@ -1,0 +1,202 @@
+"""The C++ kernels against float32 arithmetic of torch on the same bfloat16 values."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ostro import native
+from ostro.models import Gpt2Config, LlamaConfig, initialize
+from ostro.nn.norm import RMSNorm
+from ostro.nn.rotary import turn_fused
+
+needs_kernels = pytest.mark.skipif(not native.available(), reason=native.why_not() or "runs")
+
+
+def noise(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(torch.bfloat16)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of what was expected."""
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("batch", "position", "heads", "group", "size"),
+    [(2, 128, 2, 1, 64), (1, 200, 3, 2, 32), (2, 5, 1, 4, 16), (1, 300, 1, 1, 80)],
+)
+def test_attention_and_its_gradient(batch, position, heads, group, size):
+    torch.manual_seed(0)
+    qkv = noise(batch, position, heads, group + 2, size).requires_grad_()
+    upstream = noise(batch, position, heads * group * size)
+    out = native.attention(qkv, 0.2)
+    assert out is not None
+    out.backward(upstream)
+    wide = qkv.detach().float().requires_grad_()
+    query, key, value = wide[:, :, :, :-2].flatten(2, 3), wide[:, :, :, -2], wide[:, :, :, -1]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    expected = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.2, enable_gqa=True
+    )
+    expected = expected.transpose(1, 2).flatten(2)
+    expected.backward(upstream.float())
+    assert distance(out, expected) < 0.003
+    assert distance(qkv.grad, wide.grad) < 0.004
+
+
+@needs_kernels
+def test_large_scores_do_not_overflow():
+    qkv = noise(1, 150, 2, 3, 16, scale=30.0).requires_grad_()
+    out = native.attention(qkv, 1.0)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert qkv.grad.isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("rows", "ins", "outs", "bias"),
+    [(70, 64, 48, True), (600, 128, 400, False), (1300, 1040, 96, True)],
+)
+def test_a_linear_layer_and_its_gradients(rows, ins, outs, bias):
+    torch.manual_seed(0)
+    x, upstream = noise(rows, ins).requires_grad_(), noise(rows, outs)
+    weight = torch.randn(outs, ins).mul_(0.05).requires_grad_()
+    offset = torch.randn(outs).requires_grad_() if bias else None
+    y = native.linear(x, weight, offset)
+    assert y is not None
+    y.backward(upstream)
+    wide = x.detach().float().requires_grad_()
+    rounded = weight.detach().to(torch.bfloat16).float().requires_grad_()
+    again = None if offset is None else offset.detach().clone().requires_grad_()
+    expected = F.linear(wide, rounded, again)
+    expected.backward(upstream.float())
+    assert distance(y, expected) < 0.003
+    assert distance(x.grad, wide.grad) < 0.003
+    assert distance(weight.grad, rounded.grad) < 1e-5  # sums are never rounded
+    if again is not None:
+        assert distance(offset.grad, again.grad) < 1e-5
+
+
+@needs_kernels
+def test_results_do_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    x, weight = noise(300, 96), torch.randn(400, 96)
+    qkv, targets = noise(1, 200, 3, 3, 32), torch.randint(400, (300,))
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        grads = torch.empty_like(x), torch.empty_like(weight)
+        y = native.linear(x, weight, None)
+        losses = native.head_loss(x, weight, targets, 1.0, *grads, chunk=128)
+        found.append([y, native.attention(qkv, 0.1), losses, *grads])
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("rows", "vocab", "embed"), [(100, 65, 64), (70, 1000, 32), (300, 96, 128)]
+)
+def test_the_loss_of_the_head_and_its_gradients(rows, vocab, embed):
+    torch.manual_seed(0)
+    hidden, weight = noise(rows, embed), torch.randn(vocab, embed) * 0.2
+    targets = torch.randint(vocab, (rows,))
+    targets[::7] = -100
+    grads = torch.empty_like(hidden), torch.empty_like(weight)
+    losses = native.head_loss(hidden, weight, targets, 0.5, *grads, chunk=64)
+    wide = hidden.float().requires_grad_()
+    rounded = weight.to(torch.bfloat16).float().requires_grad_()
+    expected = F.cross_entropy(wide @ rounded.T, targets, ignore_index=-100, reduction="none")
+    (0.5 * expected.sum()).backward()
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert distance(grads[0], wide.grad) < 0.004
+    assert distance(grads[1], rounded.grad) < 0.003
+
+
+@needs_kernels
+def test_activations_and_their_gradients():
+    x, up = noise(3, 77, scale=3.0).requires_grad_(), noise(3, 77).requires_grad_()
+    wide, other = (t.detach().float().requires_grad_() for t in (x, up))
+    native.gelu(x).sum().backward()
+    F.gelu(wide, approximate="tanh").sum().backward()
+    assert distance(x.grad, wide.grad) < 0.003
+    x.grad = wide.grad = None
+    native.silu_gate(x, up).sum().backward()
+    (F.silu(wide) * other).sum().backward()
+    assert distance(x.grad, wide.grad) < 0.003
+    assert distance(up.grad, other.grad) < 0.003
+
+
+@needs_kernels
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", [Gpt2Config, LlamaConfig])
+def test_a_model_learns_the_same_with_and_without(family, recompute):
+    config = family(seq_len=48, hidden_dim=64, num_layers=2, num_heads=4)
+    config = replace(config, gradient_checkpointing=recompute)
+    if isinstance(config, LlamaConfig):
+        config = replace(config, intermediate_dim=96, num_kv_heads=2, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    tokens = torch.randint(65, (3, 48))
+    found = []
+    for wanted in (True, False):
+        model = config.build(65, torch.bfloat16)
+        initialize(model, 0)
+        native.use(wanted)
+        try:
+            loss = model(tokens[:, :-1], tokens[:, 1:], scale=1 / 141)
+            loss.backward()
+        finally:
+            native.use(True)
+        found.append((loss.item(), [p.grad for p in model.parameters()]))
+    (ours, gradients), (theirs, expected) = found
+    assert ours != theirs, "the kernels were not used"
+    assert abs(ours - theirs) < 2e-3
+    for grad, other in zip(gradients, expected, strict=True):
+        assert distance(grad, other) < 0.03
+
+
+def test_without_a_compiler_torch_does_the_work(tmp_path):
+    program = (
+        "import torch; from ostro import native\n"
+        "assert not native.available()\n"
+        "assert native.linear(torch.ones(64, 16).bfloat16(), torch.ones(16, 16), None) is None\n"
+        "print(native.why_not())"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "no C++ compiler (no-such-compiler)" in done.stdout or "CPU" in done.stdout
+
+
+@needs_kernels
+def test_rms_norm_and_rotary_positions_and_their_gradients():
+    torch.manual_seed(0)
+    x, upstream = noise(3, 50, 96).requires_grad_(), noise(3, 50, 96)
+    norm = RMSNorm(("embed", 96), eps=1e-5)
+    norm.weight.data = torch.randn(96)
+    qkv, back = noise(2, 9, 2, 4, 32).requires_grad_(), noise(2, 9, 2, 4, 32)
+    angles = torch.randn(1, 9, 1, 1, 16)
+    found = []
+    for wanted in (True, False):
+        native.use(wanted)
+        norm.weight.grad = x.grad = qkv.grad = None
+        try:
+            y, turned = norm(x), turn_fused(qkv, angles.cos(), angles.sin())
+        finally:
+            native.use(True)
+        y.backward(upstream)
+        turned.backward(back)
+        found.append([y, x.grad, norm.weight.grad, turned, qkv.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert distance(ours, theirs.float()) < 0.005
+    assert torch.equal(turned[:, :, :, 3], qkv[:, :, :, 3])
