@@ -14,6 +14,7 @@ from ostro.distributed import World
 from ostro.lm_config import TrainLmConfig
 from ostro.throughput import DevicePeak, Throughput
 from ostro.tracker import CompositeTracker
+from ostro.train_lm import choose_kernels
 from ostro.trainer import Trainer, build_state
 from ostro.trainer.engine import TorchEngine
 
@@ -30,6 +31,7 @@ def build_trainer(config: TrainLmConfig) -> Trainer:
     """The trainer of a run on the CPU, with the first weights of its seed."""
     keep_freed_memory()
     cpu = torch.device("cpu")
+    choose_kernels(config.trainer, cpu)
     assert config.vocab_size is not None
     state = build_state(config.model, config.optimizer, config.trainer, config.vocab_size, cpu)
     return Trainer(

@@ -200,3 +200,9 @@ def test_rms_norm_and_rotary_positions_and_their_gradients():
     for ours, theirs in zip(*found, strict=True):
         assert distance(ours, theirs.float()) < 0.005
     assert torch.equal(turned[:, :, :, 3], qkv[:, :, :, 3])
+
+
+def test_a_profile_has_the_kernels():
+    with torch.profiler.profile() as profiler:
+        native.gelu(noise(4, 16))
+    assert "ostro::gelu_forward" in {event.key for event in profiler.key_averages()}

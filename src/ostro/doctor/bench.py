@@ -25,7 +25,7 @@ from ostro.phases import listening
 from ostro.session import Session
 from ostro.signals import Signals
 from ostro.throughput import synchronize
-from ostro.train_lm import build_session
+from ostro.train_lm import build_session, choose_kernels
 from ostro.trainer import has_compiler, lay_out
 
 _WARM_UP = 5  # updates until no memory is new any more
@@ -107,6 +107,7 @@ def _session(config: TrainLmConfig) -> Iterator[Session]:
     ):
         if world.device.type == "cpu":
             keep_freed_memory()
+        choose_kernels(trainer, world.device)
         saved, given = CheckpointerConfig(f"{folder}/saved"), {**_ALONE, "log_dir": folder}
         config = replace(config, initialize_from_hf=None)
         config = replace_trainer(config, **given, checkpointer=saved, compile=has_compiler())

@@ -132,7 +132,12 @@ def _call(name: str, *args: Tensor | int | float | bool | None) -> None:
         else kinds[type(arg)](arg)
         for arg in args
     ]
-    getattr(_library(), name)(*values)
+    kernel = getattr(_library(), name)
+    if torch.autograd._profiler_enabled():  # which would not know of it
+        with torch.profiler.record_function(f"ostro::{name}"):
+            kernel(*values)
+    else:
+        kernel(*values)
 
 
 class _Attention(torch.autograd.Function):
