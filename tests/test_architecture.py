@@ -31,7 +31,7 @@ LEVELS = [
         "squad",
     },
     {"models", "checkpoint", "contract", "guard", "recover"},
-    {"parallel"},
+    {"parallel", "decode"},
     {"evaluate", "trainer", "sample", "hf"},
     {"lm_config"},
     {"session"},
@@ -51,7 +51,7 @@ OPTIONAL = {
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_TOTAL_LINES = 21_900
+MAX_TOTAL_LINES = 22_100
 LONGER_FUNCTIONS: dict[str, str] = {}  # "module.function": why it may be longer
 
 

@@ -1,8 +1,11 @@
 """Generation: the cache changes nothing, rows are independent, draws follow the distribution."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from ostro import decode, native
 from ostro.models import Gpt2Config, LlamaConfig, initialize
 from ostro.sample import SamplingConfig, choose, complete_all, generate
 
@@ -63,6 +66,56 @@ def test_cached_logits_equal_whole_logits(config):
         cache.append(counts)
         last = model(tokens[:, first : first + counts[0]], cache=cache)
         torch.testing.assert_close(last[:, 0], whole[:, first + counts[0] - 1])
+
+
+NATIVE = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler and AVX-512")
+BIASED = replace(LLAMA, use_bias=True, tie_word_embeddings=True, activation_function="gelu")
+PLAIN = replace(GPT2, use_bias=False, hidden_dim=36, activation_function="relu")
+
+
+def stepped(model, monkeypatch, tokens):
+    """Logits of the native step after each of the tokens but the first."""
+    found = []
+    step = decode.Decoder.step
+    monkeypatch.setattr(
+        decode.Decoder, "step", lambda *args: found.append(step(*args)) or found[-1]
+    )
+    generate(model, tokens, max_new_tokens=5, temperature=0.0)
+    return found
+
+
+@NATIVE
+@pytest.mark.parametrize("config", [GPT2, LLAMA, BIASED, PLAIN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_steps_give_the_logits_of_the_whole_forward(config, dtype, monkeypatch):
+    model = config.build(VOCAB, dtype)
+    initialize(model, 0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = stepped(model, monkeypatch, PROMPTS[:3])
+    written = generate(model, PROMPTS[:3], max_new_tokens=5, temperature=0.0)
+    assert len(found) == 8  # four steps of each call follow that of the prompt
+    exact = config.build(VOCAB)
+    exact.load_state_dict(model.state_dict())
+    for row, (prompt, tokens) in enumerate(zip(PROMPTS[:3], written, strict=True)):
+        context = torch.tensor([list(prompt) + tokens])
+        whole = exact.eval()(context)[0, len(prompt) : -1].log_softmax(-1)
+        steps = torch.stack([logits[row] for logits in found[:4]]).log_softmax(-1)
+        error = (steps - whole).abs()
+        assert error.max() < 1e-4 if dtype == torch.float32 else error.mean() < 0.06
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name])
+
+
+@BOTH
+def test_without_a_compiler_the_same_tokens(config, monkeypatch):
+    model = built(config)
+    found = generate(model, PROMPTS, max_new_tokens=20, temperature=0.0)
+    monkeypatch.setattr(native, "_is_wanted", False)
+    monkeypatch.setattr(decode.Decoder, "step", None)
+    assert generate(model, PROMPTS, max_new_tokens=20, temperature=0.0) == found
 
 
 def test_same_seed_same_tokens_and_rows_draw_for_themselves():

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from ostro.data.tokenizer import Tokenizer
+from ostro.decode import decoder_of, in_compute_dtype
 from ostro.errors import Problem
 from ostro.models.lm_model import LmModel, inference
+from ostro.native.decoder import Decoder
 from ostro.nn import KeyValueCache
 from ostro.phases import mark
 
@@ -93,7 +95,7 @@ def generate(
     assert all(prompts), "a prompt has at least one token"
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     device = next(model.parameters()).device
-    with inference(model):
+    with inference(model), in_compute_dtype(model):
         rows = _Rows(model, prompts, max_new_tokens, eos_id, ended)
         for _ in range(max_new_tokens):
             if not any(rows.active):
@@ -118,6 +120,7 @@ class _Rows:
         self.active = [True] * len(prompts)
         self.capacity = min(self.seq_len, max(map(len, self.contexts), default=0) + max_new_tokens)
         self.cache: KeyValueCache | None = None
+        self.decoder: Decoder | None = None
 
     def next_logits(self, device: torch.device) -> Tensor:
         """Logits of the token after each context, (batch, vocab)."""
@@ -126,14 +129,20 @@ class _Rows:
                 del context[: -max(1, self.seq_len // 2)]
                 self.cache = None
         if self.cache is None:
-            self.cache = KeyValueCache(len(self.contexts), self.capacity)
+            self.cache, self.decoder = KeyValueCache(len(self.contexts), self.capacity), None
             new, counts = self.contexts, [len(context) for context in self.contexts]
         else:  # a row that has ended repeats its last token, which counts for nothing
+            self.decoder = self.decoder or decoder_of(self.model, self.cache, len(self.contexts))
             new, counts = [context[-1:] for context in self.contexts], list(map(int, self.active))
         longest = max(map(len, new))
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in new]
         self.cache.append(counts)
-        return self.model(torch.tensor(padded, device=device), cache=self.cache)[:, 0]
+        tokens = torch.tensor(padded, device=device)
+        if self.decoder is None:
+            return self.model(tokens, cache=self.cache)[:, 0]
+        positions = self.cache.positions(1, device)
+        embedded = self.model.embed(tokens, positions)[:, 0].float()
+        return self.decoder.step(embedded, positions[:, 0].contiguous())
 
     def extend(self, drawn: list[int]) -> None:
         """Add each row's token, unless the row has ended or the token ends it."""

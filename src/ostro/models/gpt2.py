@@ -132,12 +132,16 @@ class Gpt2Model(LmModel):
         elif positions is None:
             assert num_tokens <= self.config.seq_len, "more tokens than learned positions"
             positions = torch.arange(num_tokens, device=tokens.device)
-        x = self.token_embedding(tokens, tie) + self.position_embedding(positions)
+        x = self.embed(tokens, positions, tie)
         x = F.dropout(x.to(self.compute_dtype), self.config.embed_pdrop, self.training)
         recompute = self.config.gradient_checkpointing and cache is None
         for block in self.blocks:
             x = run_block(block, recompute, x, mask, cache)
         return self.final_norm(x)
+
+    def embed(self, tokens: Tensor, positions: Tensor, tie: TiedGradient | None = None) -> Tensor:
+        """See `LmModel.embed`."""
+        return self.token_embedding(tokens, tie) + self.position_embedding(positions)
 
     def head_weight(self) -> Tensor:
         """The token embedding: the head is tied to it."""

@@ -152,13 +152,15 @@ class LlamaModel(LmModel):
         cos, sin = self.config.rope.tables(positions, self.config.head_size)
         # (batch or 1, position, 1, 1, head_size / 2): one angle for all heads
         cos, sin = cos[:, :, None, None], sin[:, :, None, None]
-        x = self.token_embedding(tokens, tie if self.config.tie_word_embeddings else None).to(
-            self.compute_dtype
-        )
+        x = self.embed(tokens, positions, tie).to(self.compute_dtype)
         recompute = self.config.gradient_checkpointing and cache is None
         for block in self.blocks:
             x = run_block(block, recompute, x, cos, sin, mask, cache)
         return self.final_norm(x)
+
+    def embed(self, tokens: Tensor, positions: Tensor, tie: TiedGradient | None = None) -> Tensor:
+        """See `LmModel.embed`."""
+        return self.token_embedding(tokens, tie if self.config.tie_word_embeddings else None)
 
     def head_weight(self) -> Tensor:
         """The head's own weight, or the token embedding when tied."""

@@ -77,6 +77,10 @@ class LmModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def embed(self, tokens: Tensor, positions: Tensor, tie: TiedGradient | None = None) -> Tensor:
+        """What the first block is given, without dropout, in the dtype of the tables."""
+
+    @abstractmethod
     def head_weight(self) -> Tensor:
         """The weight of the head, (vocab, embed)."""
 

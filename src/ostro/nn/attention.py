@@ -23,7 +23,7 @@ class KeyValueCache:
         self.max_length = max_length
         self._lengths = [0] * batch_size  # tokens before this forward pass
         self._counts = [0] * batch_size  # tokens that it brings
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._mask: Tensor | None = None
 
     def append(self, counts: Sequence[int]) -> None:
@@ -51,10 +51,10 @@ class KeyValueCache:
         Returns the keys and values to attend to, and the mask (None: causal).
         """
         batch, heads, num_tokens, size = key.shape
-        if layer not in self._layers:
+        if layer not in self.layers:
             shape = (batch, heads, self.max_length, size)
-            self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
-        keys, values = self._layers[layer]
+            self.layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        keys, values = self.layers[layer]
         first, used = self._lengths[0], max(self._lengths) + num_tokens
         if used <= self.max_length and self._lengths.count(first) == batch:
             keys[:, :, first:used], values[:, :, first:used] = key, value
