@@ -102,6 +102,7 @@ NOT_COMPARED = {
     *("trainer.id", "trainer.device", "trainer.distributed", "trainer.resume_policy"),
     *("trainer.load_checkpoint", "trainer.load_checkpoint_path", "trainer.initialize_from"),
     *("initialize_from_hf", "use_hf_model_config"),
+    "trainer.num_threads",  # made_by.num_threads is
 }
 
 

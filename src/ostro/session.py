@@ -117,7 +117,7 @@ class Session:
         meeting = Meeting.current if self.world.num_ranks > 1 else None
         with (
             self.signals.deferred(unless=self._loses_nothing, leave=self._leave),
-            _compilation_marked(self.signals.compilation),
+            compilation_marked(self.signals.compilation),
             watching(trainer.hang_timeout, run_folder(trainer.log_dir, trainer.id), meeting),
         ):
             return self._fit()
@@ -369,7 +369,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def _compilation_marked(lock: threading.Lock) -> Iterator[None]:
+def compilation_marked(lock: threading.Lock) -> Iterator[None]:
     """Mark when torch compiles something, and go back to the phase before when it has; holding the
     lock, which a thread that leaves in the middle of it never gives back."""
     before = place().phase

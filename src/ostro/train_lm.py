@@ -1,6 +1,7 @@
 """Pre-training a language model: the whole run as a story, top to bottom."""
 
 import contextlib
+import dataclasses
 import logging
 import shlex
 import time
@@ -28,20 +29,25 @@ from ostro.lm_config import (
     with_hf_model,
 )
 from ostro.parallel import Mesh
+from ostro.phases import place
 from ostro.run_log import logging_to
-from ostro.session import Session, load_first_weights
+from ostro.session import Session, compilation_marked, load_first_weights
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput, device_peak
 from ostro.tracker import RunInfo, TensorboardConfig, build_trackers, run_folder
 from ostro.trainer import (
     BatchPlan,
+    Engine,
     TrainerConfig,
     TrainingDivergedError,
     TrainState,
     allocate,
     build_model,
+    choose,
     choose_engine,
+    compiling_pays,
     find_start,
+    has_compiler,
     lay_out,
     restore,
 )
@@ -143,6 +149,10 @@ def build_session(
         trainer.id, run_name(config), in_folders=trainer.deepspeed is not None
     )
     start = find_start(trainer, checkpointer, world)
+    config = choose_settings(config, plan, world, mesh, num_tokens, start.saved, signals)
+    if config.trainer.compile != trainer.compile:
+        model = build_model(config.model, config.trainer, num_tokens, mesh)
+    trainer = config.trainer
     if config.epoch:
         origins = {**origins, "trainer.num_train_steps": "epoch"}
     record = contract.record(world, num_tokens, tokenizer.fingerprint, data.contents, origins)
@@ -178,6 +188,38 @@ def build_session(
         signals=signals,
         record=record,
     )
+
+
+def choose_settings(
+    config: TrainLmConfig,
+    plan: BatchPlan,
+    world: World,
+    mesh: Mesh | None,
+    num_tokens: int,
+    saved: Saved | SavedFile | None,
+    signals: Signals,
+) -> TrainLmConfig:
+    """The configuration with a value for every setting that was left to the run to choose."""
+
+    def measure(trainer: TrainerConfig) -> bool:
+        if trainer.eval_only or trainer.deterministic_reduction or not has_compiler():
+            return False
+        trainer = dataclasses.replace(trainer, compile=True)
+        make_engine = choose_engine(trainer, config.optimizer, plan, world, mesh)
+
+        def build() -> Engine:
+            model = build_model(config.model, trainer, num_tokens, mesh)
+            return make_engine(allocate(model, config.optimizer, trainer, world.device))
+
+        left = trainer.num_train_steps - (saved.step if saved else 0)
+        stoppable = signals.deferred(unless=lambda: place().phase != "compile", leave=lambda: None)
+        with stoppable, compilation_marked(signals.compilation):
+            pays = compiling_pays(build, plan, config.model.seq_len, num_tokens, left)
+        torch.compiler.reset()  # what was seen there must not decide how the run is compiled
+        return pays
+
+    choices = {"num_threads": lambda _: torch.get_num_threads(), "compile": measure}
+    return dataclasses.replace(config, trainer=choose(config.trainer, world, saved, choices))
 
 
 def keep_contract(

@@ -42,7 +42,7 @@ def bench(config: TrainLmConfig, num_steps: int, rounds: int) -> dict[str, Any]:
     configuration asks for is `mode`. In that mode, too: a round with a clock at every phase, and
     two updates under torch's profiler. Shares are of a step; times are seconds.
     """
-    own = "compiled" if config.trainer.compile and has_compiler() else "eager"
+    own = "compiled" if config.trainer.compile is True and has_compiler() else "eager"
     stances = {"eager": "force_eager"} | ({"compiled": "default"} if has_compiler() else {})
     found: dict[str, list[float]] = {mode: [] for mode in stances}
     with _session(config) as session, _trainer(session) as train:

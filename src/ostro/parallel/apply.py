@@ -6,6 +6,7 @@ are DTensors afterwards, so that checkpoints know where everything lies; layers 
 tensors and communicate by themselves (`nn.collectives`).
 """
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -44,7 +45,9 @@ def shard(
 
 
 def compile_blocks(model: LmModel) -> None:
-    """Compile each block by itself; the first one's code serves all."""
+    """Compile each block by itself; the first one's code serves all, and later runs."""
+    home = os.path.expanduser(os.environ.get("OSTRO_CACHE_HOME", "~/.cache/ostro"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{home}/compiled")
     for block in model.blocks:
         block.compile()
 

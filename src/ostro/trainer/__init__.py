@@ -1,5 +1,6 @@
 """The training loop, its configuration and the state between its steps."""
 
+from ostro.trainer.chosen import choose, compiling_pays
 from ostro.trainer.config import BatchPlan, BatchStage, TrainerConfig
 from ostro.trainer.engine import Engine, TorchEngine
 from ostro.trainer.start import (

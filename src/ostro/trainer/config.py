@@ -65,8 +65,13 @@ class TrainerConfig:
     """Batches to evaluate of each validation set. Null is all of it."""
     mp: Precision = field(default_factory=Precision)
     """Precision of weights, computation and output: `f32`, or `p=f32,c=bfloat16`."""
-    compile: bool = False
-    """Compile the blocks of the model with torch.compile: slower to start, faster on long runs."""
+    compile: bool | Literal["auto"] = False
+    """Compile the blocks of the model with torch.compile: slower to start, faster on long runs.
+    auto: when a few micro-batches, timed at the run's first start, say that it saves more time than
+    it costs. What was chosen stands in the run's `config.yaml`, and is kept on resume."""
+    num_threads: int | None = None
+    """Threads that compute on a CPU. Null: as many as torch takes by itself at the run's first
+    start, kept on resume as long as there are as many processes."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """What computes attention, linear layers and the loss on CPUs in bfloat16. native: kernels of
     ostro, made by the C++ compiler at their first use; torch: its operators. auto: native where
@@ -156,6 +161,10 @@ class TrainerConfig:
         if self.deepspeed is not None and self.deterministic_reduction:
             rule = "DeepSpeed sums gradients in its own order"
             yield Problem("deterministic_reduction", rule, "remove one of the two")
+        if self.deepspeed is not None and self.compile == "auto":
+            yield Problem("compile", "is not measured with DeepSpeed", "choose true or false")
+        if self.num_threads is not None and self.num_threads < 1:
+            yield Problem("num_threads", "must be at least 1", "null takes torch's own number")
         yield from self._recover_problems()
         for name in axes:
             if self.deepspeed is not None and getattr(self, name) > 1:

@@ -89,7 +89,7 @@ def build_model(
     with torch.device("meta"):
         model = model_config.build(num_tokens, compute_dtype=compute_dtype)
     model.to(getattr(torch, trainer.mp.params))
-    compiles = trainer.compile and has_compiler()
+    compiles = trainer.compile is True and has_compiler()
     if mesh is not None:
         shard(model, trainer.axis_mapping(), mesh, compute_dtype, compiles=compiles)
     elif compiles:
