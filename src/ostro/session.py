@@ -236,7 +236,8 @@ class Session:
     def wait_for(self, coming: Future[Batch]) -> Batch:
         """The batch, once every rank has its own: a signal is heeded while one has to wait."""
         while True:
-            wait([coming], _LOOK)
+            if not coming.done():
+                wait([coming], _LOOK)
             if coming.done() and place().phase == "data":
                 mark("ready")
             if self.agree(coming.done()):

@@ -15,6 +15,8 @@ from ostro.errors import DataError
 IGNORE = -100
 """Target of a position at which there is nothing to predict."""
 
+_BLOCK = 1024  # examples whose places are computed together
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -106,6 +108,7 @@ class TrainData:
     """Mixture weights from a training step on; empty for one source."""
     block_size: int = 2048
     _mixtures: dict[BatchSchedule | None, Mixture] = field(default_factory=dict, repr=False)
+    _blocks: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def seq_len(self) -> int:
@@ -171,7 +174,21 @@ class TrainData:
         return source, offsets
 
     def _offsets(self, name: str, windows: Windows, indices: np.ndarray) -> np.ndarray:
-        """Token offsets of a source's examples."""
+        """Token offsets of a source's examples. The arithmetic is as dear for one as for a block of
+        them, so the last few blocks are kept."""
+        blocks, position = np.divmod(indices, _BLOCK)
+        offsets = np.empty_like(indices)
+        for block in np.unique(blocks).tolist():
+            if (name, block) not in self._blocks:
+                while len(self._blocks) >= 2 * len(self.sources):
+                    del self._blocks[next(iter(self._blocks))]
+                of_block = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
+                self._blocks[name, block] = self._compute(name, windows, of_block)
+            chosen = blocks == block
+            offsets[chosen] = self._blocks[name, block][position[chosen]]
+        return offsets
+
+    def _compute(self, name: str, windows: Windows, indices: np.ndarray) -> np.ndarray:
         key = derive_key(self.seed, name)
         if self.sampling == "windows":
             return random_offsets(windows, indices, key)

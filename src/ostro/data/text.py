@@ -359,6 +359,8 @@ class _Builder:
             store, documents = cache.store, cache.documents
         if split == "train":
             self._documents[name] = documents
+            if config.shuffle:
+                store.expect_random()
         segment_id = self._tokenizer.eos_id if config.document_mask else None
         return cut(store, self._seq_len, folder, segment_id)
 
