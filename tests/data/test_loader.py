@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from ostro.data.loader import Loader
 from ostro.data.mixture import BatchSchedule
+from ostro.data.permutation import derive_key, shuffled
 from ostro.data.sequences import IGNORE, EvalData, TrainData, cut
-from ostro.data.store import TokenStore
+from ostro.data.store import _LARGE, TokenStore
 from ostro.errors import ConfigError, DataError
 
 
@@ -60,6 +62,32 @@ def test_any_slice_of_the_examples_equals_the_whole(options):
     whole = data.get(0, 40).tokens
     pieces = [train(**options).get(i, 5).tokens for i in range(0, 40, 5)]
     assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("shuffle", [True, 700])
+def test_places_do_not_depend_on_what_was_asked_before(shuffle):
+    data = train(50_000, shuffle=shuffle)
+    key = derive_key(data.seed, "data")
+    firsts = np.random.default_rng(0).integers(0, 20_000, 40)
+    for first in [1020, 0, *firsts.tolist()]:
+        indices = np.arange(first, first + 9)
+        expected = shuffled(indices, data.num_windows, shuffle, key) * data.seq_len
+        assert data.places(first, 9)[1].tolist() == expected.tolist()
+    assert len(data._blocks) <= 2, "the memory of long runs stays flat"
+
+
+def test_a_large_file_is_mapped_for_random_reads(tmp_path):
+    path = tmp_path / "large.bin"
+    with open(path, "wb") as file:
+        file.truncate(_LARGE + 2)
+    large = TokenStore.open([path], "uint16")
+    large.expect_random()
+    flags, is_ours = "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        is_ours = str(path) in line or (is_ours and ":" in line.split()[0])
+        flags = line if is_ours and line.startswith("VmFlags") else flags
+    assert "rr" in flags.split()
+    assert large.read(5, 9).tolist() == [0, 0, 0, 0]
 
 
 def test_random_windows_start_anywhere_and_always_have_targets():
