@@ -69,6 +69,7 @@ def quiet(config: TrainLmConfig, folder: Path, keep: Sequence[CheckpointInterval
         tracker=JsonLoggerConfig(),
         progress=False,
         checkpointer=checkpointer,
+        compile=config.trainer.compile is True,  # runs that are compared must not choose by a clock
         max_eval_batches=min(config.trainer.max_eval_batches or 2, 2),
     )
 

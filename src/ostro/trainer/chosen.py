@@ -43,7 +43,7 @@ def choose(
         value: Any = getattr(trainer, name)
         if value == is_open and type(value) is type(is_open):
             value = known.get(name)
-            if type(value) is not kind or value < 0:  # nobody chose yet, or a file is damaged
+            if type(value) is not kind or (kind is int and value < 1):  # none, or a damaged file
                 value = world.from_first(choices[name](trainer))
             trainer = replace(trainer, **{name: value})
         if name == "num_threads" and value != torch.get_num_threads():
