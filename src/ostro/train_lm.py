@@ -205,6 +205,7 @@ def choose_settings(
         if trainer.eval_only or trainer.deterministic_reduction or not has_compiler():
             return False
         trainer = dataclasses.replace(trainer, compile=True)
+        choose_kernels(trainer, world.device)
         make_engine = choose_engine(trainer, config.optimizer, plan, world, mesh)
 
         def build() -> Engine:
@@ -218,8 +219,14 @@ def choose_settings(
         torch.compiler.reset()  # what was seen there must not decide how the run is compiled
         return pays
 
-    choices = {"num_threads": lambda _: torch.get_num_threads(), "compile": measure}
-    return dataclasses.replace(config, trainer=choose(config.trainer, world, saved, choices))
+    choices = {
+        "num_threads": lambda _: torch.get_num_threads(),
+        "kernels": lambda _: native.in_use(),
+        "compile": measure,
+    }
+    trainer = choose(config.trainer, world, saved, choices)
+    choose_kernels(trainer, world.device)
+    return dataclasses.replace(config, trainer=trainer)
 
 
 def keep_contract(

@@ -101,7 +101,11 @@ def saved_with(num_ranks: int = 1, **trainer: object) -> SimpleNamespace:
 
 
 def chosen_from(saved) -> TrainerConfig:
-    choices = {"num_threads": lambda _: torch.get_num_threads(), "compile": lambda _: True}
+    choices = {
+        "num_threads": lambda _: torch.get_num_threads(),
+        "kernels": lambda _: "torch",
+        "compile": lambda _: True,
+    }
     return chosen.choose(TrainerConfig(compile="auto"), WORLD, saved, choices)
 
 
@@ -128,5 +132,5 @@ def test_what_no_checkpoint_says_is_chosen(saved):
 
 
 def test_what_was_given_is_not_chosen():
-    given = TrainerConfig(compile=False, num_threads=torch.get_num_threads())
+    given = TrainerConfig(compile=False, num_threads=torch.get_num_threads(), kernels="torch")
     assert chosen.choose(given, WORLD, saved_with(compile=True, num_threads=99), {}) == given

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ostro import native
 from ostro.checkpoint import Saved, SavedFile, read_settings
 from ostro.data.sequences import Batch
 from ostro.distributed import World
@@ -20,7 +21,11 @@ from ostro.trainer.engine import Engine
 
 log = logging.getLogger("ostro")
 
-_OPEN: Mapping[str, tuple[Any, type]] = {"num_threads": (None, int), "compile": ("auto", bool)}
+_OPEN: Mapping[str, tuple[Any, type]] = {
+    "num_threads": (None, int),
+    "kernels": ("auto", str),
+    "compile": ("auto", bool),
+}
 """What leaves a setting open, and the type of what is chosen; in the order of choosing."""
 
 _LEAST_COST = 5.0  # seconds that compiling takes at least
@@ -57,6 +62,8 @@ def _known(saved: Saved | SavedFile | None, world: World) -> dict[str, Any]:
         return {}
     trainer = read_settings(saved.texts["config.yaml"], str(saved))["trainer"]
     known = {name: trainer[name] for name in _OPEN if name in trainer}
+    if known.get("kernels") == "native" and native.why_not():
+        del known["kernels"]  # made on a machine that could run them
     made_by = saved.values.get("made_by")
     if not isinstance(made_by, dict) or made_by.get("num_ranks") != world.num_ranks:
         known.pop("num_threads", None)  # the cores are shared by another number of processes
