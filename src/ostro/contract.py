@@ -74,7 +74,6 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "trainer.recover": ("warn", _UPDATES),
     "trainer.mp": ("warn", _ROUNDING),
     "trainer.compile": ("warn", _ROUNDING),
-    "trainer.kernels": ("accept", "what counts is made_by.kernels"),
     "trainer.deepspeed": ("warn", "DeepSpeed sums and rounds in its own way"),
     **{
         f"trainer.{name}": ("warn", _SUMS)
@@ -102,7 +101,7 @@ NOT_COMPARED = {
     *("trainer.id", "trainer.device", "trainer.distributed", "trainer.resume_policy"),
     *("trainer.load_checkpoint", "trainer.load_checkpoint_path", "trainer.initialize_from"),
     *("initialize_from_hf", "use_hf_model_config"),
-    "trainer.num_threads",  # made_by.num_threads is
+    *("trainer.num_threads", "trainer.kernels"),  # those of made_by are
 }
 
 
