@@ -115,9 +115,8 @@ class FolderStore:
 
 def _is_begun(path: str) -> bool:
     """Whether this is a step on an object store whose upload never came to its marker."""
-    if storage.is_local(path) or not STEP.fullmatch(path.rpartition("/")[2]):
-        return False
-    return storage.MARKER not in storage.names(path)
+    is_remote_step = not storage.is_local(path) and STEP.fullmatch(path.rpartition("/")[2])
+    return bool(is_remote_step) and storage.MARKER not in storage.names(path)
 
 
 def _is_complete(path: str) -> bool:

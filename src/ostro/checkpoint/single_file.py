@@ -170,7 +170,9 @@ class SavedFile:
     """A checkpoint in one file, opened. As `store.Saved`: `values`, `texts`, `tensors(group)`."""
 
     path: str
-    state: State
+    values: Mapping[str, Any]  # what is no tensor
+    texts: Mapping[str, str]  # by name
+    by_group: Mapping[str, Mapping[str, Tensor]]
 
     def __str__(self) -> str:
         return self.path
@@ -183,23 +185,13 @@ class SavedFile:
     @property
     def groups(self) -> list[str]:
         """The groups of tensors that it holds."""
-        return list(self.state.tensors)
-
-    @property
-    def values(self) -> Mapping[str, Any]:
-        """What is no tensor."""
-        return self.state.values
-
-    @property
-    def texts(self) -> Mapping[str, str]:
-        """Text files of the checkpoint, by name."""
-        return self.state.texts
+        return list(self.by_group)
 
     def tensors(self, group: str) -> Mapping[str, Tensor]:
         """The tensors of one group, on the CPU."""
-        if group not in self.state.tensors:
+        if group not in self.by_group:
             raise CheckpointError(f"{self.path} - holds no {group!r} tensors")
-        return self.state.tensors[group]
+        return self.by_group[group]
 
     def stored(self, group: str) -> dict[str, Stored]:
         """The same, each as one piece."""
@@ -217,7 +209,7 @@ def load_file(path: str | Path, *, check: bool = True) -> SavedFile:
             state = file_format.unpack(content, str(path))
             if not _is_state(state):
                 raise CheckpointError(f"{path} - is damaged: its parts are not of the right types")
-            return SavedFile(str(path), state)
+            return SavedFile(str(path), state.values, state.texts, state.tensors)
     found = ", ".join(map(str, list(content)[:8]))
     raise CheckpointError(f"{path} - is no checkpoint of ostro or nanoGPT: it holds {found}")
 
