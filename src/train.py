@@ -9,8 +9,7 @@ import ostro  # noqa: F401 - the package beside this file: what follows is found
 sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 from ostro.cli.gpt3 import train  # noqa: E402
-from ostro.guard import guarded  # noqa: E402
+from ostro.guard import run_script  # noqa: E402
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--debug"]
-    sys.exit(guarded(lambda signals: train(words, signals), debug="--debug" in sys.argv))
+    run_script(train)

@@ -5,7 +5,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -38,6 +38,15 @@ def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
         last_words(text, is_lost=isinstance(error, LostRankError))
         return 1 if message is None else getattr(error, "exit_code", 2)
     return 0
+
+
+def run_script(command: Callable[[list[str], Signals], None]) -> NoReturn:
+    """Run `command` with this process's arguments, and end with its exit code.
+
+    `--debug` is not among them: it shows the traceback of what is otherwise one message.
+    """
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    sys.exit(guarded(lambda signals: command(words, signals), debug="--debug" in sys.argv))
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -14,6 +14,7 @@ from ostro.checkpoint import State, find_latest
 from ostro.checkpoint.folders import FileStore
 from ostro.cli.gpt3_tools import evaluate, infer, results_folder
 from ostro.cli.main import run_command
+from ostro.guard import run_script
 from ostro.inference import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -48,7 +49,7 @@ def called(folder, monkeypatch, capsys):
     def call(function, checkpoint, *words):
         monkeypatch.setattr(sys, "argv", ["script", "--model_checkpoint", checkpoint, *words])
         with pytest.raises(SystemExit) as stop:
-            function()
+            run_script(function)
         return stop.value.code, *capsys.readouterr()
 
     return call
@@ -176,8 +177,9 @@ def test_the_scripts_do_not_hide_the_library_evaluate(name, tmp_path):
     package = tmp_path / "ostro" / "cli"
     package.mkdir(parents=True)
     (tmp_path / "ostro" / "__init__.py").touch()
-    stub = f"def {name}():\n    import importlib.util as u; print(u.find_spec('evaluate'))\n"
+    stub = f"def {name}(*_):\n    import importlib.util as u; print(u.find_spec('evaluate'))\n"
     (package / "gpt3_tools.py").write_text(stub)
+    (package.parent / "guard.py").write_text("def run_script(command):\n    command([], None)\n")
     for script in ("evaluate.py", "infer.py"):
         shutil.copy(SOURCE / script, tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -1,8 +1,6 @@
 """The command lines of `src/evaluate.py` and `src/infer.py`."""
 
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from ostro.checkpoint import Saved, SavedFile
 from ostro.cli.arguments import Parser
@@ -11,26 +9,13 @@ from ostro.cli.native import open_checkpoint, saved_config
 from ostro.config import load
 from ostro.distributed import pick_device
 from ostro.errors import ConfigError, Problem
-from ostro.guard import guarded
 from ostro.inference import load_model, load_tokenizer
 from ostro.sample import SamplingConfig, complete_all
+from ostro.signals import Signals
 
 
-def evaluate() -> NoReturn:
+def evaluate(argv: list[str], signals: Signals) -> None:
     """`evaluate.py`: scores of a checkpoint, kept in `experiments/<name>/results`."""
-    sys.exit(guarded(lambda signals: _evaluate(_words()), debug="--debug" in sys.argv))
-
-
-def infer() -> NoReturn:
-    """`infer.py`: let a checkpoint write."""
-    sys.exit(guarded(lambda signals: _infer(_words()), debug="--debug" in sys.argv))
-
-
-def _words() -> list[str]:
-    return [word for word in sys.argv[1:] if word != "--debug"]
-
-
-def _evaluate(argv: list[str]) -> None:
     parser = _parser("evaluate.py", "Score a checkpoint on benchmarks.")
     add_benchmark_options(parser)
     options, _ = parser.parse(argv)
@@ -39,7 +24,8 @@ def _evaluate(argv: list[str]) -> None:
     score(saved, options, results_folder(saved, options.config))
 
 
-def _infer(argv: list[str]) -> None:
+def infer(argv: list[str], signals: Signals) -> None:
+    """`infer.py`: let a checkpoint write."""
     parser = _parser("infer.py", "Let a checkpoint go on with a text.", SamplingConfig)
     parser.add_argument("--prompt", required=True, help="text to go on with")
     parser.add_argument("--max_length", type=int, default=100, help="tokens, with the prompt's")
