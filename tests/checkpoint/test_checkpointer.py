@@ -226,7 +226,6 @@ def test_report_says_what_was_saved(tmp_path):
     run.step(4, force=True)
     report = run.checkpointer.last
     assert report.path == f"{run.folder}/step-4"
-    assert report.bytes == load(report.path).metadata.num_bytes > 300
     assert 0 < report.seconds < 10
     marks = load(report.path).metadata
     assert (marks.run_id, marks.run_name) == ("me", "name of me")

@@ -154,7 +154,6 @@ class SaveReport:
     step: int
     kind: Kind
     seconds: float  # how long training waited for it
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class Checkpointer:
         self._config, self._policy, self._store = config, config.policy, store
         self._clock = clock
         self._last_save = clock()
-        self._under_way: Future[tuple[str, int]] | None = None
+        self._under_way: Future[str] | None = None
         self._begun: tuple[int, Kind, float] = (0, "temporary", 0.0)  # its step, kind, and seconds
         self._stager = Stager()
         self._thread: threading.Thread | None = None
@@ -303,12 +302,12 @@ class Checkpointer:
             return None
         start = time.perf_counter()
         try:
-            path, size = self._under_way.result()
+            path = self._under_way.result()
         finally:
             self._under_way = None
             if self._thread is not None:  # nor while this one runs
                 self._thread.join()
                 self._thread = None
         step, kind, seconds = self._begun
-        self.last = SaveReport(path, step, kind, seconds + time.perf_counter() - start, size)
+        self.last = SaveReport(path, step, kind, seconds + time.perf_counter() - start)
         return self.last

@@ -47,8 +47,8 @@ class FolderStore:
 
     def save(
         self, state: State, step: int, kind: Kind, best: bool, group: ProcessGroup | None
-    ) -> tuple[str, int]:
-        """Write a checkpoint; returns its path and, on the first rank, its size in bytes."""
+    ) -> str:
+        """Write a checkpoint; returns its path."""
         # Later than what is there, whatever this machine's clock says: newest wins on resume.
         timestamp = max(time.time(), self._newest + 1e-3)
         metadata = write(
@@ -65,14 +65,14 @@ class FolderStore:
         )
         path = step_folder(self.folder, step)
         if metadata is None:  # the first rank looks after the folder
-            return path, 0
+            return path
         assert self._temporaries is not None, "prepare comes before save"
         self._newest = timestamp
         if self.points:
             single_file.point_to(Path(path).expanduser())
         kept = [old for old in self._temporaries if old != path and not self._drop(old, best)]
         self._temporaries = [*kept, path] if kind == "temporary" else kept
-        return path, metadata.num_bytes
+        return path
 
     def _drop(self, path: str, new_best: bool) -> bool:
         """Delete a superseded temporary checkpoint if it still is one. False: it stays."""
@@ -162,30 +162,30 @@ class FileStore:
 
     def save(
         self, state: State, step: int, kind: Kind, best: bool, group: ProcessGroup | None
-    ) -> tuple[str, int]:
+    ) -> str:
         return on_first(group, lambda: self._save(state, step, kind, best))
 
-    def _save(self, state: State, step: int, kind: Kind, best: bool) -> tuple[str, int]:
+    def _save(self, state: State, step: int, kind: Kind, best: bool) -> str:
         folder = Path(self.folder).expanduser()
         if self.format_name == "nanogpt":
             content = single_file.FORMATS[self.format_name].pack(state)
             aside = self.only_best and not best
             path = folder / (single_file.INTERRUPTED if aside else single_file.NANOGPT)
-            size = single_file.write_file(path, content)
+            single_file.write_file(path, content)
             if not aside:
                 (folder / single_file.INTERRUPTED).unlink(missing_ok=True)
-            return str(path), size
+            return str(path)
         marks = {"run_id": self.run_id, "is_temporary": kind == "temporary", "is_best": best}
         content = single_file.FORMATS["file"].pack(replace(state, values={**state.values, **marks}))
         self.make_room(single_file.space_for(content), step)
         path = folder / f"step_{step}.pt"
-        size = single_file.write_file(path, content)
+        single_file.write_file(path, content)
         single_file.point_to(path)
         self._drop_superseded(str(path), best)
         if kind == "temporary":
             assert self._temporaries is not None, "prepare comes before save"
             self._temporaries[str(path)] = best
-        return str(path), size
+        return str(path)
 
     def _drop_superseded(self, new: str, new_best: bool) -> None:
         """Delete the temporary ones before `new`, the best until a better one is there."""

@@ -42,11 +42,6 @@ class Metadata:
     run_name: str  # `load_checkpoint_path` finds runs by it
     files: Mapping[str, FileRecord]  # every other file, by its name in the folder
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all files but this one."""
-        return sum(record.bytes for record in self.files.values())
-
     def to_json(self) -> str:
         """The text of `metadata.json`."""
         fields = {

@@ -93,8 +93,8 @@ def pointed_folder(path: Path) -> str | None:
     return str(path.parent / named["folder"])
 
 
-def write_file(path: Path, content: Mapping[str, Any]) -> int:
-    """Save a mapping of tensors and plain values atomically; returns its size in bytes.
+def write_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Save a mapping of tensors and plain values atomically.
 
     Raises `CheckpointError` where the disk is too small, fills up, or refuses; the file that was
     there is untouched then.
@@ -108,7 +108,6 @@ def write_file(path: Path, content: Mapping[str, Any]) -> int:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-            size = file.tell()
         mark("commit")
         os.replace(new, path)  # the commit
         mark("commit")
@@ -123,7 +122,6 @@ def write_file(path: Path, content: Mapping[str, Any]) -> int:
             advice = "what was there is untouched; free space or write elsewhere"
             raise CheckpointError(f"{path} - {what} - {advice}") from error
         raise
-    return size
 
 
 def space_for(content: Mapping[str, Any]) -> int:

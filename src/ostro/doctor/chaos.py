@@ -170,7 +170,7 @@ class Campaign:
         path.write_text(dump_yaml(config))
         words = ["train", "--config_path", str(path)]
         code, text = self._import(fault.nth, fault.kind, faults.SIGNALS[fault.kind], words)
-        return Ended(code, text, 0.0)
+        return Ended(code, text)
 
     def _import(self, nth: int, kind: str, signum: int, argv: list[str]) -> tuple[int, str]:
         code = faults.IMPORT_FAULT.format(nth=nth, kind=kind, signum=int(signum), argv=argv)

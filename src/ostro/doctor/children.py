@@ -30,7 +30,6 @@ class Ended:
 
     code: int  # -9 for one that signal 9 ended
     output: str  # what all processes of the run printed, the log included
-    seconds: float
 
     @property
     def tail(self) -> str:
@@ -88,33 +87,28 @@ def train(
     and so is a process that takes longer than `patience` seconds.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
     address = _free_address()
     pids = [_fork(config, output, o, rank, len(orders), address) for rank, o in enumerate(orders)]
-    ended: dict[int, tuple[int, float]] = {}
-    deadline = begun + patience
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + patience
     try:
-        while len(ended) < len(pids):
-            for rank in set(range(len(pids))) - set(ended):
-                if status := _ended(pids[rank]):
-                    ended[rank] = (status[0], time.monotonic() - begun)
-                    if status[0] < 0:
+        while len(codes) < len(pids):
+            for rank in set(range(len(pids))) - set(codes):
+                found, status = os.waitpid(pids[rank], os.WNOHANG)
+                if found:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+                    if codes[rank] < 0:
                         deadline = min(deadline, time.monotonic() + grace)
             if time.monotonic() > deadline:
                 break
             time.sleep(0.005)
     finally:
-        for rank in set(range(len(pids))) - set(ended):
+        for rank in set(range(len(pids))) - set(codes):
             os.kill(pids[rank], signal.SIGKILL)
             os.waitpid(pids[rank], 0)
-            ended[rank] = (-signal.SIGKILL, time.monotonic() - begun)
+            codes[rank] = -signal.SIGKILL
     text = output.read_text(errors="replace")
-    return [Ended(ended[rank][0], text, ended[rank][1]) for rank in range(len(pids))]
-
-
-def _ended(pid: int) -> tuple[int] | None:
-    found, status = os.waitpid(pid, os.WNOHANG)
-    return (os.waitstatus_to_exitcode(status),) if found else None
+    return [Ended(codes[rank], text) for rank in range(len(pids))]
 
 
 def _fork(
