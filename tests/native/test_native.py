@@ -206,3 +206,10 @@ def test_a_profile_has_the_kernels():
     with torch.profiler.profile() as profiler:
         native.gelu(noise(4, 16))
     assert "ostro::gelu_forward" in {event.key for event in profiler.key_averages()}
+
+
+@needs_kernels
+def test_the_norms_of_gradients():
+    grads = [torch.randn(70_000, generator=torch.Generator().manual_seed(0)), torch.ones(3, 5)]
+    torch.testing.assert_close(native.norms(grads), torch.stack(torch._foreach_norm(grads)))
+    assert native.norms([grads[0][::2]]) is None

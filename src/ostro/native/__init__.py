@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,7 @@ __all__ = [
     "in_use",
     "is_used",
     "linear",
+    "norms",
     "rms_norm",
     "rotary",
     "silu_gate",
@@ -83,7 +85,7 @@ def _library() -> ctypes.CDLL | str:
         return "this CPU has no bfloat16 instructions"
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]
     try:
-        return ctypes.CDLL(str(_made(compiler)))
+        library = ctypes.CDLL(str(_made(compiler)))
     except FileNotFoundError:
         return f"there is no C++ compiler ({compiler[0]})"
     except subprocess.CalledProcessError as error:
@@ -91,6 +93,8 @@ def _library() -> ctypes.CDLL | str:
         return f"{compiler[0]} could not compile them: {error.stderr.strip().splitlines()[-1:]}"
     except OSError as error:
         return str(error)
+    library.squares.restype = ctypes.c_double
+    return library
 
 
 def _made(compiler: list[str]) -> Path:
@@ -123,7 +127,7 @@ def _processor() -> bytes:
         return b"".join(line for line in file if line.startswith(b"flags"))[:4096]
 
 
-def _call(name: str, *args: Tensor | int | float | bool | None) -> None:
+def _call(name: str, *args: Tensor | int | float | bool | None) -> float:
     """Call a kernel: tensors as pointers, numbers as C sees them there."""
     kinds = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float}
     values = [
@@ -135,9 +139,8 @@ def _call(name: str, *args: Tensor | int | float | bool | None) -> None:
     kernel = getattr(_library(), name)
     if torch.autograd._profiler_enabled():  # which would not know of it
         with torch.profiler.record_function(f"ostro::{name}"):
-            kernel(*values)
-    else:
-        kernel(*values)
+            return kernel(*values)
+    return kernel(*values)
 
 
 class _Attention(torch.autograd.Function):
@@ -338,3 +341,11 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     fits = qkv.shape[-1] % 32 == 0 and is_used(qkv) and qkv.is_contiguous()
     fits = fits and cos.dtype == sin.dtype == torch.float32
     return _Rotary.apply(qkv, cos.contiguous(), sin.contiguous()) if fits else None
+
+
+def norms(gradients: Sequence[Tensor]) -> Tensor | None:
+    """The 2-norm of each gradient, float32 (gradients,); None where the kernels are not in use."""
+    in_use = _is_wanted and _library.cache_info().currsize and available()
+    if not in_use or not all(type(g) is Tensor and _is_plain(g) for g in gradients):
+        return None
+    return torch.tensor([_call("squares", g, g.numel()) for g in gradients]).sqrt()

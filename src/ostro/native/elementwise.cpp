@@ -5,10 +5,12 @@
 namespace {
 constexpr float ROOT = 0.7978845608f, CUBIC = 0.044715f;  // sqrt(2 / pi), arXiv:1606.08415
 
-// sigmoid(x)
+// 1 / (1 + e^-x); one step of Newton's method makes the approximate reciprocal as good as a division.
 __m512 sigmoid(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1);
-  return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+  const __m512 most = _mm512_set1_ps(80);  // so that e^-x stays finite
+  const __m512 e = exponential(_mm512_min_ps(most, _mm512_sub_ps(_mm512_setzero_ps(), x)));
+  const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1), e), near = _mm512_rcp14_ps(sum);
+  return _mm512_mul_ps(near, _mm512_fnmadd_ps(sum, near, _mm512_set1_ps(2)));
 }
 
 // (1 + tanh(u)) / 2 = sigmoid(2 u) for gelu's u, and the derivative of 2 u
@@ -136,5 +138,26 @@ void rotary(const bf16* x, const float* cos, const float* sin, bf16* out, int64_
       }
     }
   }
+}
+
+// The sum of squares. Blocks of one size are summed first: threads do not show in the result.
+double squares(const float* x, int64_t count) {
+  constexpr int64_t BLOCK = 1 << 14;
+  const int64_t blocks = (count + BLOCK - 1) / BLOCK;
+  double* sums = scratch<double>(blocks, 0);
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < blocks; block++) {
+    __m512 sum[4] = {};
+    const int64_t end = std::min(count, (block + 1) * BLOCK);
+    for (int64_t at = block * BLOCK; at < end; at += 64)
+      for (int64_t i = 0; i < 4; i++) {
+        const __m512 value = _mm512_maskz_loadu_ps(first(end - at - 16 * i), x + at + 16 * i);
+        sum[i] = _mm512_fmadd_ps(value, value, sum[i]);
+      }
+    sums[block] = _mm512_reduce_add_ps(sum[0] + sum[1] + (sum[2] + sum[3]));
+  }
+  double total = 0;
+  for (int64_t block = 0; block < blocks; block++) total += sums[block];
+  return total;
 }
 }

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ostro import native
+
 
 def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients of these parameters together; those without do not count."""
@@ -26,7 +28,9 @@ def gradient_norm(
     if not grads:
         return torch.zeros(())
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    norms = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))
+    norms = native.norms(grads)
+    if norms is None:
+        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))
     if shares is None or sum_ is None:
         return torch.linalg.vector_norm(norms)
     return sum_((norms.square() * shares).sum()).sqrt()
