@@ -202,6 +202,7 @@ def test_rms_norm_and_rotary_positions_and_their_gradients():
     assert torch.equal(turned[:, :, :, 3], qkv[:, :, :, 3])
 
 
+@needs_kernels
 def test_a_profile_has_the_kernels():
     with torch.profiler.profile() as profiler:
         native.gelu(noise(4, 16))
