@@ -20,13 +20,11 @@ def verify_resume(argv: list[str], signals: Signals) -> None:
     about = "Train N updates, kill, resume and train N more; compare with 2N in one go, bit by bit."
     parser = Parser("verify-resume", about)
     parser.add_config_path()
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="updates of each part")
-    parser.add_argument(
-        "--ranks", default="1,1", help="processes of each part: 1,2,1 resumes in two, then in one"
-    )
-    parser.add_argument(
-        "--folder", help="where to work and leave everything; default: a temporary folder"
-    )
+    parser.add_count("steps", "updates of each part", default=5, least=2)
+    parts = "processes of each part: 1,2,1 resumes in two, then in one"
+    parser.add_argument("--ranks", default="1,1", help=parts)
+    place = "where to work and leave everything; default: a temporary folder"
+    parser.add_argument("--folder", help=place)
     options, flags = parser.parse(argv)
     loaded = load_run(options.config_path, flags)
     plan = Plan(options.steps, check_ranks(options.ranks))
@@ -40,8 +38,8 @@ def chaos(argv: list[str], signals: Signals) -> None:
     about = "Inject faults into runs of a configuration, and check that nothing is lost by them."
     parser = Parser("chaos", about)
     parser.add_config_path(required=False)
-    parser.add_argument("--each", type=int, default=10, help="faults of each kind in each place")
-    parser.add_argument("--steps", type=int, default=12, help="updates of a run")
+    parser.add_count("each", "faults of each kind in each place", default=10)
+    parser.add_count("steps", "updates of a run", default=12)
     parser.add_argument("--seed", type=int, default=0, help="of what is hit when")
     parser.add_argument("--only", action="append", metavar="KIND[@PLACE]", help="; ".join(KINDS))
     parser.add_argument("--folder", help="where to work; what failed is left there")
@@ -62,13 +60,10 @@ def bench(argv: list[str], signals: Signals) -> None:
     about = "Train for a while and leave nothing behind: speed, memory, and where the time goes."
     parser = Parser("bench", about)
     parser.add_config_path()
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="updates of a round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each, eager and compiled")
+    parser.add_count("steps", "updates of a round", default=5)
+    parser.add_count("rounds", "rounds of each, eager and compiled", default=5)
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     options, flags = parser.parse(argv)
-    for name in ("steps", "rounds"):
-        if getattr(options, name) < 1:
-            raise ConfigError(Problem(f"--{name}", "must be at least 1"))
     loaded = load_run(options.config_path, flags)
     result = explained(loaded, lambda: measure(loaded.config, options.steps, options.rounds))
     print("\n".join(report(result)))

@@ -50,8 +50,6 @@ class Plan:
 
     def check(self, config: TrainLmConfig) -> None:
         """`ConfigError` where the run cannot be cut like that."""
-        if self.num_steps < 2:
-            raise ConfigError(Problem("--steps", "must be at least 2", value=str(self.num_steps)))
         if len(self.ranks) < 2 or min(self.ranks) < 1:
             rule = "must be two numbers of processes or more"
             raise ConfigError(Problem("--ranks", rule, "for example 1,2,1", str(self.ranks)))
