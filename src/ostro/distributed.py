@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ostro.cluster import Place, find_place, visible_devices
-from ostro.errors import ConfigError, Problem
+from ostro.errors import ConfigError, Problem, at_least
 from ostro.meeting import LostRankError, Meeting
 
 Value = TypeVar("Value")
@@ -48,8 +48,7 @@ class DistributedConfig:
     """Library of the collectives: NCCL for CUDA devices, gloo for all others."""
 
     def problems(self) -> Iterator[Problem]:
-        if self.num_processes is not None and self.num_processes < 1:
-            yield Problem("num_processes", "must be at least 1")
+        yield from at_least(1, self, "num_processes")
         if self.process_id is not None:
             count = self.num_processes or 1
             if not 0 <= self.process_id < count:

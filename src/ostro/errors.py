@@ -9,7 +9,7 @@ Commands print the message of an `OstroError` without a traceback and exit with 
 no credentials.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -58,6 +58,14 @@ class Problem:
         origin = "" if self.origin is None else f" ({self.origin})"
         advice = f" - {self.advice}" if self.advice else ""
         return f"{self.setting}{value}{origin} - {self.rule}{advice}"
+
+
+def at_least(least: int, config: object, *names: str, advice: str = "") -> Iterator[Problem]:
+    """A problem for each of these fields of a configuration that is set and smaller."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            yield Problem(name, f"must be at least {least}", advice)
 
 
 class ConfigError(OstroError):

@@ -11,7 +11,7 @@ from ostro.config.fields import dotted_names
 from ostro.contract import policy_problems
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
-from ostro.errors import ConfigError, Problem
+from ostro.errors import ConfigError, Problem, at_least
 from ostro.hf import read_model
 from ostro.meeting import remembered
 from ostro.models import Gpt2Config
@@ -54,8 +54,7 @@ class TrainLmConfig:
     """Python modules to import first: they may register models, optimizers, trackers, sources."""
 
     def problems(self) -> Iterator[Problem]:
-        if self.vocab_size is not None and self.vocab_size < 1:
-            yield Problem("vocab_size", "must be at least 1", "null takes the tokenizer's")
+        yield from at_least(1, self, "vocab_size", advice="null takes the tokenizer's")
         if self.epoch < 0:
             yield Problem("epoch", "must not be negative", "0 goes on until num_train_steps")
         if self.initialize_from_hf is not None and self.trainer.initialize_from is not None:

@@ -11,7 +11,7 @@ from math import inf, sqrt
 from typing import Any
 
 from ostro.data.mixture import BatchSchedule
-from ostro.errors import Problem
+from ostro.errors import Problem, at_least
 
 _MIN_DEVIATION = 1e-6
 
@@ -60,18 +60,14 @@ class RecoverConfig:
     none; the run goes back to its newest checkpoint, or to its start."""
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("max_rollbacks", "window", "patience"):
-            if getattr(self, name) < 1:
-                yield Problem(name, "must be at least 1")
+        yield from at_least(1, self, "max_rollbacks", "window", "patience")
+        yield from at_least(1, self, "snapshot_every", advice="null switches it off")
+        yield from at_least(2, self, "rolling_interval_length")
         if not 0 <= self.batches_before < max(self.window, 1):
             rule = f"must be at least 0 and below window = {self.window}"
             yield Problem("batches_before", rule, "the first bad step has to be left out too")
         if not self.sigma_factor > 0:
             yield Problem("sigma_factor", "must be above 0")
-        if self.rolling_interval_length < 2:
-            yield Problem("rolling_interval_length", "must be at least 2 steps")
-        if self.snapshot_every is not None and self.snapshot_every < 1:
-            yield Problem("snapshot_every", "must be at least 1", "null switches it off")
 
 
 @dataclass(frozen=True)

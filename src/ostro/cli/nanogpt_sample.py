@@ -13,7 +13,7 @@ from ostro.config import help_text, load
 from ostro.data.tokenizer import Gpt2Tokenizer, Tokenizer
 from ostro.dialects.nanogpt import GPT2_SIZES
 from ostro.distributed import pick_device
-from ostro.errors import ConfigError, Problem
+from ostro.errors import ConfigError, Problem, at_least
 from ostro.hf import read_model, read_weights
 from ostro.inference import load_model, load_tokenizer
 from ostro.models.lm_model import LmModel
@@ -52,8 +52,7 @@ class NanoGptSampleConfig:
     """Compile the model first."""
 
     def problems(self) -> Iterator[Problem]:
-        if self.num_samples < 1:
-            yield Problem("num_samples", "must be at least 1")
+        yield from at_least(1, self, "num_samples")
         if self.init_from != "resume" and self.init_from not in GPT2_SIZES:
             yield Problem("init_from", f"must be resume or one of {', '.join(GPT2_SIZES)}")
 

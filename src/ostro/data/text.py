@@ -26,7 +26,7 @@ from ostro.data.tokenizer import (
     TokenizerConfig,
     tokenizer_from_text,
 )
-from ostro.errors import DataError, Problem
+from ostro.errors import DataError, Problem, at_least
 from ostro.secrets import redacted
 
 logger = logging.getLogger("ostro.data")
@@ -114,10 +114,8 @@ class LMDatasetConfig:
             yield Problem("validation_urls", "goes with train_urls only", "set it in the source")
         if not isinstance(self.shuffle, bool) and self.shuffle < 0:
             yield Problem("shuffle", "must be true, false or a number of windows")
-        for key in ("num_workers", "num_validation_sequences", "mixture_block_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                yield Problem(key, "must be at least 1")
+        counts = ("num_workers", "num_validation_sequences", "mixture_block_size")
+        yield from at_least(1, self, *counts)
         yield from self._weight_problems()
 
     def _weight_problems(self) -> Iterator[Problem]:

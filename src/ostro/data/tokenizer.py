@@ -18,7 +18,7 @@ import tokenizers
 from ostro.config import Choice, encode
 from ostro.data.meta import read_alphabet
 from ostro.data.store import CacheDir
-from ostro.errors import DataError, Problem
+from ostro.errors import DataError, Problem, at_least
 
 logger = logging.getLogger("ostro.data")
 
@@ -407,8 +407,7 @@ class BpeTokenizer(TokenizerConfig):
     def problems(self) -> Iterator[Problem]:
         if self.vocab_size < 257:
             yield Problem("vocab_size", "must be at least 257: 256 bytes and the end of document")
-        if self.sample_mb < 1:
-            yield Problem("sample_mb", "must be at least 1")
+        yield from at_least(1, self, "sample_mb")
 
     def learn(self, shards: Sequence[Callable[[], Iterator[str]]]) -> Tokenizer:
         inner = _byte_level(tokenizers.models.BPE())

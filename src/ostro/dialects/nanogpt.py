@@ -11,7 +11,7 @@ import torch
 from ostro.cluster import find_place
 from ostro.config import Loaded
 from ostro.dialects.translation import Translation, ratio
-from ostro.errors import ConfigError, Problem
+from ostro.errors import ConfigError, Problem, at_least
 from ostro.hf import read_settings
 
 DEFAULT_FILE = "train_config.yaml"
@@ -100,9 +100,8 @@ class NanoGptConfig:
     """Seed of the initial weights, the data and dropout."""
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("batch_size", "gradient_accumulation_steps", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                yield Problem(name, "must be at least 1")
+        counts = ("batch_size", "gradient_accumulation_steps", "n_layer", "n_head", "n_embd")
+        yield from at_least(1, self, *counts)
         if self.n_head > 0 and self.n_embd % self.n_head:
             yield Problem("n_embd", f"must be divisible by n_head = {self.n_head}", "change one")
         if self.decay_lr and not 0 <= self.min_lr <= self.learning_rate:
