@@ -26,7 +26,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import time
@@ -112,11 +112,9 @@ def write(
     Raises `CheckpointError`, on all ranks, where the disk is too small (before writing), fills up,
     or refuses; what was being written is removed then, and every older checkpoint is still there.
     """
-    marks = (step, time() if timestamp is None else float(timestamp), is_temporary, is_best)
-    room = partial(make_room, step=step)
-    save = _Save(
-        folder, state, group, room, lambda files: Metadata(*marks, run_id, run_name, files)
-    )
+    timestamp = time() if timestamp is None else float(timestamp)
+    marks = Metadata(step, timestamp, is_temporary, is_best, run_id, run_name, {})
+    save = _Save(folder, state, group, marks, make_room)
     try:
         if group is None:
             work = save.begin()
@@ -139,22 +137,22 @@ class _Save:
         folder: str,
         state: State,
         group: ProcessGroup | None,
-        make_room: Callable[[int], None],
-        describe: Callable[[dict[str, FileRecord]], Metadata],
+        marks: Metadata,
+        make_room: Callable[[int, int], None],
     ):
         self.metadata: Metadata | None = None  # of what was committed
-        self._folder, self._state, self._describe = folder, state, describe
-        self._make_room = make_room
+        self._folder, self._state, self._marks, self._make_room = folder, state, marks, make_room
         self._is_local = storage.is_local(folder)
         self._is_alone = group is None
-        self._target = step_folder(folder, describe({}).step)
+        self._target = step_folder(folder, marks.step)
         self._work = self._aside = ""  # not begun
 
     def begin(self) -> str:
         """Make the folder that is written to."""
         with self._explained():
             need, ready = checkpoint_bytes(self._state), self._state.folders.values()
-            self._make_room(need + sum(storage.size(str(path)) for path in ready))
+            room = need + sum(storage.size(str(path)) for path in ready)
+            self._make_room(room, self._marks.step)
             storage.require_space(self._folder, need)
             name = self._target.rpartition("/")[2]
             self._aside = f"{self._folder.rstrip('/')}/{storage.ASIDE}{name}-{os.getpid()}"
@@ -185,7 +183,7 @@ class _Save:
                 os.rename(ready, f"{storage.locate(work)[1]}/{name}")
             for name, data in _small_files(state, index).items():
                 files[name] = self.write_file(f"{work}/{name}", data)
-            metadata = self._describe(files)
+            metadata = replace(self._marks, files=files)
             mark("commit")
             self.write_file(f"{work}/{storage.MARKER}", metadata.to_json().encode())
             if work != self._target:
@@ -367,8 +365,7 @@ class Saved:
                 self._verified_file(file)
 
     def _read(self, name: str) -> bytes:
-        with open(self._verified_file(name), "rb") as file:
-            return file.read()
+        return Path(self._verified_file(name)).read_bytes()
 
     def _verified_file(self, name: str) -> str:
         """The local path of a file whose content is as recorded; a remote one is fetched once."""
