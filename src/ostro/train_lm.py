@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import shlex
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -286,9 +287,8 @@ def with_epochs(config: TrainLmConfig, data: LMData) -> TrainLmConfig:
     if not config.epoch:
         return config
     schedule = config.trainer.batch_schedule()
-    limit, step = config.epoch * data.train.num_windows, 0
-    while step < config.trainer.num_train_steps and schedule.offset(step + 1) <= limit:
-        step += 1
+    steps = range(1, config.trainer.num_train_steps + 1)
+    step = bisect_right(steps, config.epoch * data.train.num_windows, key=schedule.offset)
     return replace_trainer(config, num_train_steps=max(step, 1))
 
 
