@@ -172,7 +172,7 @@ def test_without_a_compiler_torch_does_the_work(tmp_path):
         "assert native.linear(torch.ones(64, 16).bfloat16(), torch.ones(16, 16), None) is None\n"
         "print(native.why_not())"
     )
-    environment = {**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**os.environ, "CXX": "no-such-compiler", "OSTRO_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "no C++ compiler (no-such-compiler)" in done.stdout or "CPU" in done.stdout

@@ -106,7 +106,8 @@ def _made(compiler: list[str]) -> Path:
     known = [f"{version}{torch.__version__}{_FLAGS}".encode(), _processor()]
     known += [path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))]]
     name = hashlib.sha256(b"\0".join(known)).hexdigest()[:24]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ostro"
+    home = os.environ.get("OSTRO_CACHE_HOME", "~/.cache/ostro")
+    caches = Path(home).expanduser() / "compiled"
     made = caches / f"kernels-{name}.so"
     if made.exists():
         return made
@@ -229,14 +230,15 @@ def head_loss(
     grad_hidden: Tensor | None = None,
     grad_weight: Tensor | None = None,
     *,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Tensor:
     """Cross-entropy of each row, (rows,) float32, 0 where the target is -100.
 
     `hidden` (rows, embed) bfloat16, `weight` (vocab, embed) float32, `targets` (rows,) int64. The
     gradients of the losses' sum times `scale` are written into the tensors given. Logits of `chunk`
-    rows are held at once.
+    rows are held at once; None: 1024, or fewer where the vocabulary is large.
     """
+    chunk = chunk or max(64, min(1024, 2**27 // len(weight)))
     losses = torch.empty(len(hidden))
     sizes = (len(hidden), *weight.shape, min(chunk, len(hidden)), float(scale), False)
     _call("head_loss", hidden, weight, targets, losses, grad_hidden, grad_weight, *sizes)
