@@ -109,7 +109,7 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_nothing_had_been(tmp_
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("RUN_ID", raising=False)
     changes = CHANGES | {"trainer": CHANGES["trainer"] | {
-        "id": None, "checkpointer": {"keep": [{"every": 5}]}}}  # fmt: skip
+        "id": None, "checkpointer": {"keep": [{"every": 5}], "async_save": False}}}  # fmt: skip
     runs = []
     for name, imports in (("whole", []), ("killed", ["killer"])):
         config = write_config(tmp_path / name, **changes, imports=imports)

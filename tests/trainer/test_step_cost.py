@@ -24,7 +24,7 @@ SETTINGS = {
 }
 BOUNDS = {
     "native": {"calls": 0.44, "bytes": 0.34},
-    "torch": {"calls": 1.0, "bytes": 0.39},
+    "torch": {"calls": 1.06, "bytes": 0.39},
     "f32": {"calls": 1.03, "bytes": 0.41},
 }
 SYNCS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
@@ -91,7 +91,6 @@ def faults(ours: Cost, plain: Cost, bounds) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BOUNDS)
-@pytest.mark.skipif(not native.available(), reason="other kernels, other counts")
 def test_an_update_makes_few_calls_allocates_little_and_does_not_wait(name):
     if name == "native" and not native.available():
         pytest.skip(native.why_not())

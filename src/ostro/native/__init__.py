@@ -40,11 +40,12 @@ __all__ = [
 
 log = logging.getLogger("ostro")
 _FLAGS = "-O3 -march=native -std=c++20 -fopenmp -shared -fPIC -w"
-_is_wanted = True
+_is_wanted: bool | None = None
+"""Null where nobody has said: then what can only be done in bfloat16 is."""
 
 
-def use(wanted: bool) -> None:
-    """Whether models of this process use the kernels, where they can."""
+def use(wanted: bool | None) -> None:
+    """Whether this process uses the kernels where it can; None as at its start: models do."""
     global _is_wanted
     _is_wanted = wanted
 
@@ -52,7 +53,7 @@ def use(wanted: bool) -> None:
 def is_used(x: Tensor) -> bool:
     """Whether the kernels do the work on this bfloat16 tensor of a CPU."""
     return (
-        _is_wanted
+        _is_wanted is not False
         and x.dtype == torch.bfloat16
         and x.is_cpu
         and not torch.compiler.is_compiling()
@@ -63,7 +64,7 @@ def is_used(x: Tensor) -> bool:
 
 def in_use() -> str:
     """`native` or `torch`: what does the work on bfloat16 tensors of CPUs."""
-    return "native" if _is_wanted and available() else "torch"
+    return "native" if _is_wanted is not False and available() else "torch"
 
 
 def available() -> bool:
@@ -347,7 +348,8 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
 
 def norms(gradients: Sequence[Tensor]) -> Tensor | None:
     """The 2-norm of each gradient, float32 (gradients,); None where the kernels are not in use."""
-    in_use = _is_wanted and _library.cache_info().currsize and available()
-    if not in_use or not all(type(g) is Tensor and _is_plain(g) for g in gradients):
+    if not (_is_wanted and available()) or not all(
+        type(g) is Tensor and _is_plain(g) for g in gradients
+    ):
         return None
     return torch.tensor([_call("squares", g, g.numel()) for g in gradients]).sqrt()

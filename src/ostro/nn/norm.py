@@ -25,11 +25,13 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) -> (..., size)."""
-        # A gain near 1 that is rounded to bfloat16 shows in the loss curve. Only kernels of CPUs
-        # take float32 beside it; they sum in float32 too.
-        wide = x if x.is_cpu else x.float()
-        y = F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.eps)
-        return y.to(x.dtype)
+        # Kernels of torch sum in float32 for half-precision inputs. A gain near 1 that is rounded
+        # to bfloat16 shows in the loss curve; FSDP hands out rounded ones, and so has all that is
+        # to equal it. A CPU that trains by itself keeps them as they are.
+        gain, bias = self.weight, self.bias
+        if not native.is_used(x):
+            gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, gain, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -49,4 +51,4 @@ class RMSNorm(nn.Module):
             return found
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight).to(x.dtype)
+        return (wide * scale).to(x.dtype) * self.weight.to(x.dtype)
