@@ -76,7 +76,8 @@ def run(
     config = with_hf_model(config)
     check(config)
     trainer = config.trainer
-    with joined(trainer.distributed, trainer.device, trainer.require_accelerator) as world:
+    joining = joined(trainer.distributed, trainer.device, trainer.require_accelerator)
+    with native.restored(), joining as world:
         run_id = world.from_first(choose_run_id(config))
         config = replace_trainer(config, id=run_id)
         check(config)  # the id may come from the environment
@@ -121,8 +122,9 @@ def choose_kernels(trainer: TrainerConfig, device: torch.device) -> None:
     """Take what `trainer.kernels` says; `ConfigError` where that cannot run."""
     # Bits that do not depend on how a batch is split are a promise about torch's operators.
     wanted = trainer.kernels != "torch" and not trainer.deterministic_reduction
-    native.use(wanted and device.type == "cpu" and trainer.mp.compute == "bfloat16")
-    if trainer.kernels == "native" and native.why_not():
+    wanted = wanted and device.type == "cpu" and trainer.mp.compute == "bfloat16"
+    native.use(wanted)
+    if wanted and trainer.kernels == "native" and native.why_not():
         raise ConfigError(
             f"trainer.kernels = native - {native.why_not()} - install a C++ compiler such as g++,"
             " or take trainer.kernels: auto"

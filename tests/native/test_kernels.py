@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ostro import native
 from ostro.models import Gpt2Config, LlamaConfig, initialize
+from ostro.nn.loss import keep_memory
 from ostro.nn.norm import RMSNorm
 from ostro.nn.rotary import turn_fused
 
@@ -216,3 +217,35 @@ def test_the_norms_of_gradients():
     native.use(True)
     torch.testing.assert_close(native.norms(grads), torch.stack(torch._foreach_norm(grads)))
     assert native.norms([grads[0][::2]]) is None
+
+
+@needs_kernels
+def test_what_is_not_a_number_stays_so():
+    """Otherwise a run that diverges would not be noticed."""
+    x, weight, qkv = noise(40, 32), torch.randn(65, 32), noise(1, 20, 2, 3, 16)
+    x[3, 5] = qkv[0, 4, 1, 2, 3] = torch.nan
+    assert native.head_loss(x, weight, torch.zeros(40, dtype=torch.int64))[3].isnan()
+    assert native.linear(x, weight[:64], None)[3].isnan().all()
+    assert native.gelu(x)[3, 5].isnan() and native.silu_gate(x, x)[3, 5].isnan()
+    assert native.rms_norm(x, torch.ones(32), 1e-5)[3].isnan().all()
+    out = native.attention(qkv, 0.2).view(1, 20, 2, 16)
+    assert out[0, 4:, 1, 3].isnan().all()
+    native.use(True)
+    assert native.norms([x[3].float()]).isnan()
+
+
+def test_memory_of_gradients_is_kept_for_heads_only():
+    config = LlamaConfig(seq_len=16, hidden_dim=32, num_layers=1, num_heads=2, num_kv_heads=2)
+    model = replace(config, intermediate_dim=32).build(65)
+    initialize(model, 0)
+    tokens = torch.randint(65, (2, 16))
+    for _ in range(2):
+        model(tokens, tokens).backward()
+        keep_memory(model.parameters())
+        kept = {n: p.kept_memory for n, p in model.named_parameters() if hasattr(p, "kept_memory")}
+        assert list(kept) == ["head.weight"]
+        assert kept.pop("head.weight") is model.head.weight.grad
+        at = model.head.weight.grad.data_ptr()
+        model.zero_grad(set_to_none=True)
+    model(tokens, tokens).backward()
+    assert model.head.weight.grad.data_ptr() == at

@@ -14,7 +14,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,7 @@ __all__ = [
     "is_used",
     "linear",
     "norms",
+    "restored",
     "rms_norm",
     "rotary",
     "silu_gate",
@@ -48,6 +50,16 @@ def use(wanted: bool | None) -> None:
     """Whether this process uses the kernels where it can; None as at its start: models do."""
     global _is_wanted
     _is_wanted = wanted
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """What is said by `use` inside is forgotten behind it."""
+    before = _is_wanted
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def is_used(x: Tensor) -> bool:
@@ -197,7 +209,7 @@ class _Linear(torch.autograd.Function):
         grad_bias = weight.new_empty(len(weight)) if wanted[2] else None
         rows, (outs, ins) = grad.numel() // grad.shape[-1], weight.shape
         gradients = (grad_x, grad_weight, grad_bias)
-        _call("linear_backward", x, weight, grad, *gradients, rows, ins, outs, False)
+        _call("linear_backward", x, weight, grad, *gradients, rows, ins, outs)
         return gradients
 
 
@@ -241,7 +253,7 @@ def head_loss(
     """
     chunk = chunk or max(64, min(1024, 2**27 // len(weight)))
     losses = torch.empty(len(hidden))
-    sizes = (len(hidden), *weight.shape, min(chunk, len(hidden)), float(scale), False)
+    sizes = (len(hidden), *weight.shape, min(chunk, len(hidden)), float(scale))
     _call("head_loss", hidden, weight, targets, losses, grad_hidden, grad_weight, *sizes)
     return losses
 

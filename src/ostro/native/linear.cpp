@@ -18,9 +18,9 @@ void linear_forward(const bf16* x, const float* weight, const float* bias, bf16*
   }
 }
 
-// Gradients of x, of the weight and of the bias, each unless null; the last two are added to, if `add`.
+// Gradients of x, of the weight and of the bias, each unless null.
 void linear_backward(const bf16* x, const float* weight, const bf16* grad, bf16* grad_x, float* grad_weight,
-                     float* grad_bias, int64_t rows, int64_t ins, int64_t outs, bool add) {
+                     float* grad_bias, int64_t rows, int64_t ins, int64_t outs) {
   const int64_t chunk = even_part(rows, CHUNK), wide = even_part(ins, PANEL);
   bf16* pairs = scratch<bf16>(grad_weight ? chunk * ins : 0, 2);
 #pragma omp parallel
@@ -42,9 +42,9 @@ void linear_backward(const bf16* x, const float* weight, const bf16* grad, bf16*
         for (int64_t c = 0; grad_bias && c < columns; c++) {
           __m512 sum = _mm512_setzero_ps();
           for (int64_t r = 0; r < width; r += 16) sum = _mm512_add_ps(sum, load(grad_t + c * width + r));
-          grad_bias[col + c] = (add || row ? grad_bias[col + c] : 0) + _mm512_reduce_add_ps(sum);
+          grad_bias[col + c] = (row ? grad_bias[col + c] : 0) + _mm512_reduce_add_ps(sum);
         }
-        multiply_panels(grad_t, columns, width, pairs, ins, wide, grad_weight + col * ins, add || row);
+        multiply_panels(grad_t, columns, width, pairs, ins, wide, grad_weight + col * ins, row > 0);
       }
     }
     end_of_products();

@@ -101,9 +101,9 @@ void differentiate(const Head& h, const bf16* pairs, const int64_t* targets, int
 extern "C" {
 
 // Losses (rows) of hidden (rows, embed) and weight (vocab, embed), and unless null the gradients of their sum
-// times `scale`; that of the weight is added to, if `add`. embed is a multiple of 16.
+// times `scale`. embed is a multiple of 16.
 void head_loss(const bf16* hidden, const float* weight, const int64_t* targets, float* losses, bf16* grad_hidden,
-               float* grad_weight, int64_t rows, int64_t vocab, int64_t embed, int64_t chunk, float scale, bool add) {
+               float* grad_weight, int64_t rows, int64_t vocab, int64_t embed, int64_t chunk, float scale) {
   const Head h{weight, vocab, embed, scale};
   const int64_t most = std::min(rows, chunk), even = (most + 15) / 16 * 16;
   bf16* e = scratch<bf16>(most * h.padded(), 3);
@@ -120,7 +120,7 @@ void head_loss(const bf16* hidden, const float* weight, const int64_t* targets, 
       finish(h, t, count, largest, total, picked, log_sums, losses + row);
       if (!grad_hidden && !grad_weight) continue;
       pair_panels(x, count, embed, even_part(embed, PANEL), pairs, width);
-      differentiate(h, pairs, t, count, e, largest, log_sums, picked, grad_weight, add || row);
+      differentiate(h, pairs, t, count, e, largest, log_sums, picked, grad_weight, row > 0);
       if (grad_hidden)
         multiply(e, count, h.padded(), embed, nullptr, grad_hidden + row * embed,
                  [&](int64_t col, int64_t wide, int64_t k, int64_t depth, bf16* to) {

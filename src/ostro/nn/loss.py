@@ -103,19 +103,20 @@ def token_losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def gradient_memory(weight: Tensor) -> Tensor:
-    """Memory for the gradient of a weight: that of the last update, where `keep_memory` kept it."""
-    kept = vars(weight).pop("kept_memory", None)
+    """Memory for a head's gradient: that of the last update, where `keep_memory` kept it."""
+    kept = getattr(weight, "kept_memory", None)
+    vars(weight)["kept_memory"] = None  # taken, and to be kept again
     return torch.empty_like(weight) if kept is None else kept
 
 
 def keep_memory(parameters: Iterable[nn.Parameter]) -> None:
-    """Forget gradients, but keep the memory of the largest: a head's is made first of all.
+    """Before gradients are forgotten, keep the memory of those of heads on CPUs.
 
-    Its pages would be new to the process in every step, which takes a CPU longer than filling them.
+    Its pages would be new to the process in every step, which takes longer than filling them.
     """
-    largest = max(parameters, key=Tensor.numel)
-    if largest.is_cpu and type(largest.grad) is Tensor:
-        largest.kept_memory = largest.grad
+    for parameter in parameters:
+        if parameter.is_cpu and "kept_memory" in vars(parameter):
+            parameter.kept_memory = parameter.grad
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
