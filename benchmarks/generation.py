@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
+from ostro.decode import in_compute_dtype
 from ostro.models import Gpt2Config, initialize
 from ostro.sample import generate
 
@@ -37,7 +38,8 @@ def serve_ours(precision: str) -> None:
         generate(model, [request["prompt"]], max_new_tokens=request["new"], temperature=0.0)
         return time.perf_counter() - start
 
-    common.serve(answer)
+    with in_compute_dtype(model):  # once for all calls, as the peers' weights are
+        common.serve(answer)
 
 
 def measure(rounds: int) -> dict[str, Any]:

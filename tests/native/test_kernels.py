@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ostro import native
 from ostro.models import Gpt2Config, LlamaConfig, initialize
 from ostro.nn.loss import keep_memory
-from ostro.nn.norm import RMSNorm
+from ostro.nn.norm import LayerNorm, RMSNorm
 from ostro.nn.rotary import turn_fused
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason=native.why_not() or "runs")
@@ -31,7 +32,13 @@ def distance(found: Tensor, expected: Tensor) -> float:
 @needs_kernels
 @pytest.mark.parametrize(
     ("batch", "position", "heads", "group", "size"),
-    [(2, 128, 2, 1, 64), (1, 200, 3, 2, 32), (2, 5, 1, 4, 16), (1, 300, 1, 1, 80)],
+    [
+        (2, 128, 2, 1, 64),
+        (1, 200, 3, 2, 32),
+        (2, 5, 1, 4, 16),
+        (3, 64, 2, 1, 32),
+        (1, 300, 1, 1, 80),
+    ],
 )
 def test_attention_and_its_gradient(batch, position, heads, group, size):
     torch.manual_seed(0)
@@ -180,24 +187,35 @@ def test_without_a_compiler_torch_does_the_work(tmp_path):
 
 
 @needs_kernels
-def test_rms_norm_and_rotary_positions_and_their_gradients():
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm, partial(LayerNorm, bias=False)])
+def test_norms_and_their_gradients(kind):
     torch.manual_seed(0)
-    x, upstream = noise(3, 50, 96).requires_grad_(), noise(3, 50, 96)
-    norm = RMSNorm(("embed", 96), eps=1e-5)
-    norm.weight.data = torch.randn(96)
+    x, upstream = noise(3, 50, 96) + 2, noise(3, 50, 96)
+    norm = kind(("embed", 96), eps=1e-5)
+    for parameter in norm.parameters():
+        parameter.data = torch.randn(96)
+    found = []
+    for copy in (x.requires_grad_(), x.detach().float().requires_grad_()):
+        norm.zero_grad()
+        y = norm(copy)
+        y.backward(upstream.to(copy.dtype))
+        found.append([y, copy.grad, *(p.grad for p in norm.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert distance(ours, theirs) < 0.004
+
+
+@needs_kernels
+def test_rotary_positions_and_their_gradients():
+    torch.manual_seed(0)
     qkv, back = noise(2, 9, 2, 4, 32).requires_grad_(), noise(2, 9, 2, 4, 32)
     angles = torch.randn(1, 9, 1, 1, 16)
     found = []
     for wanted in (True, False):
         native.use(wanted)
-        norm.weight.grad = x.grad = qkv.grad = None
-        try:
-            y, turned = norm(x), turn_fused(qkv, angles.cos(), angles.sin())
-        finally:
-            native.use(None)
-        y.backward(upstream)
+        qkv.grad = None
+        turned = turn_fused(qkv, angles.cos(), angles.sin())
         turned.backward(back)
-        found.append([y, x.grad, norm.weight.grad, turned, qkv.grad])
+        found.append([turned, qkv.grad])
     for ours, theirs in zip(*found, strict=True):
         assert distance(ours, theirs.float()) < 0.005
     assert torch.equal(turned[:, :, :, 3], qkv[:, :, :, 3])
@@ -227,7 +245,9 @@ def test_what_is_not_a_number_stays_so():
     assert native.head_loss(x, weight, torch.zeros(40, dtype=torch.int64))[3].isnan()
     assert native.linear(x, weight[:64], None)[3].isnan().all()
     assert native.gelu(x)[3, 5].isnan() and native.silu_gate(x, x)[3, 5].isnan()
-    assert native.rms_norm(x, torch.ones(32), 1e-5)[3].isnan().all()
+    for is_centred in (True, False):
+        normed = native.normalise(x, torch.ones(32), None, 1e-5, is_centred=is_centred)
+        assert normed[3].isnan().all()
     out = native.attention(qkv, 0.2).view(1, 20, 2, 16)
     assert out[0, 4:, 1, 3].isnan().all()
     native.use(True)

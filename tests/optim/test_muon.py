@@ -15,7 +15,7 @@ from ostro.optim import (
     MuonConfig,
     apply_update,
     clip_scale,
-    global_norm,
+    gradient_norm,
     optimizer_tensors,
     set_learning_rate,
 )
@@ -140,7 +140,7 @@ def train(config: MuonConfig, steps: range, parameters=None, optimizer=None):
     for step in steps:
         set_gradients(parameters, seed=step)
         set_learning_rate(optimizer, 0.02)
-        norm = global_norm(parameter for parameter, _ in parameters.values())
+        norm = gradient_norm(p.grad for p, _ in parameters.values())
         apply_update(optimizer, clip_scale(norm, 0.5), torch.tensor(False))
     return parameters, optimizer
 

@@ -23,10 +23,11 @@ SETTINGS = {
     "f32": ["--trainer.mp", "f32"],
 }
 BOUNDS = {
-    "native": {"calls": 0.44, "bytes": 0.34},
-    "torch": {"calls": 1.06, "bytes": 0.39},
-    "f32": {"calls": 1.03, "bytes": 0.41},
+    "native": {"calls": 0.49, "bytes": 0.34},
+    "torch": {"calls": 1.05, "bytes": 0.39},
+    "f32": {"calls": 1.02, "bytes": 0.41},
 }
+ON_CPU = 3
 SYNCS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 
 
@@ -86,8 +87,9 @@ def faults(ours: Cost, plain: Cost, bounds) -> list[str]:
     """What costs more than it may, as multiples of plain torch."""
     ratios = {"calls": ours.calls / plain.calls, "bytes": ours.bytes / plain.bytes}
     wrong = [f"{name}: {ratio:.3f}" for name, ratio in ratios.items() if ratio > bounds[name]]
-    # On CPUs the loss looks whether its gradient is 1, which costs nothing there.
-    return wrong + ["waits for the device"] * (ours.syncs > 1)
+    # On CPUs, where it costs nothing, the loss looks whether its gradient is 1, and the update
+    # whether it is to be made and what gradients are divided by.
+    return wrong + ["waits for the device"] * (ours.syncs != ON_CPU)
 
 
 @pytest.mark.parametrize("name", BOUNDS)

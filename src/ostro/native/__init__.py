@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "adamw",
     "attention",
     "available",
     "gelu",
@@ -31,9 +32,9 @@ __all__ = [
     "in_use",
     "is_used",
     "linear",
+    "normalise",
     "norms",
     "restored",
-    "rms_norm",
     "rotary",
     "silu_gate",
     "use",
@@ -106,7 +107,6 @@ def _library() -> ctypes.CDLL | str:
         return f"{compiler[0]} could not compile them: {error.stderr.strip().splitlines()[-1:]}"
     except OSError as error:
         return str(error)
-    library.squares.restype = ctypes.c_double
     return library
 
 
@@ -141,20 +141,26 @@ def _processor() -> bytes:
         return b"".join(line for line in file if line.startswith(b"flags"))[:4096]
 
 
-def _call(name: str, *args: Tensor | int | float | bool | None) -> float:
+_KINDS = {
+    bool: ctypes.c_bool,
+    int: ctypes.c_int64,
+    float: ctypes.c_double,
+    type(None): ctypes.c_void_p,
+}
+
+
+def _call(name: str, *args: Tensor | int | float | bool | None) -> None:
     """Call a kernel: tensors as pointers, numbers as C sees them there."""
-    kinds = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float}
-    values = [
-        ctypes.c_void_p(None if arg is None else arg.data_ptr())
-        if arg is None or isinstance(arg, Tensor)
-        else kinds[type(arg)](arg)
-        for arg in args
-    ]
     kernel = getattr(_library(), name)
+    if kernel.argtypes is None:
+        kernel.argtypes = [_KINDS.get(type(arg), ctypes.c_void_p) for arg in args]
+        kernel.restype = None
+    values = [arg if type(arg) in _KINDS else arg.data_ptr() for arg in args]
     if torch.autograd._profiler_enabled():  # which would not know of it
         with torch.profiler.record_function(f"ostro::{name}"):
-            return kernel(*values)
-    return kernel(*values)
+            kernel(*values)
+    else:
+        kernel(*values)
 
 
 class _Attention(torch.autograd.Function):
@@ -258,74 +264,63 @@ def head_loss(
     return losses
 
 
-class _Gelu(torch.autograd.Function):
+class _Elementwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        out = torch.empty_like(x)
-        _call("gelu_forward", x, out, x.numel())
+    def forward(ctx, name, *inputs):
+        ctx.name = name
+        ctx.save_for_backward(*inputs)
+        out = torch.empty_like(inputs[0])
+        _call(f"{name}_forward", *inputs, out, out.numel())
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        _call("gelu_backward", x, grad.contiguous(), grad_x, x.numel())
-        return grad_x
+        inputs = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in inputs]
+        _call(f"{ctx.name}_backward", *inputs, grad.contiguous(), *gradients, grad.numel())
+        return None, *gradients
 
 
 def gelu(x: Tensor) -> Tensor | None:
     """GELU by its tanh approximation; None where the kernels cannot do it."""
-    return _Gelu.apply(x) if is_used(x) and x.is_contiguous() else None
-
-
-class _SiluGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        _call("silu_gate_forward", gate, up, out, gate.numel())
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        _call("silu_gate_backward", gate, up, grad.contiguous(), grad_gate, grad_up, gate.numel())
-        return grad_gate, grad_up
+    return _Elementwise.apply("gelu", x) if is_used(x) and x.is_contiguous() else None
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor | None:
     """`silu(gate) * up`; None where the kernels cannot do it."""
     fits = is_used(gate) and gate.is_contiguous() and up.is_contiguous()
-    return _SiluGate.apply(gate, up) if fits else None
+    return _Elementwise.apply("silu_gate", gate, up) if fits else None
 
 
-class _RmsNorm(torch.autograd.Function):
+class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, bias, eps, is_centred):
         rows, size = x.numel() // x.shape[-1], x.shape[-1]
         out, scales = torch.empty_like(x), torch.empty(rows)
-        _call("rms_norm_forward", x, weight, out, scales, rows, size, eps)
-        ctx.save_for_backward(x, weight, scales)
+        means = torch.empty(rows) if is_centred else None
+        _call("norm_forward", x, weight, bias, out, means, scales, rows, size, eps)
+        ctx.save_for_backward(x, weight, bias, means, scales)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight, scales = ctx.saved_tensors
-        gradients = torch.empty_like(x), torch.empty_like(weight)
+        x, weight, bias, means, scales = ctx.saved_tensors
+        gradients = [None if each is None else torch.empty_like(each) for each in (x, weight, bias)]
         sizes = len(scales), x.shape[-1]
-        _call("rms_norm_backward", x, weight, scales, grad.contiguous(), *gradients, *sizes)
-        return *gradients, None
+        _call("norm_backward", x, weight, means, scales, grad.contiguous(), *gradients, *sizes)
+        return *gradients, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-    """`x * weight / sqrt(mean(x^2) + eps)` over the last dim; None where the kernels cannot."""
+def normalise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, is_centred: bool
+) -> Tensor | None:
+    """`(x - mean) * weight / sqrt(variance + eps) + bias` over the last dim, the mean taken as 0
+    unless `is_centred`; None where the kernels cannot do it."""
     fits = x.shape[-1] % 16 == 0 and is_used(x) and x.is_contiguous() and _is_plain(weight)
-    return _RmsNorm.apply(x, weight, float(eps)) if fits else None
+    fits = fits and (bias is None or _is_plain(bias))
+    return _Norm.apply(x, weight, bias, float(eps), is_centred) if fits else None
 
 
 class _Rotary(torch.autograd.Function):
@@ -360,8 +355,46 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
 
 def norms(gradients: Sequence[Tensor]) -> Tensor | None:
     """The 2-norm of each gradient, float32 (gradients,); None where the kernels are not in use."""
-    if not (_is_wanted and available()) or not all(
-        type(g) is Tensor and _is_plain(g) for g in gradients
-    ):
+    if not (_is_wanted and all(map(_is_own, gradients)) and available()):
         return None
-    return torch.tensor([_call("squares", g, g.numel()) for g in gradients]).sqrt()
+    squares = torch.empty(len(gradients), dtype=torch.float64)
+    _call("squares", *_table([gradients]), squares)
+    return squares.sqrt().float()
+
+
+def adamw(optimizer: torch.optim.Optimizer, grad_scale: float) -> bool:
+    """Step a `torch.optim.AdamW` with its gradients divided by `grad_scale`.
+
+    False, and nothing is done, where the kernels are not in use or cannot do it.
+    """
+    if not (_is_wanted and type(optimizer) is torch.optim.AdamW and available()):
+        return False
+    groups = []
+    for group in optimizer.param_groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        state = [optimizer.state[p] for p in params]
+        own = [[each[key] for each in state] for key in ("exp_avg", "exp_avg_sq", "step")]
+        tensors = [params, *own, [p.grad for p in params]]
+        if (
+            group["amsgrad"]
+            or group["maximize"]
+            or not all(_is_own(x) for row in tensors for x in row)
+        ):
+            return False
+        groups.append((group, tensors))
+    for group, tensors in groups:
+        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], grad_scale)
+        _call("adamw", *_table(tensors), *map(float, numbers))
+    return True
+
+
+def _is_own(x: Tensor) -> bool:
+    """Whether its memory is all of it, float32 on this CPU."""
+    return type(x) in (Tensor, torch.nn.Parameter) and _is_plain(x)
+
+
+def _table(tensors: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, int]:
+    """Addresses: of what stands first in each sequence, then second, and so on; sizes; how many."""
+    addresses = [x.data_ptr() for row in zip(*tensors, strict=True) for x in row]
+    sizes = [x.numel() for x in tensors[0]]
+    return torch.tensor(addresses), torch.tensor(sizes), len(sizes)

@@ -2,16 +2,15 @@
 // (arXiv:2205.14135). Products are bfloat16 with float sums, and so are the rounded probabilities.
 //
 // `qkv` is (batch, position, kv_heads, group + 2, size): the queries that share a key, the key, its value.
+// BLOCK: queries and keys of a block, 64 or 128.
 
 #include "common.h"
 
 namespace {
-constexpr int64_t BLOCK = 128;  // queries and keys of a block
 constexpr float NONE = -1e30f;
 
-int64_t blocks_of(int64_t count) { return (count + BLOCK - 1) / BLOCK; }
-
 // One block of scores (rows, BLOCK) to probabilities, with the running maximum and sum of each row.
+template <int64_t BLOCK>
 void softmax_block(float* scores, bf16* probabilities, int64_t rows, int64_t diagonal, float scale,
                    float* largest, float* total, float* result, int64_t size) {
   for (int64_t row = 0; row < rows; row++) {
@@ -50,8 +49,9 @@ struct Shape {
   int64_t width() const { return heads * group * size; }         // of the result
 };
 
+template <int64_t BLOCK>
 void forward_head(const Shape& s, const bf16* qkv, bf16* out, float* log_sums, float scale) {
-  const int64_t n = s.tokens, size = s.size, num_blocks = blocks_of(n), area = BLOCK * size;
+  const int64_t n = s.tokens, size = s.size, num_blocks = (n + BLOCK - 1) / BLOCK, area = BLOCK * size;
   bf16* keys = scratch<bf16>(num_blocks * area, 0);
   bf16* values = scratch<bf16>(num_blocks * area, 1);
   float* scores = scratch<float>(BLOCK * BLOCK, 2);
@@ -72,7 +72,7 @@ void forward_head(const Shape& s, const bf16* qkv, bf16* out, float* log_sums, f
       for (int64_t j = 0; j <= i; j++) {
         product(rows, BLOCK, size, qkv + at * s.stride() + g * size, s.stride(), keys + j * area, BLOCK,
                 scores, BLOCK, false);
-        softmax_block(scores, probabilities, rows, j == i ? 0 : -1, scale, largest, total, result, size);
+        softmax_block<BLOCK>(scores, probabilities, rows, j == i ? 0 : -1, scale, largest, total, result, size);
         product(rows, size, BLOCK, probabilities, BLOCK, values + j * area, size, result, size, j > 0);
       }
       for (int64_t row = 0; row < rows; row++) {
@@ -86,12 +86,21 @@ void forward_head(const Shape& s, const bf16* qkv, bf16* out, float* log_sums, f
 }
 
 // Gradients of the scores of one block pair, transposed: keys in rows, queries in columns.
+template <int64_t BLOCK>
 void differentiate(const float* scores, const float* inner, int64_t rows, bool diagonal, float scale,
                    const float* log_sums, const float* delta, bf16* p, bf16* ds, bf16* pairs) {
   const __m512 factor = _mm512_set1_ps(scale);
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   for (int64_t row = 0; row < BLOCK; row += 2)
     for (int64_t col = 0; col < BLOCK; col += 16) {
+      if (diagonal && col + 16 <= row) {  // queries that come before these keys
+        const __m512i none = _mm512_setzero_si512();
+        for (bf16* to : {p, ds})
+          for (int64_t k = 0; k < 2; k++)
+            _mm256_storeu_si256((__m256i*)(to + (row + k) * BLOCK + col), _mm256_setzero_si256());
+        _mm512_storeu_si512(pairs + row * BLOCK + 2 * col, none);
+        continue;
+      }
       __m256i d[2];
       for (int64_t k = 0; k < 2; k++) {
         const int64_t at = (row + k) * BLOCK + col;
@@ -120,6 +129,7 @@ void write(const float* from, int64_t rows, int64_t size, float scale, bf16* to,
 }
 
 // (size, BLOCK) -> (rows, size)
+template <int64_t BLOCK>
 void write_transposed(const float* from, int64_t rows, int64_t size, float scale, bf16* to, int64_t ld) {
   const __m512 by = _mm512_set1_ps(scale);
   for (int64_t row = 0; row < rows; row += 16)
@@ -132,9 +142,10 @@ void write_transposed(const float* from, int64_t rows, int64_t size, float scale
     }
 }
 
+template <int64_t BLOCK>
 void backward_head(const Shape& s, const bf16* qkv, const bf16* out, const bf16* grad_out,
                    const float* log_sums, bf16* grad, float scale) {
-  const int64_t n = s.tokens, size = s.size, num_blocks = blocks_of(n), area = BLOCK * size;
+  const int64_t n = s.tokens, size = s.size, num_blocks = (n + BLOCK - 1) / BLOCK, area = BLOCK * size;
   const int64_t whole = num_blocks * area, ld = s.stride();
   bf16 *queries_t = scratch<bf16>(whole, 0), *queries = scratch<bf16>(whole, 1);
   bf16 *grads_t = scratch<bf16>(whole, 5), *grads = scratch<bf16>(whole, 6);
@@ -170,18 +181,32 @@ void backward_head(const Shape& s, const bf16* qkv, const bf16* out, const bf16*
         const bool add = g > 0 || i > j;
         product(rows, BLOCK, size, k, ld, queries_t + i * area, BLOCK, scores, BLOCK, false);
         product(rows, BLOCK, size, v, ld, grads_t + i * area, BLOCK, inner, BLOCK, false);
-        differentiate(scores, inner, rows, i == j, scale, sums + i * BLOCK, delta + i * BLOCK, p, ds, pairs);
+        differentiate<BLOCK>(scores, inner, rows, i == j, scale, sums + i * BLOCK, delta + i * BLOCK, p, ds, pairs);
         product(rows, size, BLOCK, p, BLOCK, grads + i * area, size, grad_value + j * area, size, add);
         product(rows, size, BLOCK, ds, BLOCK, queries + i * area, size, grad_key + j * area, size, add);
         product(size, BLOCK, BLOCK, key_t, BLOCK, pairs, BLOCK, grad_query + i * area, BLOCK, j > 0);
       }
     }
     for (int64_t i = 0; i < num_blocks; i++)
-      write_transposed(grad_query + i * area, std::min(BLOCK, n - i * BLOCK), size, scale,
+      write_transposed<BLOCK>(grad_query + i * area, std::min(BLOCK, n - i * BLOCK), size, scale,
                        grad + i * BLOCK * ld + g * size, ld);
   }
   write(grad_key, n, size, scale, grad + s.group * size, ld);
   write(grad_value, n, size, 1.0f, grad + (s.group + 1) * size, ld);
+}
+
+template <typename Work>
+void each_head(const Shape& s, Work work) {
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < s.batch * s.heads; task++) {
+      const int64_t b = task / s.heads, h = task % s.heads;
+      work(b * s.tokens * s.stride() + h * (s.group + 2) * s.size, b * s.tokens * s.width() + h * s.group * s.size,
+           task * s.group * s.tokens);
+    }
+    end_of_products();
+  }
 }
 
 }  // namespace
@@ -190,36 +215,20 @@ extern "C" {
 
 // out: (batch, position, kv_heads, group, size); log_sums: float (batch, kv_heads, group, position).
 void attention_forward(const bf16* qkv, bf16* out, float* log_sums, int64_t batch, int64_t tokens,
-                       int64_t heads, int64_t group, int64_t size, float scale) {
+                       int64_t heads, int64_t group, int64_t size, double scale) {
   const Shape s{batch, tokens, heads, group, size};
-#pragma omp parallel
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < batch * heads; task++) {
-      const int64_t b = task / heads, h = task % heads;
-      forward_head(s, qkv + b * tokens * s.stride() + h * (group + 2) * size,
-                   out + b * tokens * s.width() + h * group * size,
-                   log_sums + task * group * tokens, scale);
-    }
-    end_of_products();
-  }
+  each_head(s, [&, head = tokens > 64 ? forward_head<128> : forward_head<64>](int64_t at, int64_t to, int64_t row) {
+    head(s, qkv + at, out + to, log_sums + row, scale);
+  });
 }
 
 // grad: as qkv; grad_out: as out.
 void attention_backward(const bf16* qkv, const bf16* out, const bf16* grad_out, const float* log_sums,
                         bf16* grad, int64_t batch, int64_t tokens, int64_t heads, int64_t group,
-                        int64_t size, float scale) {
+                        int64_t size, double scale) {
   const Shape s{batch, tokens, heads, group, size};
-#pragma omp parallel
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < batch * heads; task++) {
-      const int64_t b = task / heads, h = task % heads;
-      const int64_t at = b * tokens * s.stride() + h * (group + 2) * size;
-      const int64_t to = b * tokens * s.width() + h * group * size;
-      backward_head(s, qkv + at, out + to, grad_out + to, log_sums + task * group * tokens, grad + at, scale);
-    }
-    end_of_products();
-  }
+  each_head(s, [&, head = tokens > 64 ? backward_head<128> : backward_head<64>](int64_t at, int64_t to, int64_t row) {
+    head(s, qkv + at, out + to, grad_out + to, log_sums + row, grad + at, scale);
+  });
 }
 }

@@ -50,13 +50,13 @@ float activated(float x, int64_t kind) {
     case 0: return std::max(x, 0.0f);
     case 1: return x / (1 + std::exp(-x));
     case 2: return 0.5f * x * (1 + std::erf(x * 0.70710678f));
-    case 3: return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    case 3: return x / (1 + std::exp(-1.5957691f * (x + 0.044715f * x * x * x)));  // by tanh, which is slower
     case 4: return x / (1 + std::exp(-1.702f * x));
     default: return std::tanh(x);
   }
 }
 
-constexpr int64_t LANES = 16, STREAMS = 4, CHUNK = 32;
+constexpr int64_t LANES = 16;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 
 inline Vector load(const float* x) {
@@ -83,22 +83,22 @@ inline float total(Vector x) {
   return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
 }
 
-// Products of COUNT rows of a weight with x.
-template <int64_t COUNT, typename T>
-inline void products(const T* w, const float* x, int64_t n, float* y) {
-  Vector sums[COUNT] = {};
+// A row of a weight times x. Rows are read one after the other, in one stream: what comes AHEAD is asked for
+// in time, across the pages at which the processor's own prefetching ends.
+template <typename T>
+inline float product(const T* w, const float* x, int64_t n) {
+  constexpr int64_t AHEAD = 4096, AT_ONCE = 4;
+  Vector sums[AT_ONCE] = {};
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    const Vector part = load(x + i);
-    for (int64_t r = 0; r < COUNT; r++) {
-      __builtin_prefetch(w + (r + COUNT) * n + i, 0, 2);  // the rows behind these
-      sums[r] += load(w + r * n + i) * part;
-    }
+  for (; i + AT_ONCE * LANES <= n; i += AT_ONCE * LANES) {
+    for (size_t line = 0; line < AT_ONCE * LANES * sizeof(T); line += 64)
+      __builtin_prefetch((const char*)(w + i) + AHEAD + line, 0, 2);
+    for (int64_t k = 0; k < AT_ONCE; k++) sums[k] += load(w + i + k * LANES) * load(x + i + k * LANES);
   }
-  for (int64_t r = 0; r < COUNT; r++) {
-    y[r] = total(sums[r]);
-    for (int64_t k = i; k < n; k++) y[r] += wide(w[r * n + k]) * x[k];
-  }
+  for (; i + LANES <= n; i += LANES) sums[0] += load(w + i) * load(x + i);
+  float y = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; i++) y += wide(w[i]) * x[i];
+  return y;
 }
 
 // W x + b for each row of x (rows, in); `use(row, index, value)` takes each result. All threads call this.
@@ -106,20 +106,9 @@ template <typename T, typename Use>
 void linear(const void* weight, const void* bias, const float* x, int64_t rows, int64_t in,
             int64_t out, Use use) {
   const T *w = (const T*)weight, *b = (const T*)bias;
-#pragma omp for schedule(dynamic)
-  for (int64_t first = 0; first < out; first += CHUNK) {
-    const int64_t end = std::min(out, first + CHUNK);
-    for (int64_t o = first; o < end; o += STREAMS)
-      for (int64_t row = 0; row < rows; row++) {
-        const int64_t count = std::min(STREAMS, end - o);
-        float y[STREAMS];
-        if (count == STREAMS)
-          products<STREAMS>(w + o * in, x + row * in, in, y);
-        else
-          for (int64_t k = 0; k < count; k++) products<1>(w + (o + k) * in, x + row * in, in, y + k);
-        for (int64_t k = 0; k < count; k++) use(row, o + k, y[k] + (b ? wide(b[o + k]) : 0));
-      }
-  }
+#pragma omp for schedule(static)
+  for (int64_t o = 0; o < out; o++)
+    for (int64_t row = 0; row < rows; row++) use(row, o, product(w + o * in, x + row * in, in) + (b ? wide(b[o]) : 0));
 }
 
 void normalise(const Model& m, const float* gain, const float* bias, const float* x, float* y) {
@@ -162,8 +151,7 @@ void attend(const Model& m, const Layer& layer, int64_t slot, int64_t at, float*
   for (int64_t q = 0; q < m.group; q++) {
     float largest = -INFINITY, sum = 0;
     for (int64_t p = 0; p <= at; p++) {
-      products<1>(keys + p * size, qkv + q * size, size, &scores[p]);
-      scores[p] *= float(layer.scale);
+      scores[p] = product(keys + p * size, qkv + q * size, size) * float(layer.scale);
       largest = std::max(largest, scores[p]);
     }
     float* result = out + q * size;

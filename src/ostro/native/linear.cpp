@@ -1,8 +1,47 @@
 #include "linear.h"
 
 namespace {
-constexpr int64_t CHUNK = 512;  // rows of a weight's gradient at a time
+constexpr int64_t CHUNK = 1024; // rows of a weight's gradient at a time
+constexpr int64_t HIGH = 256, WIDE = 1536;  // of it: rows at a time, columns of a tile at most
+
+// A weight's gradient is shared out as tiles; threads pack what they need, and nothing that others wrote.
+struct Tiles {
+  int64_t down = 0, across = 0;
+};
+
+Tiles tiles_of(int64_t outs, int64_t ins) {
+  const int64_t threads = omp_get_max_threads();
+  Tiles best;
+  int64_t least = INT64_MAX;
+  for (int64_t across = parts(ins, WIDE); across <= std::min<int64_t>(ins / 16, 2 * threads + 8); across++)
+    for (int64_t down = 1; down <= std::min<int64_t>(outs / 16, 2 * threads); down++) {
+      const int64_t packed = parts(down * across, threads) * (outs / down + ins / across);  // by one thread
+      if (packed < least) least = packed, best = {down, across};
+    }
+  return best;
 }
+
+// (outs, ins) of float (outs, ld) = grad^T x; the sums of grad's columns, unless null.
+void weight_gradient(const bf16* x, int64_t ld, const bf16* grad, int64_t ld_grad, int64_t rows, int64_t ins,
+                     int64_t outs, float* grad_weight, float* grad_bias) {
+  const int64_t chunk = even_part(rows, CHUNK), wide = even_part(ins, PANEL);
+  bf16 *pairs = scratch<bf16>(chunk * ins, 2), *grad_t = scratch<bf16>(HIGH * chunk, 3);
+  for (int64_t row = 0; row < rows; row += chunk) {
+    const int64_t count = std::min(chunk, rows - row), width = (count + 15) / 16 * 16;
+    pair_panels(x + row * ld, ld, count, ins, wide, pairs, width);
+    for (int64_t col = 0; col < outs; col += HIGH) {
+      const int64_t columns = std::min(HIGH, outs - col);
+      transpose_columns(grad + row * ld_grad + col, ld_grad, count, columns, grad_t, width);
+      for (int64_t c = 0; grad_bias && c < columns; c++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t r = 0; r < width; r += 16) sum = _mm512_add_ps(sum, load(grad_t + c * width + r));
+        grad_bias[col + c] = (row ? grad_bias[col + c] : 0) + _mm512_reduce_add_ps(sum);
+      }
+      multiply_panels(grad_t, columns, width, pairs, ins, wide, grad_weight + col * ld, ld, row > 0);
+    }
+  }
+}
+}  // namespace
 
 extern "C" {
 
@@ -21,8 +60,8 @@ void linear_forward(const bf16* x, const float* weight, const float* bias, bf16*
 // Gradients of x, of the weight and of the bias, each unless null.
 void linear_backward(const bf16* x, const float* weight, const bf16* grad, bf16* grad_x, float* grad_weight,
                      float* grad_bias, int64_t rows, int64_t ins, int64_t outs) {
-  const int64_t chunk = even_part(rows, CHUNK), wide = even_part(ins, PANEL);
-  bf16* pairs = scratch<bf16>(grad_weight ? chunk * ins : 0, 2);
+  const Tiles tiles = tiles_of(outs, ins);
+  const int64_t high = even_part(outs, parts(outs, tiles.down)), wide = even_part(ins, parts(ins, tiles.across));
 #pragma omp parallel
   {
     if (grad_x)
@@ -30,23 +69,14 @@ void linear_backward(const bf16* x, const float* weight, const bf16* grad, bf16*
                [&](int64_t col, int64_t width, int64_t k, int64_t count, bf16* to) {
                  pair_rows(weight + k * ins + col, ins, count, width, to, count, width);
                });
-    for (int64_t row = 0; grad_weight && row < rows; row += chunk) {
-      const int64_t count = std::min(chunk, rows - row), width = (count + 15) / 16 * 16;
-      pair_panels(x + row * ins, count, ins, wide, pairs, width);
-      const int64_t part = task_part(outs, 256, 1);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t col = 0; col < outs; col += part) {
-        const int64_t columns = std::min(part, outs - col);
-        bf16* grad_t = scratch<bf16>(part * chunk, 3);
-        transpose_columns(grad + row * outs + col, outs, count, columns, grad_t, width);
-        for (int64_t c = 0; grad_bias && c < columns; c++) {
-          __m512 sum = _mm512_setzero_ps();
-          for (int64_t r = 0; r < width; r += 16) sum = _mm512_add_ps(sum, load(grad_t + c * width + r));
-          grad_bias[col + c] = (row ? grad_bias[col + c] : 0) + _mm512_reduce_add_ps(sum);
-        }
-        multiply_panels(grad_t, columns, width, pairs, ins, wide, grad_weight + col * ins, row > 0);
+    if (grad_weight)
+#pragma omp for schedule(static)
+      for (int64_t tile = 0; tile < tiles.down * tiles.across; tile++) {
+        const int64_t out = tile % tiles.down * high, in = tile / tiles.down * wide;
+        if (out < outs && in < ins)
+          weight_gradient(x + in, ins, grad + out, outs, rows, std::min(wide, ins - in), std::min(high, outs - out),
+                          grad_weight + out * ins + in, in ? nullptr : grad_bias ? grad_bias + out : nullptr);
       }
-    }
     end_of_products();
   }
 }

@@ -70,16 +70,12 @@ static inline void multiply(const bf16* a, int64_t rows, int64_t depth, int64_t 
   }
 }
 
-// x (rows, columns) -> panels of `wide` columns, each of pairs of rows: (width / 2, wide, 2).
-static inline void pair_panels(const bf16* x, int64_t rows, int64_t columns, int64_t wide, bf16* to, int64_t width) {
-  constexpr int64_t HIGH = 128;
-  const int64_t row_parts = parts(width, HIGH);
-#pragma omp for schedule(static)
-  for (int64_t task = 0; task < parts(columns, wide) * row_parts; task++) {
-    const int64_t col = task / row_parts * wide, row = task % row_parts * HIGH;
+// x (rows, ld) -> panels of `wide` of its first columns, each of pairs of rows: (width / 2, wide, 2).
+static inline void pair_panels(const bf16* x, int64_t ld, int64_t rows, int64_t columns, int64_t wide, bf16* to,
+                               int64_t width) {
+  for (int64_t col = 0; col < columns; col += wide) {
     const int64_t count = std::min(wide, columns - col);
-    pair_rows(x + row * columns + col, columns, rows - row, count, to + col * width + row * count,
-              std::min(HIGH, width - row), count);
+    pair_rows(x + col, ld, rows, count, to + col * width, width, count);
   }
 }
 
@@ -93,13 +89,13 @@ static inline void transpose_columns(const bf16* grad, int64_t ld, int64_t rows,
                 width, std::min<int64_t>(32, width - row));
 }
 
-// out (outs, columns) (+)= grad_t (outs, width) times the panels of `pair_panels`.
+// out (outs, ld) (+)= grad_t (outs, width) times the panels of `pair_panels`.
 static inline void multiply_panels(const bf16* grad_t, int64_t outs, int64_t width, const bf16* pairs,
-                                   int64_t columns, int64_t wide, float* out, bool add) {
+                                   int64_t columns, int64_t wide, float* out, int64_t ld, bool add) {
   for (int64_t col = 0; col < columns; col += wide) {
     const int64_t count = std::min(wide, columns - col);
     for (int64_t row = 0; row < outs; row += ROWS)
       product(std::min(ROWS, outs - row), count, width, grad_t + row * width, width, pairs + col * width, count,
-              out + row * columns + col, columns, add);
+              out + row * ld + col, ld, add);
   }
 }

@@ -75,9 +75,11 @@ void finish(const Head& h, const int64_t* targets, int64_t rows, const float* la
 }
 
 // Turn the exponentials into the gradient of the logits, in place, and multiply it into the weight's.
-void differentiate(const Head& h, const bf16* pairs, const int64_t* targets, int64_t rows, bf16* e,
+void differentiate(const Head& h, const bf16* hidden, const int64_t* targets, int64_t rows, bf16* e,
                    const float* largest, const float* log_sums, const float* picked, float* grad_weight, bool add) {
-  const int64_t width = h.width(), even = (rows + 15) / 16 * 16;
+  const int64_t width = h.width(), even = (rows + 15) / 16 * 16, wide = even_part(h.embed, PANEL);
+  bf16* pairs = scratch<bf16>(even * h.embed, 8);
+  if (grad_weight) pair_panels(hidden, h.embed, rows, h.embed, wide, pairs, even);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t p = 0; p < h.panels(); p++) {
     const int64_t col = p * width, valid = std::min(width, h.vocab - col);
@@ -92,7 +94,7 @@ void differentiate(const Head& h, const bf16* pairs, const int64_t* targets, int
     if (!grad_weight) continue;
     bf16* grad_t = scratch<bf16>(width * even, 2);
     transpose_columns(e + col, h.padded(), rows, width, grad_t, even);
-    multiply_panels(grad_t, valid, even, pairs, h.embed, even_part(h.embed, PANEL), grad_weight + col * h.embed, add);
+    multiply_panels(grad_t, valid, even, pairs, h.embed, wide, grad_weight + col * h.embed, h.embed, add);
   }
 }
 
@@ -103,24 +105,22 @@ extern "C" {
 // Losses (rows) of hidden (rows, embed) and weight (vocab, embed), and unless null the gradients of their sum
 // times `scale`. embed is a multiple of 16.
 void head_loss(const bf16* hidden, const float* weight, const int64_t* targets, float* losses, bf16* grad_hidden,
-               float* grad_weight, int64_t rows, int64_t vocab, int64_t embed, int64_t chunk, float scale) {
-  const Head h{weight, vocab, embed, scale};
-  const int64_t most = std::min(rows, chunk), even = (most + 15) / 16 * 16;
+               float* grad_weight, int64_t rows, int64_t vocab, int64_t embed, int64_t chunk, double scale) {
+  const Head h{weight, vocab, embed, float(scale)};
+  const int64_t most = std::min(rows, chunk);
   bf16* e = scratch<bf16>(most * h.padded(), 3);
   float *largest = scratch<float>(h.panels() * most, 4), *total = scratch<float>(h.panels() * most, 5);
   float *picked = scratch<float>(most, 6), *log_sums = scratch<float>(most, 7);
-  bf16* pairs = scratch<bf16>(even * embed, 8);
 #pragma omp parallel
   {
     for (int64_t row = 0; row < rows; row += chunk) {
-      const int64_t count = std::min(chunk, rows - row), width = (count + 15) / 16 * 16;
+      const int64_t count = std::min(chunk, rows - row);
       const bf16* x = hidden + row * embed;
       const int64_t* t = targets + row;
       logits(h, x, t, count, e, largest, total, picked);
       finish(h, t, count, largest, total, picked, log_sums, losses + row);
       if (!grad_hidden && !grad_weight) continue;
-      pair_panels(x, count, embed, even_part(embed, PANEL), pairs, width);
-      differentiate(h, pairs, t, count, e, largest, log_sums, picked, grad_weight, row > 0);
+      differentiate(h, x, t, count, e, largest, log_sums, picked, grad_weight, row > 0);
       if (grad_hidden)
         multiply(e, count, h.padded(), embed, nullptr, grad_hidden + row * embed,
                  [&](int64_t col, int64_t wide, int64_t k, int64_t depth, bf16* to) {

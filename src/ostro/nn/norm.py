@@ -25,12 +25,12 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) -> (..., size)."""
-        # Kernels of torch sum in float32 for half-precision inputs. A gain near 1 that is rounded
-        # to bfloat16 shows in the loss curve; FSDP hands out rounded ones, and so has all that is
-        # to equal it. A CPU that trains by itself keeps them as they are.
-        gain, bias = self.weight, self.bias
-        if not native.is_used(x):
-            gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        # A gain near 1 that is rounded to bfloat16 shows in the loss curve; FSDP hands out rounded
+        # ones, and so has all that is to equal it. Our kernels keep them as they are.
+        found = native.normalise(x, self.weight, self.bias, self.eps, is_centred=True)
+        if found is not None:
+            return found
+        gain, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, gain, bias, self.eps)
 
 
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) -> (..., size)."""
-        found = native.rms_norm(x, self.weight, self.eps)
+        found = native.normalise(x, self.weight, None, self.eps, is_centred=False)
         if found is not None:
             return found
         wide = x.float()

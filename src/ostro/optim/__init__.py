@@ -8,7 +8,6 @@ from ostro.optim.update import (
     LossScaler,
     apply_update,
     clip_scale,
-    global_norm,
     gradient_norm,
     optimizer_tensors,
     set_learning_rate,

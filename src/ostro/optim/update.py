@@ -8,23 +8,18 @@ from torch import Tensor, nn
 from ostro import native
 
 
-def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients of these parameters together; those without do not count."""
-    return gradient_norm(p.grad for p in parameters if p.grad is not None)
-
-
 def gradient_norm(
-    gradients: Iterable[Tensor],
+    gradients: Iterable[Tensor | None],
     shares: Tensor | None = None,
     sum_: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The 2-norm of all gradients together, a scalar of at least float32 on their device.
+    """The 2-norm of all gradients that are there, a scalar of at least float32 on their device.
 
     Where they are split over ranks, `sum_` adds a scalar of all ranks, and `shares` says of each
     gradient, on their device, how much of it counts here: 1 / the number of ranks that hold the
     same part. Does not wait for the device.
     """
-    grads = list(gradients)
+    grads = [grad for grad in gradients if grad is not None]
     if not grads:
         return torch.zeros(())
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
@@ -60,20 +55,26 @@ def apply_update(
 
     Gradients may be scaled in place. Fused optimizers read both on the device; others wait here.
     """
-    if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.grad_scale = None if grad_scale is None else grad_scale.float()
-        optimizer.found_inf = None if found_inf is None else (found_inf != 0).float()
-        try:
-            optimizer.step()
-        finally:  # they belong to this step only
-            del optimizer.grad_scale, optimizer.found_inf
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    if found_inf is not None and (found_inf.is_cpu or not is_fused):
+        if bool(found_inf):  # waits for the device
+            return
+        found_inf = None
+    scale = torch.ones(()) if grad_scale is None else grad_scale
+    if scale.is_cpu and native.adamw(optimizer, scale.item()):
         return
-    if found_inf is not None and bool(found_inf):  # waits for the device
+    if not is_fused:
+        if grad_scale is not None:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            torch._foreach_div_([grad for grad in grads if grad is not None], grad_scale)
+        optimizer.step()
         return
-    if grad_scale is not None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        torch._foreach_div_([grad for grad in grads if grad is not None], grad_scale)
-    optimizer.step()
+    optimizer.grad_scale = None if grad_scale is None else grad_scale.float()
+    optimizer.found_inf = None if found_inf is None else (found_inf != 0).float()
+    try:
+        optimizer.step()
+    finally:  # they belong to this step only
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 def optimizer_tensors(

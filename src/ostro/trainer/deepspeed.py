@@ -17,7 +17,7 @@ from ostro.checkpoint import Saved, SavedFile
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.errors import CheckpointError, ConfigError, Problem
-from ostro.optim import OptimizerConfig, global_norm, set_learning_rate
+from ostro.optim import OptimizerConfig, gradient_norm, set_learning_rate
 from ostro.phases import mark
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.engine import Engine
@@ -242,7 +242,7 @@ class DeepSpeedEngine(Engine):
         loss = self.world.sum(loss)
         set_learning_rate(self.state.optimizer, learning_rate)
         if self._is_plain:  # DeepSpeed neither says nor looks at the norm then
-            norm = global_norm(self.state.parameters.values())
+            norm = gradient_norm(p.grad for p in self.state.parameters.values())
             is_made = bool(torch.isfinite(norm))
             (self.engine.step if is_made else self.engine.zero_grad)()
         else:

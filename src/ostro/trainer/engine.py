@@ -160,7 +160,7 @@ class TorchEngine(Engine):
         scale = state.loss_scale
         if self._shares is not None:
             state.take_gradients()
-        grads = [p.grad for p in state.parameters.values() if p.grad is not None]
+        grads = (p.grad for p in state.parameters.values())
         norm = gradient_norm(grads, self._shares, self.world.sum_all) / scale
         return self._finish(loss, norm, learning_rate, max_grad_norm)
 

@@ -75,7 +75,11 @@ class TrainState:
         """
         text = f"{self.seed}/{step}/{micro_batch}" + (f"/{part}" if part else "")
         key = hashlib.blake2b(text.encode(), digest_size=8)
-        torch.manual_seed(int.from_bytes(key.digest(), "little") >> 1)
+        # `torch.manual_seed` writes down its callers for CUDA, even where there is none.
+        seed = (
+            torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
+        )
+        seed(int.from_bytes(key.digest(), "little") >> 1)
 
     @property
     def loss_scale(self) -> Tensor | float:

@@ -1,5 +1,6 @@
 """The training loop: one update, many updates, and the state between them."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -109,24 +110,28 @@ class Trainer:
         """
         num_steps = self.config.num_train_steps
         self._restart_clock()
-        for step in range(self.state.step, num_steps):
-            info = StepInfo(step, is_last=step == num_steps - 1)
-            figures = None
-            if not self.state.recovery.skips(step):
-                start = time.perf_counter()
-                mark("data", step)
-                batch = next(batches)
-                self._loading_time += time.perf_counter() - start
-                figures = self.train_step(step, batch)
-            self.state.step = step + 1
-            self._pending.append((step, figures))
+        gc.freeze()  # what is there now outlives the loop: collections need not walk it every time
+        try:
+            for step in range(self.state.step, num_steps):
+                info = StepInfo(step, is_last=step == num_steps - 1)
+                figures = None
+                if not self.state.recovery.skips(step):
+                    start = time.perf_counter()
+                    mark("data", step)
+                    batch = next(batches)
+                    self._loading_time += time.perf_counter() - start
+                    figures = self.train_step(step, batch)
+                self.state.step = step + 1
+                self._pending.append((step, figures))
 
-            if info.is_last or step % self.config.log_interval == 0:
-                self.flush()
-            start = time.perf_counter()
-            for callback in callbacks:
-                callback(info)
-            self._hook_time += time.perf_counter() - start
+                if info.is_last or step % self.config.log_interval == 0:
+                    self.flush()
+                start = time.perf_counter()
+                for callback in callbacks:
+                    callback(info)
+                self._hook_time += time.perf_counter() - start
+        finally:
+            gc.unfreeze()
 
     def flush(self) -> None:
         """Hand the figures of the steps since the last flush to the tracker.
