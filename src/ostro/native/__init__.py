@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -156,10 +156,8 @@ def _call(name: str, *args: Tensor | int | float | bool | None) -> None:
         kernel.argtypes = [_KINDS.get(type(arg), ctypes.c_void_p) for arg in args]
         kernel.restype = None
     values = [arg if type(arg) in _KINDS else arg.data_ptr() for arg in args]
-    if torch.autograd._profiler_enabled():  # which would not know of it
-        with torch.profiler.record_function(f"ostro::{name}"):
-            kernel(*values)
-    else:
+    shown = torch.autograd._profiler_enabled()  # which would not know of it
+    with torch.profiler.record_function(f"ostro::{name}") if shown else nullcontext():
         kernel(*values)
 
 
