@@ -1,7 +1,7 @@
 #include "linear.h"
 
 namespace {
-constexpr int64_t CHUNK = 1024; // rows of a weight's gradient at a time
+constexpr int64_t CHUNK = 512;  // rows of a weight's gradient at a time
 constexpr int64_t HIGH = 256, WIDE = 1536;  // of it: rows at a time, columns of a tile at most
 
 // A weight's gradient is shared out as tiles; threads pack what they need, and nothing that others wrote.
