@@ -253,9 +253,9 @@ def head_loss(
 
     `hidden` (rows, embed) bfloat16, `weight` (vocab, embed) float32, `targets` (rows,) int64. The
     gradients of the losses' sum times `scale` are written into the tensors given. Logits of `chunk`
-    rows are held at once; None: 1024, or fewer where the vocabulary is large.
+    rows are held at once; None: 1536, or fewer where the vocabulary is large.
     """
-    chunk = chunk or max(64, min(1024, 2**27 // len(weight)))
+    chunk = chunk or max(64, min(1536, 2**27 // len(weight)))
     losses = torch.empty(len(hidden))
     sizes = (len(hidden), *weight.shape, min(chunk, len(hidden)), float(scale))
     _call("head_loss", hidden, weight, targets, losses, grad_hidden, grad_weight, *sizes)
@@ -360,8 +360,8 @@ def norms(gradients: Sequence[Tensor]) -> Tensor | None:
     return squares.sqrt().float()
 
 
-def adamw(optimizer: torch.optim.Optimizer, grad_scale: float) -> bool:
-    """Step a `torch.optim.AdamW` with its gradients divided by `grad_scale`.
+def adamw(optimizer: torch.optim.Optimizer, grad_scale: Tensor | None) -> bool:
+    """Step a `torch.optim.AdamW` with its gradients divided by a scalar; None is 1.
 
     False, and nothing is done, where the kernels are not in use or cannot do it.
     """
@@ -380,8 +380,9 @@ def adamw(optimizer: torch.optim.Optimizer, grad_scale: float) -> bool:
         ):
             return False
         groups.append((group, tensors))
+    scale = 1.0 if grad_scale is None else grad_scale.item()
     for group, tensors in groups:
-        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], grad_scale)
+        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], scale)
         _call("adamw", *_table(tensors), *map(float, numbers))
     return True
 

@@ -50,7 +50,7 @@ void linear_forward(const bf16* x, const float* weight, const float* bias, bf16*
                     int64_t ins, int64_t outs) {
 #pragma omp parallel
   {
-    multiply(x, rows, ins, outs, bias, out, [&](int64_t col, int64_t width, int64_t k, int64_t count, bf16* to) {
+    multiply(Rows(x, ins), rows, ins, outs, bias, out, [&](int64_t col, int64_t width, int64_t k, int64_t count, bf16* to) {
       pair_columns(weight + col * ins + k, ins, width, count, to, width);
     });
     end_of_products();
@@ -65,7 +65,7 @@ void linear_backward(const bf16* x, const float* weight, const bf16* grad, bf16*
 #pragma omp parallel
   {
     if (grad_x)
-      multiply(grad, rows, outs, ins, nullptr, grad_x,
+      multiply(Rows(grad, outs), rows, outs, ins, nullptr, grad_x,
                [&](int64_t col, int64_t width, int64_t k, int64_t count, bf16* to) {
                  pair_rows(weight + k * ins + col, ins, count, width, to, count, width);
                });

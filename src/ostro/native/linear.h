@@ -26,22 +26,30 @@ static inline int64_t task_part(int64_t count, int64_t size, int64_t others) {
   return parts(parts(count, n), 16) * 16;
 }
 
+// Rows of bfloat16 whose columns lie in parts, `step` elements from part to part; all in one where they are few.
+struct Rows {
+  const bf16* at;
+  int64_t ld, part, step;
+  Rows(const bf16* x, int64_t depth) : at(x), ld(depth), part(depth <= 2 * DEPTH ? depth : DEPTH), step(part) {}
+  Rows(const bf16* x, int64_t ld, int64_t part, int64_t step) : at(x), ld(ld), part(part), step(step) {}
+};
+
 // a (rows, depth) times the columns that `pack(from, count, to)` gives in pairs, as floats (rows, width);
 // `done(row, count, values)` takes them, some rows at a time.
 template <typename Pack, typename Done>
-static inline void multiply_panel(const bf16* a, int64_t ld, int64_t rows, int64_t depth, int64_t width,
+static inline void multiply_panel(const Rows& a, int64_t first, int64_t rows, int64_t depth, int64_t width,
                                   Pack pack, Done done) {
-  const bool at_once = depth <= 2 * DEPTH;  // sums need not wait for another part of the depth
-  const int64_t most = at_once ? depth : DEPTH;
+  const bool at_once = depth <= a.part;  // sums need not wait for another part of the depth
   float* acc = scratch<float>((at_once ? ROWS : rows) * width, 0);
-  bf16* panel = scratch<bf16>(most * width, 1);
-  for (int64_t k = 0; k < depth; k += most) {
-    const int64_t count = std::min(most, depth - k);
+  bf16* panel = scratch<bf16>(a.part * width, 1);
+  for (int64_t k = 0; k < depth; k += a.part) {
+    const int64_t count = std::min(a.part, depth - k);
+    const bf16* x = a.at + k / a.part * a.step + first * a.ld;
     pack(k, count, panel);
     for (int64_t row = 0; row < rows; row += ROWS) {
       const int64_t high = std::min(ROWS, rows - row);
       float* to = at_once ? acc : acc + row * width;
-      product(high, width, count, a + row * ld + k, ld, panel, width, to, width, k > 0);
+      product(high, width, count, x + row * a.ld, a.ld, panel, width, to, width, k > 0);
       if (k + count == depth) done(row, high, to);
     }
   }
@@ -49,7 +57,7 @@ static inline void multiply_panel(const bf16* a, int64_t ld, int64_t rows, int64
 
 // out (rows, columns) = a (rows, depth) times a matrix whose columns `pack(column, width, from, count, to)` gives.
 template <typename Pack>
-static inline void multiply(const bf16* a, int64_t rows, int64_t depth, int64_t columns, const float* bias,
+static inline void multiply(const Rows& a, int64_t rows, int64_t depth, int64_t columns, const float* bias,
                             bf16* out, Pack pack) {
   const int64_t width = even_part(columns, PANEL), panels = parts(columns, width);
   const int64_t task_rows = task_part(rows, TASK_ROWS, panels), row_parts = parts(rows, task_rows);
@@ -66,7 +74,7 @@ static inline void multiply(const bf16* a, int64_t rows, int64_t depth, int64_t 
           store(out + (row + at + r) * columns + col + c, x);
         }
     };
-    multiply_panel(a + row * depth, depth, high, depth, wide, take, give);
+    multiply_panel(a, row, high, depth, wide, take, give);
   }
 }
 

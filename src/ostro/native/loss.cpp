@@ -1,7 +1,7 @@
 // Cross-entropy of a linear head, with its gradients: no logits are kept beyond a chunk of rows.
 //
 // What is kept of a logit is e^(logit - largest of its panel) in bfloat16: the gradient is that times one
-// factor for each row and panel, and its rounding is relative.
+// factor for each row and panel, and its rounding is relative. They are kept panel by panel, (panels, rows, width).
 
 #include "linear.h"
 
@@ -11,8 +11,8 @@ constexpr int64_t VOCAB_PANEL = 384;
 constexpr float NONE = -1e30f;
 
 // One panel of logits: exponentials, and for each row the largest logit and the sum.
-void exponentiate(const float* acc, int64_t rows, int64_t width, int64_t valid, bf16* out, int64_t ld,
-                  float* largest, float* total) {
+void exponentiate(const float* acc, int64_t rows, int64_t width, int64_t valid, bf16* out, float* largest,
+                  float* total) {
   for (int64_t row = 0; row < rows; row++) {
     const float* x = acc + row * width;
     __m512 most = _mm512_set1_ps(NONE), sum = _mm512_setzero_ps();
@@ -23,7 +23,7 @@ void exponentiate(const float* acc, int64_t rows, int64_t width, int64_t valid, 
     for (int64_t c = 0; c < width; c += 16) {
       const __m512 e = _mm512_maskz_mov_ps(first(valid - c), exponential(_mm512_sub_ps(_mm512_loadu_ps(x + c), top)));
       sum = _mm512_add_ps(sum, e);
-      store(out + row * ld + c, e);
+      store(out + row * width + c, e);
     }
     total[row] = _mm512_reduce_add_ps(sum);
   }
@@ -52,10 +52,10 @@ void logits(const Head& h, const bf16* hidden, const int64_t* targets, int64_t r
       for (int64_t r = row; r < row + count; r++)
         if (targets[r] >= col && targets[r] < col + valid)
           picked[r] = acc[(r - row) * width + targets[r] - col];
-      exponentiate(acc, count, width, valid, out + row * h.padded() + col, h.padded(), largest + p * rows + row,
+      exponentiate(acc, count, width, valid, out + (p * rows + row) * width, largest + p * rows + row,
                    total + p * rows + row);
     };
-    multiply_panel(hidden, h.embed, rows, h.embed, width, take, give);
+    multiply_panel(Rows(hidden, h.embed), 0, rows, h.embed, width, take, give);
   }
 }
 
@@ -86,14 +86,14 @@ void differentiate(const Head& h, const bf16* hidden, const int64_t* targets, in
     for (int64_t row = 0; row < rows; row++) {
       const bool used = targets[row] != IGNORE;
       const float factor = used ? h.scale * std::exp(largest[p * rows + row] - log_sums[row]) : 0;
-      bf16* x = e + row * h.padded() + col;
+      bf16* x = e + (p * rows + row) * width;
       for (int64_t c = 0; c < width; c += 16) store(x + c, _mm512_mul_ps(_mm512_set1_ps(factor), load(x + c)));
       if (targets[row] >= col && targets[row] < col + valid)
         x[targets[row] - col] = narrow(h.scale * (std::exp(picked[row] - log_sums[row]) - 1));
     }
     if (!grad_weight) continue;
     bf16* grad_t = scratch<bf16>(width * even, 2);
-    transpose_columns(e + col, h.padded(), rows, width, grad_t, even);
+    transpose_columns(e + p * rows * width, width, rows, width, grad_t, even);
     multiply_panels(grad_t, valid, even, pairs, h.embed, wide, grad_weight + col * h.embed, h.embed, add);
   }
 }
@@ -122,7 +122,8 @@ void head_loss(const bf16* hidden, const float* weight, const int64_t* targets, 
       if (!grad_hidden && !grad_weight) continue;
       differentiate(h, x, t, count, e, largest, log_sums, picked, grad_weight, row > 0);
       if (grad_hidden)
-        multiply(e, count, h.padded(), embed, nullptr, grad_hidden + row * embed,
+        multiply(Rows(e, h.width(), h.width(), count * h.width()), count, h.padded(), embed, nullptr,
+                 grad_hidden + row * embed,
                  [&](int64_t col, int64_t wide, int64_t k, int64_t depth, bf16* to) {
                    pair_rows(weight + k * embed + col, embed, vocab - k, wide, to, depth, wide);
                  });

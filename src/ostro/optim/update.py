@@ -56,12 +56,12 @@ def apply_update(
     Gradients may be scaled in place. Fused optimizers read both on the device; others wait here.
     """
     is_fused = all(group.get("fused") for group in optimizer.param_groups)
-    if found_inf is not None and (found_inf.is_cpu or not is_fused):
+    on_host = type(found_inf) is Tensor and found_inf.is_cpu  # and has a value: is not a fake one
+    if found_inf is not None and (on_host or not is_fused):
         if bool(found_inf):  # waits for the device
             return
         found_inf = None
-    scale = torch.ones(()) if grad_scale is None else grad_scale
-    if scale.is_cpu and native.adamw(optimizer, scale.item()):
+    if native.adamw(optimizer, grad_scale):
         return
     if not is_fused:
         if grad_scale is not None:
