@@ -10,7 +10,7 @@ with a configuration of `benchmarks/configs`.
 First each peer's best setting is found, alone: eager or compiled, float32 or bfloat16 autocast, the
 C library keeping freed memory, as ours does, or not. Only that one takes part in the rounds, and
 ours, eager and compiled, in its precision: the ratio is of those. Where that is float32, ours in
-bfloat16 takes part too. `--picks FILE` keeps what was found, and takes what is there.
+bfloat16 takes part too; the last column is the quotient of its median and that peer's. `--picks FILE` keeps what was found, and takes what is there.
 
 MFU is 6N + 12LCT operations per token (N: parameters without positions, L layers, C width, T
 tokens) against what matrix products in bfloat16 reach between the rounds. Memory is the peak
@@ -242,12 +242,16 @@ def measure(rounds: int, cases: Sequence[str] = CASES, picks: Path | None = None
 
 def show(result: dict[str, Any]) -> str:
     """A table of ratios, and one of the contenders of each case."""
-    header = ["case", "times as fast as the best peer", "which is", "memory of its", "MFU"]
+    header = ["case", "times as fast as the best peer", "which is", "memory of its", "MFU",
+              "ours in bfloat16"]  # fmt: skip
     rows, parts = [], []
     for name, case in result["cases"].items():
         if "ratio" in case:
             ratio, memory = common.figure(case["ratio"], digits=2), f"{case['memory_ratio']:.2f}"
-            rows.append([name, f"**{ratio}**", case["peer"], memory, f"{case['mfu']:.0%}"])
+            middle = {who: row["seconds"]["median"] for who, row in case["contenders"].items()}
+            own = min(middle[who] for who in middle if re.match("ours.*bf16", who))
+            times = f"{middle[case['peer']] / own:.2f}"
+            rows.append([name, f"**{ratio}**", case["peer"], memory, f"{case['mfu']:.0%}", times])
         parts.append(f"{name}, matrix products reach {case['peak_bf16'] / 1e9:.0f} GFLOP/s:")
         lines = [
             [who, common.figure(row["seconds"], 1000, 1), f"{row['tokens_per_second']:.0f}",
