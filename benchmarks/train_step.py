@@ -10,7 +10,8 @@ with a configuration of `benchmarks/configs`.
 First each peer's best setting is found, alone: eager or compiled, float32 or bfloat16 autocast, the
 C library keeping freed memory, as ours does, or not. Only that one takes part in the rounds, and
 ours, eager and compiled, in its precision: the ratio is of those. Where that is float32, ours in
-bfloat16 takes part too; the last column is the quotient of its median and that peer's. `--picks FILE` keeps what was found, and takes what is there.
+bfloat16 takes part too; the last column is the quotient of its median and that peer's.
+`--picks FILE` keeps what was found, and takes what is there.
 
 MFU is 6N + 12LCT operations per token (N: parameters without positions, L layers, C width, T
 tokens) against what matrix products in bfloat16 reach between the rounds. Memory is the peak
