@@ -238,6 +238,20 @@ def test_the_norms_of_gradients():
 
 
 @needs_kernels
+def test_adamw_is_a_kernel_where_that_was_said():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.step()  # makes its state
+    before = weight.tolist()
+    assert not native.adamw(optimizer, None) and weight.tolist() == before
+    native.use(True)
+    assert native.adamw(optimizer, None) and weight.tolist() != before
+    optimizer.param_groups[0]["maximize"] = True
+    assert not native.adamw(optimizer, None)
+
+
+@needs_kernels
 def test_what_is_not_a_number_stays_so():
     """Otherwise a run that diverges would not be noticed."""
     x, weight, qkv = noise(40, 32), torch.randn(65, 32), noise(1, 20, 2, 3, 16)
