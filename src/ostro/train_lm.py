@@ -122,7 +122,7 @@ def choose_kernels(trainer: TrainerConfig, device: torch.device) -> None:
     """Take what `trainer.kernels` says; `ConfigError` where that cannot run."""
     # Bits that do not depend on how a batch is split are a promise about torch's operators.
     wanted = trainer.kernels != "torch" and not trainer.deterministic_reduction
-    wanted = wanted and device.type == "cpu" and trainer.mp.compute == "bfloat16"
+    wanted = wanted and device.type == "cpu"
     native.use(wanted)
     if wanted and trainer.kernels == "native" and native.why_not():
         raise ConfigError(

@@ -64,10 +64,10 @@ def restored() -> Iterator[None]:
 
 
 def is_used(x: Tensor) -> bool:
-    """Whether the kernels do the work on this bfloat16 tensor of a CPU."""
+    """Whether the kernels do the work on this tensor of a CPU."""
     return (
         _is_wanted is not False
-        and x.dtype == torch.bfloat16
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _is_wanted is True))
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
@@ -151,6 +151,8 @@ _KINDS = {
 
 def _call(name: str, *args: Tensor | int | float | bool | None) -> None:
     """Call a kernel: tensors as pointers, numbers as C sees them there."""
+    if isinstance(args[0], Tensor) and args[0].dtype == torch.float32:
+        name += "_float32"
     kernel = getattr(_library(), name)
     if kernel.argtypes is None:
         kernel.argtypes = [_KINDS.get(type(arg), ctypes.c_void_p) for arg in args]
@@ -255,7 +257,7 @@ def head_loss(
     gradients of the losses' sum times `scale` are written into the tensors given. Logits of `chunk`
     rows are held at once; None: 1536, or fewer where the vocabulary is large.
     """
-    chunk = chunk or max(64, min(1536, 2**27 // len(weight)))
+    chunk = chunk or max(64, min(1536 if hidden.dtype == torch.bfloat16 else 1024, 2**27 // len(weight)))
     losses = torch.empty(len(hidden))
     sizes = (len(hidden), *weight.shape, min(chunk, len(hidden)), float(scale))
     _call("head_loss", hidden, weight, targets, losses, grad_hidden, grad_weight, *sizes)

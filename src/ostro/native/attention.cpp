@@ -7,11 +7,10 @@
 #include "common.h"
 
 namespace {
-constexpr float NONE = -1e30f;
 
 // One block of scores (rows, BLOCK) to probabilities, with the running maximum and sum of each row.
 template <int64_t BLOCK>
-void softmax_block(float* scores, bf16* probabilities, int64_t rows, int64_t diagonal, float scale,
+void softmax_block(float* scores, real* probabilities, int64_t rows, int64_t diagonal, float scale,
                    float* largest, float* total, float* result, int64_t size) {
   for (int64_t row = 0; row < rows; row++) {
     float* x = scores + row * BLOCK;
@@ -23,13 +22,13 @@ void softmax_block(float* scores, bf16* probabilities, int64_t rows, int64_t dia
     const float top = std::max(largest[row], _mm512_reduce_max_ps(most) * scale);
     const __m512 shift = _mm512_set1_ps(-top), factor = _mm512_set1_ps(scale);
     __m512 sum = _mm512_setzero_ps();
-    bf16* p = probabilities + row * BLOCK;
+    real* p = probabilities + row * BLOCK;
     for (int64_t col = 0; col < end; col += 16) {
       const __m512 e = exponential(_mm512_fmadd_ps(_mm512_loadu_ps(x + col), factor, shift));
       sum = _mm512_add_ps(sum, e);
       store(p + col, e);
     }
-    std::memset(p + end, 0, (BLOCK - end) * sizeof(bf16));
+    std::memset(p + end, 0, (BLOCK - end) * sizeof(real));
     if (top != largest[row]) {
       const float decay = std::exp(largest[row] - top);
       total[row] *= decay;
@@ -50,19 +49,19 @@ struct Shape {
 };
 
 template <int64_t BLOCK>
-void forward_head(const Shape& s, const bf16* qkv, bf16* out, float* log_sums, float scale) {
+void forward_head(const Shape& s, const real* qkv, real* out, float* log_sums, float scale) {
   const int64_t n = s.tokens, size = s.size, num_blocks = (n + BLOCK - 1) / BLOCK, area = BLOCK * size;
-  bf16* keys = scratch<bf16>(num_blocks * area, 0);
-  bf16* values = scratch<bf16>(num_blocks * area, 1);
+  real* keys = scratch<real>(num_blocks * area, 0);
+  real* values = scratch<real>(num_blocks * area, 1);
   float* scores = scratch<float>(BLOCK * BLOCK, 2);
-  bf16* probabilities = scratch<bf16>(BLOCK * BLOCK, 3);
+  real* probabilities = scratch<real>(BLOCK * BLOCK, 3);
   float* result = scratch<float>(area, 4);
   float largest[BLOCK], total[BLOCK];
-  const bf16 *key = qkv + s.group * size, *value = key + size;
+  const real *key = qkv + s.group * size, *value = key + size;
   for (int64_t j = 0; j < num_blocks; j++) {
     const int64_t at = j * BLOCK, rows = std::min(BLOCK, n - at);
-    pair_columns(key + at * s.stride(), s.stride(), rows, size, keys + j * area, BLOCK);
-    pair_rows(value + at * s.stride(), s.stride(), rows, size, values + j * area, BLOCK, size);
+    pack_columns(key + at * s.stride(), s.stride(), rows, size, keys + j * area, BLOCK);
+    pack_rows(value + at * s.stride(), s.stride(), rows, size, values + j * area, BLOCK, size);
   }
   for (int64_t g = 0; g < s.group; g++)
     for (int64_t i = 0; i < num_blocks; i++) {
@@ -88,20 +87,19 @@ void forward_head(const Shape& s, const bf16* qkv, bf16* out, float* log_sums, f
 // Gradients of the scores of one block pair, transposed: keys in rows, queries in columns.
 template <int64_t BLOCK>
 void differentiate(const float* scores, const float* inner, int64_t rows, bool diagonal, float scale,
-                   const float* log_sums, const float* delta, bf16* p, bf16* ds, bf16* pairs) {
+                   const float* log_sums, const float* delta, real* p, real* ds, real* pairs) {
   const __m512 factor = _mm512_set1_ps(scale);
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   for (int64_t row = 0; row < BLOCK; row += 2)
     for (int64_t col = 0; col < BLOCK; col += 16) {
       if (diagonal && col + 16 <= row) {  // queries that come before these keys
-        const __m512i none = _mm512_setzero_si512();
-        for (bf16* to : {p, ds})
-          for (int64_t k = 0; k < 2; k++)
-            _mm256_storeu_si256((__m256i*)(to + (row + k) * BLOCK + col), _mm256_setzero_si256());
-        _mm512_storeu_si512(pairs + row * BLOCK + 2 * col, none);
+        const __m512 none = _mm512_setzero_ps();
+        for (real* to : {p, ds})
+          for (int64_t k = 0; k < 2; k++) store(to + (row + k) * BLOCK + col, none);
+        store_pairs(pairs + row * BLOCK + 2 * col, none, none);
         continue;
       }
-      __m256i d[2];
+      __m512 d[2];
       for (int64_t k = 0; k < 2; k++) {
         const int64_t at = (row + k) * BLOCK + col;
         __mmask16 seen = row + k < rows ? 0xffff : 0;
@@ -109,19 +107,15 @@ void differentiate(const float* scores, const float* inner, int64_t rows, bool d
         const __m512 x = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(seen, scores + at), factor,
                                          _mm512_loadu_ps(log_sums + col));
         const __m512 e = _mm512_maskz_mov_ps(seen, exponential(x));
-        const __m512 g = _mm512_mul_ps(e, _mm512_sub_ps(_mm512_maskz_loadu_ps(seen, inner + at),
-                                                        _mm512_loadu_ps(delta + col)));
+        d[k] = _mm512_mul_ps(e, _mm512_sub_ps(_mm512_maskz_loadu_ps(seen, inner + at), _mm512_loadu_ps(delta + col)));
         store(p + at, e);
-        d[k] = narrow(g);
-        _mm256_storeu_si256((__m256i*)(ds + at), d[k]);
+        store(ds + at, d[k]);
       }
-      _mm512_storeu_si512(pairs + row * BLOCK + 2 * col,
-                          _mm512_or_si512(_mm512_cvtepu16_epi32(d[0]),
-                                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(d[1]), 16)));
+      store_pairs(pairs + row * BLOCK + 2 * col, d[0], d[1]);
     }
 }
 
-void write(const float* from, int64_t rows, int64_t size, float scale, bf16* to, int64_t ld) {
+void write(const float* from, int64_t rows, int64_t size, float scale, real* to, int64_t ld) {
   const __m512 by = _mm512_set1_ps(scale);
   for (int64_t row = 0; row < rows; row++)
     for (int64_t col = 0; col < size; col += 16)
@@ -130,7 +124,7 @@ void write(const float* from, int64_t rows, int64_t size, float scale, bf16* to,
 
 // (size, BLOCK) -> (rows, size)
 template <int64_t BLOCK>
-void write_transposed(const float* from, int64_t rows, int64_t size, float scale, bf16* to, int64_t ld) {
+void write_transposed(const float* from, int64_t rows, int64_t size, float scale, real* to, int64_t ld) {
   const __m512 by = _mm512_set1_ps(scale);
   for (int64_t row = 0; row < rows; row += 16)
     for (int64_t col = 0; col < size; col += 16) {
@@ -143,19 +137,19 @@ void write_transposed(const float* from, int64_t rows, int64_t size, float scale
 }
 
 template <int64_t BLOCK>
-void backward_head(const Shape& s, const bf16* qkv, const bf16* out, const bf16* grad_out,
-                   const float* log_sums, bf16* grad, float scale) {
+void backward_head(const Shape& s, const real* qkv, const real* out, const real* grad_out,
+                   const float* log_sums, real* grad, float scale) {
   const int64_t n = s.tokens, size = s.size, num_blocks = (n + BLOCK - 1) / BLOCK, area = BLOCK * size;
   const int64_t whole = num_blocks * area, ld = s.stride();
-  bf16 *queries_t = scratch<bf16>(whole, 0), *queries = scratch<bf16>(whole, 1);
-  bf16 *grads_t = scratch<bf16>(whole, 5), *grads = scratch<bf16>(whole, 6);
+  real *queries_t = scratch<real>(whole, 0), *queries = scratch<real>(whole, 1);
+  real *grads_t = scratch<real>(whole, 5), *grads = scratch<real>(whole, 6);
   float *scores = scratch<float>(BLOCK * BLOCK, 2), *inner = scratch<float>(BLOCK * BLOCK, 7);
-  bf16 *p = scratch<bf16>(BLOCK * BLOCK, 3), *ds = scratch<bf16>(BLOCK * BLOCK, 8);
-  bf16 *pairs = scratch<bf16>(BLOCK * BLOCK, 9), *key_t = scratch<bf16>(area, 10);
+  real *p = scratch<real>(BLOCK * BLOCK, 3), *ds = scratch<real>(BLOCK * BLOCK, 8);
+  real *pairs = scratch<real>(BLOCK * BLOCK, 9), *key_t = scratch<real>(area, 10);
   float *grad_query = scratch<float>(whole, 4);
   float *grad_key = scratch<float>(whole, 11), *grad_value = scratch<float>(whole, 12);
   float *delta = scratch<float>(num_blocks * BLOCK, 13), *sums = scratch<float>(num_blocks * BLOCK, 14);
-  const bf16 *key = qkv + s.group * size, *value = key + size;
+  const real *key = qkv + s.group * size, *value = key + size;
   for (int64_t g = 0; g < s.group; g++) {
     for (int64_t at = 0; at < num_blocks * BLOCK; at++) {  // beyond the end: probability 0
       sums[at] = at < n ? log_sums[g * n + at] : -NONE;
@@ -167,15 +161,15 @@ void backward_head(const Shape& s, const bf16* qkv, const bf16* out, const bf16*
     }
     for (int64_t i = 0; i < num_blocks; i++) {
       const int64_t at = i * BLOCK, rows = std::min(BLOCK, n - at);
-      const bf16 *q = qkv + at * ld + g * size, *d = grad_out + at * s.width() + g * size;
-      pair_columns(q, ld, rows, size, queries_t + i * area, BLOCK);
-      pair_rows(q, ld, rows, size, queries + i * area, BLOCK, size);
-      pair_columns(d, s.width(), rows, size, grads_t + i * area, BLOCK);
-      pair_rows(d, s.width(), rows, size, grads + i * area, BLOCK, size);
+      const real *q = qkv + at * ld + g * size, *d = grad_out + at * s.width() + g * size;
+      pack_columns(q, ld, rows, size, queries_t + i * area, BLOCK);
+      pack_rows(q, ld, rows, size, queries + i * area, BLOCK, size);
+      pack_columns(d, s.width(), rows, size, grads_t + i * area, BLOCK);
+      pack_rows(d, s.width(), rows, size, grads + i * area, BLOCK, size);
     }
     for (int64_t j = 0; j < num_blocks; j++) {
       const int64_t at = j * BLOCK, rows = std::min(BLOCK, n - at);
-      const bf16 *k = key + at * ld, *v = value + at * ld;
+      const real *k = key + at * ld, *v = value + at * ld;
       transpose(k, ld, rows, size, key_t, BLOCK, BLOCK);
       for (int64_t i = j; i < num_blocks; i++) {
         const bool add = g > 0 || i > j;
@@ -184,7 +178,7 @@ void backward_head(const Shape& s, const bf16* qkv, const bf16* out, const bf16*
         differentiate<BLOCK>(scores, inner, rows, i == j, scale, sums + i * BLOCK, delta + i * BLOCK, p, ds, pairs);
         product(rows, size, BLOCK, p, BLOCK, grads + i * area, size, grad_value + j * area, size, add);
         product(rows, size, BLOCK, ds, BLOCK, queries + i * area, size, grad_key + j * area, size, add);
-        product(size, BLOCK, BLOCK, key_t, BLOCK, pairs, BLOCK, grad_query + i * area, BLOCK, j > 0);
+        product(size, BLOCK, BLOCK, key_t, BLOCK, right_side(ds, pairs), BLOCK, grad_query + i * area, BLOCK, j > 0);
       }
     }
     for (int64_t i = 0; i < num_blocks; i++)
@@ -214,7 +208,7 @@ void each_head(const Shape& s, Work work) {
 extern "C" {
 
 // out: (batch, position, kv_heads, group, size); log_sums: float (batch, kv_heads, group, position).
-void attention_forward(const bf16* qkv, bf16* out, float* log_sums, int64_t batch, int64_t tokens,
+void EXPORT(attention_forward)(const real* qkv, real* out, float* log_sums, int64_t batch, int64_t tokens,
                        int64_t heads, int64_t group, int64_t size, double scale) {
   const Shape s{batch, tokens, heads, group, size};
   each_head(s, [&, head = tokens > 64 ? forward_head<128> : forward_head<64>](int64_t at, int64_t to, int64_t row) {
@@ -223,8 +217,8 @@ void attention_forward(const bf16* qkv, bf16* out, float* log_sums, int64_t batc
 }
 
 // grad: as qkv; grad_out: as out.
-void attention_backward(const bf16* qkv, const bf16* out, const bf16* grad_out, const float* log_sums,
-                        bf16* grad, int64_t batch, int64_t tokens, int64_t heads, int64_t group,
+void EXPORT(attention_backward)(const real* qkv, const real* out, const real* grad_out, const float* log_sums,
+                        real* grad, int64_t batch, int64_t tokens, int64_t heads, int64_t group,
                         int64_t size, double scale) {
   const Shape s{batch, tokens, heads, group, size};
   each_head(s, [&, head = tokens > 64 ? backward_head<128> : backward_head<64>](int64_t at, int64_t to, int64_t row) {

@@ -1,7 +1,8 @@
-// What the kernels share: matrix products of torch, bfloat16 panels, and vector arithmetic.
+// What the kernels share: matrix products of torch, panels that are packed for them, and vector arithmetic.
 //
 // Plain C functions on pointers, compiled without torch's headers: a second instead of half a minute.
 // Products are torch's `brgemm` (of oneDNN), which uses AMX or AVX-512 bfloat16 as the machine has them.
+// `real` is what activations are made of: bfloat16, and float where `float32.cpp` compiles the same once more.
 #pragma once
 
 #include <immintrin.h>
@@ -24,16 +25,31 @@ namespace at::native::cpublas {
 // C (M x N, float) = or += A (M x K) B (K x N); rows of B are in pairs: (K / 2, N, 2).
 void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
             const c10::BFloat16* A, const c10::BFloat16* B, float* C, bool is_vnni);
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C, const float* A,
+            const float* B, float* C, bool is_vnni);  // rows of B as they are
 void brgemm_release(bool is_vnni);
 }  // namespace at::native::cpublas
 
 using bf16 = uint16_t;
+#ifdef FLOAT32
+using real = float;
+#define EXPORT(name) name##_float32
+#else
+using real = bf16;
+#define EXPORT(name) name
+#endif
+
+constexpr float NONE = -1e30f;  // less than every score
 
 static inline void product(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t ld_a,
                            const bf16* b, int64_t ld_b, float* c, int64_t ld_c, bool add) {
   at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add,
                               reinterpret_cast<const c10::BFloat16*>(a),
                               reinterpret_cast<const c10::BFloat16*>(b), c, true);
+}
+static inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a,
+                           const float* b, int64_t ld_b, float* c, int64_t ld_c, bool add) {
+  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add, a, b, c, false);
 }
 
 static inline void end_of_products() { at::native::cpublas::brgemm_release(true); }
@@ -70,6 +86,14 @@ static inline float widen(bf16 x) {
   return value;
 }
 static inline bf16 narrow(float x) { return _mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x)), 0); }
+static inline void set(bf16& to, float x) { to = narrow(x); }
+static inline __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+static inline void store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
+static inline void set(float& to, float x) { to = x; }
+static inline __m512 get(const bf16* x, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, x)); }
+static inline __m512 get(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+static inline void put(bf16* to, __mmask16 mask, __m512 x) { _mm256_mask_storeu_epi16(to, mask, narrow(x)); }
+static inline void put(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
 
 // e^x, to about 2 units in the last place of a float; 0 far below, infinity far above.
 static inline __m512 exponential(__m512 x) {
@@ -99,9 +123,18 @@ static inline __m512i sixteen_pairs(const float* x, int64_t count) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
+// What a product takes as its right side: bfloat16 in pairs of rows, float as it is.
+static inline void store_pairs(bf16* to, __m512 even, __m512 odd) {  // 16 of each
+  const __m512i low = _mm512_cvtepu16_epi32(narrow(even)), high = _mm512_cvtepu16_epi32(narrow(odd));
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+static inline void store_pairs(float*, __m512, __m512) {}
+static inline const bf16* right_side(const bf16*, const bf16* pairs) { return pairs; }
+static inline const float* right_side(const float* rows, const float*) { return rows; }
+
 // Rows (k, n) -> (k_to / 2, width, 2), bfloat16: pairs of rows interleaved; zeros beyond k and n.
 template <typename T>
-static inline void pair_rows(const T* from, int64_t ld, int64_t k, int64_t n, bf16* to, int64_t k_to,
+static inline void pack_rows(const T* from, int64_t ld, int64_t k, int64_t n, bf16* to, int64_t k_to,
                              int64_t width) {
   for (int64_t row = 0; row < k_to; row += 2) {
     bf16* out = to + row * width;
@@ -113,6 +146,13 @@ static inline void pair_rows(const T* from, int64_t ld, int64_t k, int64_t n, bf
       _mm512_storeu_si512(out + 2 * col, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
+}
+
+static inline void pack_rows(const float* from, int64_t ld, int64_t k, int64_t n, float* to, int64_t k_to,
+                             int64_t width) {
+  for (int64_t row = 0; row < k_to; row++)
+    for (int64_t col = 0; col < width; col += 16)
+      store(to + row * width + col, _mm512_maskz_loadu_ps(row < k ? first(n - col) : 0, from + row * ld + col));
 }
 
 static inline void transpose16(__m512i r[16]) {  // 16 x 16 of 32 bits
@@ -139,7 +179,7 @@ static inline void transpose16(__m512i r[16]) {  // 16 x 16 of 32 bits
 
 // Rows (n, k) -> the pairs of their transpose, (k / 2, width, 2); zeros beyond n. k is even.
 template <typename T>
-static inline void pair_columns(const T* from, int64_t ld, int64_t n, int64_t k, bf16* to, int64_t width) {
+static inline void pack_columns(const T* from, int64_t ld, int64_t n, int64_t k, bf16* to, int64_t width) {
   for (int64_t col = 0; col < width; col += 16)
     for (int64_t at = 0; at < k; at += 32) {
       __m512i r[16];
@@ -166,4 +206,21 @@ static inline void transpose(const bf16* from, int64_t ld, int64_t n, int64_t k,
         _mm256_storeu_si256((__m256i*)(out + to_ld), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r[i], 16)));
       }
     }
+}
+
+static inline void transpose(const float* from, int64_t ld, int64_t n, int64_t k, float* to, int64_t to_ld,
+                             int64_t width) {
+  for (int64_t col = 0; col < k; col += 16)
+    for (int64_t row = 0; row < width; row += 16) {
+      __m512i r[16];
+      for (int64_t i = 0; i < 16; i++)
+        r[i] = (__m512i)_mm512_maskz_loadu_ps(row + i < n ? first(k - col) : 0, from + (row + i) * ld + col);
+      transpose16(r);
+      for (int64_t i = 0; i < std::min<int64_t>(16, k - col); i++)
+        _mm512_storeu_si512(to + (col + i) * to_ld + row, r[i]);
+    }
+}
+
+static inline void pack_columns(const float* from, int64_t ld, int64_t n, int64_t k, float* to, int64_t width) {
+  transpose(from, ld, n, k, to, width, width);
 }

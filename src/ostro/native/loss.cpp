@@ -7,11 +7,9 @@
 
 namespace {
 constexpr int64_t IGNORE = -100;
-constexpr int64_t VOCAB_PANEL = 384;
-constexpr float NONE = -1e30f;
 
 // One panel of logits: exponentials, and for each row the largest logit and the sum.
-void exponentiate(const float* acc, int64_t rows, int64_t width, int64_t valid, bf16* out, float* largest,
+void exponentiate(const float* acc, int64_t rows, int64_t width, int64_t valid, real* out, float* largest,
                   float* total) {
   for (int64_t row = 0; row < rows; row++) {
     const float* x = acc + row * width;
@@ -33,20 +31,20 @@ struct Head {
   const float* weight;
   int64_t vocab, embed;
   float scale;
-  int64_t width() const { return std::min(VOCAB_PANEL, (vocab + 15) / 16 * 16); }
+  int64_t width() const { return std::min(PANEL, (vocab + 15) / 16 * 16); }
   int64_t panels() const { return parts(vocab, width()); }
   int64_t padded() const { return panels() * width(); }
 };
 
 // Exponentials of the logits of some rows by panels of the vocabulary, and the targets' logits.
-void logits(const Head& h, const bf16* hidden, const int64_t* targets, int64_t rows, bf16* out,
+void logits(const Head& h, const real* hidden, const int64_t* targets, int64_t rows, real* out,
             float* largest, float* total, float* picked) {
   const int64_t width = h.width();
 #pragma omp for schedule(dynamic, 1)
   for (int64_t p = 0; p < h.panels(); p++) {
     const int64_t col = p * width, valid = std::min(width, h.vocab - col);
-    auto take = [&](int64_t k, int64_t count, bf16* to) {
-      pair_columns(h.weight + col * h.embed + k, h.embed, valid, count, to, width);
+    auto take = [&](int64_t k, int64_t count, real* to) {
+      pack_columns(h.weight + col * h.embed + k, h.embed, valid, count, to, width);
     };
     auto give = [&](int64_t row, int64_t count, const float* acc) {
       for (int64_t r = row; r < row + count; r++)
@@ -75,24 +73,24 @@ void finish(const Head& h, const int64_t* targets, int64_t rows, const float* la
 }
 
 // Turn the exponentials into the gradient of the logits, in place, and multiply it into the weight's.
-void differentiate(const Head& h, const bf16* hidden, const int64_t* targets, int64_t rows, bf16* e,
+void differentiate(const Head& h, const real* hidden, const int64_t* targets, int64_t rows, real* e,
                    const float* largest, const float* log_sums, const float* picked, float* grad_weight, bool add) {
   const int64_t width = h.width(), even = (rows + 15) / 16 * 16, wide = even_part(h.embed, PANEL);
-  bf16* pairs = scratch<bf16>(even * h.embed, 8);
-  if (grad_weight) pair_panels(hidden, h.embed, rows, h.embed, wide, pairs, even);
+  real* pairs = scratch<real>(even * h.embed, 8);
+  if (grad_weight) pack_panels(hidden, h.embed, rows, h.embed, wide, pairs, even);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t p = 0; p < h.panels(); p++) {
     const int64_t col = p * width, valid = std::min(width, h.vocab - col);
     for (int64_t row = 0; row < rows; row++) {
       const bool used = targets[row] != IGNORE;
       const float factor = used ? h.scale * std::exp(largest[p * rows + row] - log_sums[row]) : 0;
-      bf16* x = e + (p * rows + row) * width;
+      real* x = e + (p * rows + row) * width;
       for (int64_t c = 0; c < width; c += 16) store(x + c, _mm512_mul_ps(_mm512_set1_ps(factor), load(x + c)));
       if (targets[row] >= col && targets[row] < col + valid)
-        x[targets[row] - col] = narrow(h.scale * (std::exp(picked[row] - log_sums[row]) - 1));
+        set(x[targets[row] - col], h.scale * (std::exp(picked[row] - log_sums[row]) - 1));
     }
     if (!grad_weight) continue;
-    bf16* grad_t = scratch<bf16>(width * even, 2);
+    real* grad_t = scratch<real>(width * even, 2);
     transpose_columns(e + p * rows * width, width, rows, width, grad_t, even);
     multiply_panels(grad_t, valid, even, pairs, h.embed, wide, grad_weight + col * h.embed, h.embed, add);
   }
@@ -104,18 +102,18 @@ extern "C" {
 
 // Losses (rows) of hidden (rows, embed) and weight (vocab, embed), and unless null the gradients of their sum
 // times `scale`. embed is a multiple of 16.
-void head_loss(const bf16* hidden, const float* weight, const int64_t* targets, float* losses, bf16* grad_hidden,
+void EXPORT(head_loss)(const real* hidden, const float* weight, const int64_t* targets, float* losses, real* grad_hidden,
                float* grad_weight, int64_t rows, int64_t vocab, int64_t embed, int64_t chunk, double scale) {
   const Head h{weight, vocab, embed, float(scale)};
   const int64_t most = std::min(rows, chunk);
-  bf16* e = scratch<bf16>(most * h.padded(), 3);
+  real* e = scratch<real>(most * h.padded(), 3);
   float *largest = scratch<float>(h.panels() * most, 4), *total = scratch<float>(h.panels() * most, 5);
   float *picked = scratch<float>(most, 6), *log_sums = scratch<float>(most, 7);
 #pragma omp parallel
   {
     for (int64_t row = 0; row < rows; row += chunk) {
       const int64_t count = std::min(chunk, rows - row);
-      const bf16* x = hidden + row * embed;
+      const real* x = hidden + row * embed;
       const int64_t* t = targets + row;
       logits(h, x, t, count, e, largest, total, picked);
       finish(h, t, count, largest, total, picked, log_sums, losses + row);
@@ -124,8 +122,8 @@ void head_loss(const bf16* hidden, const float* weight, const int64_t* targets, 
       if (grad_hidden)
         multiply(Rows(e, h.width(), h.width(), count * h.width()), count, h.padded(), embed, nullptr,
                  grad_hidden + row * embed,
-                 [&](int64_t col, int64_t wide, int64_t k, int64_t depth, bf16* to) {
-                   pair_rows(weight + k * embed + col, embed, vocab - k, wide, to, depth, wide);
+                 [&](int64_t col, int64_t wide, int64_t k, int64_t depth, real* to) {
+                   pack_rows(weight + k * embed + col, embed, vocab - k, wide, to, depth, wide);
                  });
     }
     end_of_products();
