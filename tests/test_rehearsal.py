@@ -58,6 +58,30 @@ def test_collectives_are_those_of_four_real_processes():
         assert {"all-gather", "reduce-scatter", "all-reduce"} <= calls.keys()
 
 
+class Order(CollectiveCounter):
+    """G for a gather, F and B for a block's attention forward and backward."""
+
+    found = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if "allgather" in name:
+            Order.found += "G"
+        elif "scaled_dot_product" in name:
+            Order.found += "B" if "backward" in name else "F"
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_weights_are_gathered_while_the_block_before_computes(monkeypatch):
+    monkeypatch.setattr("ostro.rehearsal.CollectiveCounter", Order)
+    monkeypatch.setattr(Order, "found", "")
+    model = Gpt2Config(seq_len=16, num_layers=4, hidden_dim=16, num_heads=2,
+                       gradient_checkpointing=False)  # fmt: skip
+    rehearse(config(model, trainer_config(1)), 4)
+    # The root's and two blocks', then always one block ahead, in both directions.
+    assert Order.found == ("GGGFGFGFF" + "GGBGBGBB") * 3, "three micro-batches"
+
+
 def test_memory_falls_with_context_parallel_devices():
     model = Gpt2Config(seq_len=1024, num_layers=4, hidden_dim=128, num_heads=4,
                        gradient_checkpointing=False)  # fmt: skip

@@ -8,6 +8,7 @@ tensors and communicate by themselves (`nn.collectives`).
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -90,6 +91,10 @@ def _fully_shard(
             block, mesh=over, mp_policy=cast, shard_placement_fn=lambda p: Shard(dims[id(p)])
         )
     fully_shard(model, mesh=over, shard_placement_fn=lambda p: Shard(dims[id(p)]))
+    # The next block is asked for before this one computes, however far Python lags behind a GPU;
+    # in the backward pass FSDP does so by itself.
+    for block, after in pairwise(model.blocks):
+        block.set_modules_to_forward_prefetch([after])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is a share of the batch's mean: gradients are summed, never averaged.
