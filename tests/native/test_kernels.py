@@ -279,7 +279,8 @@ def test_adamw_is_a_kernel_where_that_was_said():
 @needs_kernels
 def test_what_is_not_a_number_stays_so(dtype):
     """Otherwise a run that diverges would not be noticed."""
-    x, weight, qkv = noise(40, 32, dtype=dtype), torch.randn(65, 32), noise(1, 20, 2, 3, 16, dtype=dtype)
+    x, weight = noise(40, 32, dtype=dtype), torch.randn(65, 32)
+    qkv = noise(1, 20, 2, 3, 16, dtype=dtype)
     x[3, 5] = qkv[0, 4, 1, 2, 3] = torch.nan
     assert native.head_loss(x, weight, torch.zeros(40, dtype=torch.int64))[3].isnan()
     assert native.linear(x, weight[:64], None)[3].isnan().all()

@@ -2,7 +2,7 @@
 
 They need x86-64 with AVX-512 and bfloat16 (AMX where there is one), Linux and a C++ compiler, which
 makes them in seconds at their first use; torch's own operators do the work elsewhere, with results
-that differ by rounding only. What they compute is bfloat16 with float32 sums and float32 weights.
+that differ by rounding only. Activations are bfloat16 or float32; sums and weights are float32.
 """
 
 import ctypes
@@ -21,25 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "adamw",
-    "attention",
-    "available",
-    "gelu",
-    "gives_loss",
-    "head_loss",
-    "in_use",
-    "is_used",
-    "linear",
-    "normalise",
-    "norms",
-    "restored",
-    "rotary",
-    "silu_gate",
-    "use",
-    "why_not",
-]
 
 log = logging.getLogger("ostro")
 _FLAGS = "-O3 -march=native -std=c++20 -fopenmp -shared -fPIC -w"
@@ -76,7 +57,7 @@ def is_used(x: Tensor) -> bool:
 
 
 def in_use() -> str:
-    """`native` or `torch`: what does the work on bfloat16 tensors of CPUs."""
+    """`native` or `torch`: what does the work on tensors of CPUs."""
     return "native" if _is_wanted is not False and available() else "torch"
 
 
@@ -224,7 +205,7 @@ MIN_ROWS = 32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """`x @ weight.T + bias` of bfloat16 rows and float32 weights; None where the kernels cannot."""
+    """`x @ weight.T + bias`, the weights float32; None where the kernels cannot do it."""
     outs, ins = weight.shape
     fits = ins % 16 == 0 and outs % 16 == 0 and x.numel() >= MIN_ROWS * ins
     if not (fits and is_used(x) and _is_plain(weight) and (bias is None or _is_plain(bias))):
@@ -253,11 +234,12 @@ def head_loss(
 ) -> Tensor:
     """Cross-entropy of each row, (rows,) float32, 0 where the target is -100.
 
-    `hidden` (rows, embed) bfloat16, `weight` (vocab, embed) float32, `targets` (rows,) int64. The
+    `hidden` (rows, embed), `weight` (vocab, embed) float32, `targets` (rows,) int64. The
     gradients of the losses' sum times `scale` are written into the tensors given. Logits of `chunk`
-    rows are held at once; None: 1536, or fewer where the vocabulary is large.
+    rows are held at once; None: as many as were fastest, or fewer where the vocabulary is large.
     """
-    chunk = chunk or max(64, min(1536 if hidden.dtype == torch.bfloat16 else 1024, 2**27 // len(weight)))
+    best = 1536 if hidden.dtype == torch.bfloat16 else 1024
+    chunk = chunk or max(64, min(best, 2**27 // len(weight)))
     losses = torch.empty(len(hidden))
     sizes = (len(hidden), *weight.shape, min(chunk, len(hidden)), float(scale))
     _call("head_loss", hidden, weight, targets, losses, grad_hidden, grad_weight, *sizes)

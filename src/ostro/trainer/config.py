@@ -73,7 +73,7 @@ class TrainerConfig:
     """Threads that compute on a CPU. Null: as many as torch takes by itself at the run's first
     start, kept on resume as long as there are as many processes."""
     kernels: Literal["auto", "native", "torch"] = "auto"
-    """What computes attention, linear layers and the loss on CPUs in bfloat16. native: kernels of
+    """What computes attention, linear layers and the loss on CPUs. native: kernels of
     ostro, made by the C++ compiler at their first use; torch: its operators. auto: native where
     the CPU and a compiler allow. They differ by rounding; `deterministic_reduction` takes torch."""
     device: str = "auto"
