@@ -20,12 +20,12 @@ aten = torch.ops.aten
 SETTINGS = {
     "native": ["--trainer.mp", "p=f32,c=bfloat16", "--trainer.kernels", "native"],
     "torch": ["--trainer.mp", "p=f32,c=bfloat16", "--trainer.kernels", "torch"],
-    "f32": ["--trainer.mp", "f32"],
+    "native f32": ["--trainer.mp", "f32", "--trainer.kernels", "native"],
 }
 BOUNDS = {
     "native": {"calls": 0.49, "bytes": 0.34, "syncs": 3},
     "torch": {"calls": 1.05, "bytes": 0.39, "syncs": 2},
-    "f32": {"calls": 1.02, "bytes": 0.41, "syncs": 2},
+    "native f32": {"calls": 0.58, "bytes": 0.37, "syncs": 3},
 }
 SYNCS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 
@@ -72,7 +72,7 @@ def plain_step(name):
     tokens = random_batch(config).tokens
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=name != "f32"):
+        with torch.autocast("cpu", torch.bfloat16, enabled="f32" not in name):
             loss = transformers_models.loss(model, tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,7 +93,7 @@ def faults(ours: Cost, plain: Cost, bounds) -> list[str]:
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_an_update_makes_few_calls_allocates_little_and_does_not_wait(name):
-    if name == "native" and not native.available():
+    if "native" in name and not native.available():
         pytest.skip(native.why_not())
     plain = cost(plain_step(name))
     trainer, step = build_ours(name)
@@ -113,9 +113,10 @@ def seconds(step) -> float:
     return time.perf_counter() - start
 
 
-def test_an_update_takes_no_longer_than_in_plain_torch():
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "runs")
+def test_an_update_takes_less_time_than_in_plain_torch():
     """Fastest of interleaved updates, which neighbours disturb least."""
-    ours, plain = build_ours("f32")[1], plain_step("f32")
+    ours, plain = build_ours("native f32")[1], plain_step("native f32")
     found = [(seconds(ours), seconds(plain)) for _ in range(12)]
     best, of_plain = (min(times) for times in zip(*found[2:], strict=True))
-    assert best < 1.25 * of_plain
+    assert best < of_plain
