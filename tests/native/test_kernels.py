@@ -108,7 +108,7 @@ def test_a_linear_layer_and_its_gradients(rows, ins, outs, bias, dtype):
 @needs_kernels
 def test_results_do_not_depend_on_the_number_of_threads(dtype):
     torch.manual_seed(0)
-    x, weight = noise(300, 96, dtype=dtype), torch.randn(400, 96)
+    x, weight = noise(300, 96, dtype=dtype), torch.randn(400, 96, requires_grad=True)
     qkv, targets = noise(1, 200, 3, 3, 32, dtype=dtype), torch.randint(400, (300,))
     found = []
     before = torch.get_num_threads()
@@ -117,7 +117,9 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
         grads = torch.empty_like(x), torch.empty_like(weight)
         y = native.linear(x, weight, None)
         losses = native.head_loss(x, weight, targets, 1.0, *grads, chunk=128)
-        found.append([y, native.attention(qkv, 0.1), losses, *grads])
+        weight.grad = None
+        y.square().sum().backward()
+        found.append([y, weight.grad, native.attention(qkv, 0.1), losses, *grads])
     torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
