@@ -13,6 +13,7 @@ import torch
 import yaml
 from tiny_run import merge, ostro, read_metrics, write_config
 
+from ostro import native
 from ostro.checkpoint import find_latest, load, store
 from ostro.cli.main import run_command
 from ostro.phases import listening
@@ -53,6 +54,15 @@ def test_a_run_leaves_metrics_log_config_and_checkpoint(tmp_path, capsys):
     assert "last evaluation" in (tmp_path / "logs" / "tiny" / "train.log").read_text()
     out = capsys.readouterr().out
     assert "ostro sample --checkpoint" in out
+
+
+def test_a_run_says_why_it_is_slower_than_it_could_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_library", lambda: "there is no C++ compiler (c++)")
+    train(write_config(tmp_path))
+    logged = (tmp_path / "logs" / "tiny" / "train.log").read_text()
+    assert "kernels = auto: torch, slower - there is no C++ compiler (c++)" in logged
+    saved = load(str(tmp_path / "checkpoints" / "tiny" / "step-5"))
+    assert saved is not None and "kernels: torch" in saved.texts["config.yaml"]
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):

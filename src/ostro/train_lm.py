@@ -222,9 +222,14 @@ def choose_settings(
         torch.compiler.reset()  # what was seen there must not decide how the run is compiled
         return pays
 
+    def kernels(_: TrainerConfig) -> str:
+        if world.device.type == "cpu" and native.in_use() == "torch" and native.why_not():
+            log.info("trainer.kernels = auto: torch, slower - %s", native.why_not())
+        return native.in_use()
+
     choices = {
         "num_threads": lambda _: torch.get_num_threads(),
-        "kernels": lambda _: native.in_use(),
+        "kernels": kernels,
         "compile": measure,
     }
     trainer = choose(config.trainer, world, saved, choices)
