@@ -1,5 +1,5 @@
 // Causal attention of a fused projection, in blocks, with the softmax's sums as the only thing kept
-// (arXiv:2205.14135). Products are bfloat16 with float sums, and so are the rounded probabilities.
+// (arXiv:2205.14135). Products have float sums; probabilities are rounded to what they are made of.
 //
 // `qkv` is (batch, position, kv_heads, group + 2, size): the queries that share a key, the key, its value.
 // BLOCK: queries and keys of a block, 64 or 128.
@@ -209,7 +209,7 @@ extern "C" {
 
 // out: (batch, position, kv_heads, group, size); log_sums: float (batch, kv_heads, group, position).
 void EXPORT(attention_forward)(const real* qkv, real* out, float* log_sums, int64_t batch, int64_t tokens,
-                       int64_t heads, int64_t group, int64_t size, double scale) {
+                               int64_t heads, int64_t group, int64_t size, double scale) {
   const Shape s{batch, tokens, heads, group, size};
   each_head(s, [&, head = tokens > 64 ? forward_head<128> : forward_head<64>](int64_t at, int64_t to, int64_t row) {
     head(s, qkv + at, out + to, log_sums + row, scale);
@@ -218,8 +218,8 @@ void EXPORT(attention_forward)(const real* qkv, real* out, float* log_sums, int6
 
 // grad: as qkv; grad_out: as out.
 void EXPORT(attention_backward)(const real* qkv, const real* out, const real* grad_out, const float* log_sums,
-                        real* grad, int64_t batch, int64_t tokens, int64_t heads, int64_t group,
-                        int64_t size, double scale) {
+                                real* grad, int64_t batch, int64_t tokens, int64_t heads, int64_t group,
+                                int64_t size, double scale) {
   const Shape s{batch, tokens, heads, group, size};
   each_head(s, [&, head = tokens > 64 ? backward_head<128> : backward_head<64>](int64_t at, int64_t to, int64_t row) {
     head(s, qkv + at, out + to, grad_out + to, log_sums + row, grad + at, scale);

@@ -58,7 +58,7 @@ void EXPORT(silu_gate_forward)(const real* gate, const real* up, real* out, int6
 }
 
 void EXPORT(silu_gate_backward)(const real* gate, const real* up, const real* grad, real* grad_gate, real* grad_up,
-                        int64_t count) {
+                                int64_t count) {
   vectors(count, [=](int64_t at, __mmask16 mask) {
     const __m512 g = get(gate + at, mask), s = sigmoid(g), d = get(grad + at, mask);
     const __m512 silu = _mm512_mul_ps(g, s);
@@ -71,7 +71,7 @@ void EXPORT(silu_gate_backward)(const real* gate, const real* up, const real* gr
 // out = (x - mean) * weight / sqrt(variance + eps) + bias for rows of `size`. Where `means` is null that is RMSNorm:
 // the mean counts as 0. `means` and `scales` keep what the gradient needs of each row; bias may be null.
 void EXPORT(norm_forward)(const real* x, const float* weight, const float* bias, real* out, float* means, float* scales,
-                  int64_t rows, int64_t size, double eps) {
+                          int64_t rows, int64_t size, double eps) {
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const real* from = x + row * size;
@@ -95,7 +95,7 @@ void EXPORT(norm_forward)(const real* x, const float* weight, const float* bias,
 
 // Gradients of x, of the weight, and of the bias unless null.
 void EXPORT(norm_backward)(const real* x, const float* weight, const float* means, const float* scales, const real* grad,
-                   real* grad_x, float* grad_weight, float* grad_bias, int64_t rows, int64_t size) {
+                           real* grad_x, float* grad_weight, float* grad_bias, int64_t rows, int64_t size) {
   constexpr int64_t ROWS = 64;  // whose part of the weight's gradient is summed first, whatever the threads
   const int64_t blocks = (rows + ROWS - 1) / ROWS;
   float* sums = scratch<float>(blocks * 2 * size, 0);
@@ -137,7 +137,7 @@ void EXPORT(norm_backward)(const real* x, const float* weight, const float* mean
 // Queries and keys of a fused projection (tokens, kv_heads, group + 2, size) turned by the angles of their
 // tokens, cos and sin (num_angles, size / 2); `sign` -1 turns back. Values are copied.
 void EXPORT(rotary)(const real* x, const float* cos, const float* sin, real* out, int64_t tokens, int64_t num_angles,
-            int64_t heads, int64_t rows, int64_t size, double sign) {
+                    int64_t heads, int64_t rows, int64_t size, double sign) {
   const int64_t half = size / 2;
 #pragma omp parallel for schedule(static)
   for (int64_t token = 0; token < tokens; token++) {

@@ -61,7 +61,7 @@ extern "C" {
 
 // out (rows, outs) = x (rows, ins) weight^T + bias; weight is float (outs, ins). ins and outs: multiples of 16.
 void EXPORT(linear_forward)(const real* x, const float* weight, const float* bias, real* out, int64_t rows,
-                    int64_t ins, int64_t outs) {
+                            int64_t ins, int64_t outs) {
   times(x, rows, ins, outs, bias, out, [=](int64_t col, int64_t width, int64_t k, int64_t count, real* to) {
     pack_columns(weight + col * ins + k, ins, width, count, to, width);
   });
@@ -69,7 +69,7 @@ void EXPORT(linear_forward)(const real* x, const float* weight, const float* bia
 
 // Gradients of x, of the weight and of the bias, each unless null.
 void EXPORT(linear_backward)(const real* x, const float* weight, const real* grad, real* grad_x, float* grad_weight,
-                     float* grad_bias, int64_t rows, int64_t ins, int64_t outs) {
+                             float* grad_bias, int64_t rows, int64_t ins, int64_t outs) {
   if (grad_x)
     times(grad, rows, outs, ins, nullptr, grad_x,
           [=](int64_t col, int64_t width, int64_t k, int64_t count, real* to) {

@@ -1,4 +1,4 @@
-// Matrix products of a layer: rows of bfloat16 times a float weight that is rounded as it is packed.
+// Matrix products of a layer: rows times a float weight that is rounded to their type as it is packed.
 //
 // A panel of the weight stays in a core's cache while all rows of a task pass by it. Every sum is made by one
 // thread in one order, so results do not depend on the number of threads.
@@ -27,7 +27,7 @@ static inline int64_t task_part(int64_t count, int64_t size, int64_t others) {
   return parts(parts(count, n), 16) * 16;
 }
 
-// Rows of bfloat16 whose columns lie in parts, `step` elements from part to part; all in one where they are few.
+// Rows whose columns lie in parts, `step` elements from part to part; all in one where they are few.
 struct Rows {
   const real* at;
   int64_t ld, part, step;

@@ -1,6 +1,6 @@
 // Cross-entropy of a linear head, with its gradients: no logits are kept beyond a chunk of rows.
 //
-// What is kept of a logit is e^(logit - largest of its panel) in bfloat16: the gradient is that times one
+// What is kept of a logit is e^(logit - largest of its panel) as `real`: the gradient is that times one
 // factor for each row and panel, and its rounding is relative. They are kept panel by panel, (panels, rows, width).
 
 #include "linear.h"
@@ -103,7 +103,7 @@ extern "C" {
 // Losses (rows) of hidden (rows, embed) and weight (vocab, embed), and unless null the gradients of their sum
 // times `scale`. embed is a multiple of 16.
 void EXPORT(head_loss)(const real* hidden, const float* weight, const int64_t* targets, float* losses, real* grad_hidden,
-               float* grad_weight, int64_t rows, int64_t vocab, int64_t embed, int64_t chunk, double scale) {
+                       float* grad_weight, int64_t rows, int64_t vocab, int64_t embed, int64_t chunk, double scale) {
   const Head h{weight, vocab, embed, float(scale)};
   const int64_t most = std::min(rows, chunk);
   real* e = scratch<real>(most * h.padded(), 3);
