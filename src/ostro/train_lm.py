@@ -126,8 +126,7 @@ def choose_kernels(trainer: TrainerConfig, device: torch.device) -> None:
     native.use(wanted)
     if wanted and trainer.kernels == "native" and native.why_not():
         raise ConfigError(
-            f"trainer.kernels = native - {native.why_not()} - install a C++ compiler such as g++,"
-            " or take trainer.kernels: auto"
+            f"trainer.kernels = native - {native.why_not()} - otherwise take trainer.kernels: auto"
         )
 
 
@@ -222,8 +221,9 @@ def choose_settings(
         torch.compiler.reset()  # what was seen there must not decide how the run is compiled
         return pays
 
-    def kernels(_: TrainerConfig) -> str:
-        if world.device.type == "cpu" and native.in_use() == "torch" and native.why_not():
+    def kernels(trainer: TrainerConfig) -> str:
+        wanted = world.device.type == "cpu" and not trainer.deterministic_reduction
+        if wanted and native.why_not():
             log.info("trainer.kernels = auto: torch, slower - %s", native.why_not())
         return native.in_use()
 

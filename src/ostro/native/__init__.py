@@ -45,10 +45,10 @@ def restored() -> Iterator[None]:
 
 
 def is_used(x: Tensor) -> bool:
-    """Whether the kernels do the work on this tensor of a CPU."""
+    """Whether the kernels do the work on this tensor of a CPU; float32 where that was said."""
     return (
         _is_wanted is not False
-        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _is_wanted is True))
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _is_wanted))
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
@@ -82,7 +82,7 @@ def _library() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(_made(compiler)))
     except FileNotFoundError:
-        return f"there is no C++ compiler ({compiler[0]})"
+        return f"there is no C++ compiler ({compiler[0]}): install one such as g++"
     except subprocess.CalledProcessError as error:
         log.debug("%s", error.stderr)
         return f"{compiler[0]} could not compile them: {error.stderr.strip().splitlines()[-1:]}"

@@ -177,18 +177,28 @@ static inline void transpose16(__m512i r[16]) {  // 16 x 16 of 32 bits
   }
 }
 
+// Rows (n, count) of 32 bits each -> their transpose (count, width) with rows of `to_ld`, zeros beyond n;
+// `sixteen(row, at, left)` gives those from `at` on, of which `left` count. width is a multiple of 16.
+template <typename Sixteen>
+static inline void transpose_words(Sixteen sixteen, int64_t n, int64_t count, uint32_t* to, int64_t to_ld,
+                                   int64_t width) {
+  for (int64_t col = 0; col < width; col += 16)
+    for (int64_t at = 0; at < count; at += 16) {
+      __m512i r[16];
+      for (int64_t i = 0; i < 16; i++) r[i] = sixteen(col + i, at, col + i < n ? count - at : 0);
+      transpose16(r);
+      for (int64_t i = 0; i < std::min<int64_t>(16, count - at); i++)
+        _mm512_storeu_si512(to + (at + i) * to_ld + col, r[i]);
+    }
+}
+
 // Rows (n, k) -> the pairs of their transpose, (k / 2, width, 2); zeros beyond n. k is even.
 template <typename T>
 static inline void pack_columns(const T* from, int64_t ld, int64_t n, int64_t k, bf16* to, int64_t width) {
-  for (int64_t col = 0; col < width; col += 16)
-    for (int64_t at = 0; at < k; at += 32) {
-      __m512i r[16];
-      for (int64_t i = 0; i < 16; i++)
-        r[i] = sixteen_pairs(from + (col + i) * ld + at, col + i < n ? k - at : 0);
-      transpose16(r);
-      for (int64_t i = 0; i < std::min<int64_t>(16, (k - at) / 2); i++)
-        _mm512_storeu_si512(to + (at + 2 * i) * width + 2 * col, r[i]);
-    }
+  const auto pairs = [=](int64_t row, int64_t at, int64_t left) {
+    return sixteen_pairs(from + row * ld + 2 * at, 2 * left);
+  };
+  transpose_words(pairs, n, k / 2, (uint32_t*)to, width, width);
 }
 
 // Rows (n, k) -> their transpose (k, width) with rows of `to_ld`, zeros beyond n; k is even, width a multiple of 16.
@@ -210,15 +220,10 @@ static inline void transpose(const bf16* from, int64_t ld, int64_t n, int64_t k,
 
 static inline void transpose(const float* from, int64_t ld, int64_t n, int64_t k, float* to, int64_t to_ld,
                              int64_t width) {
-  for (int64_t col = 0; col < k; col += 16)
-    for (int64_t row = 0; row < width; row += 16) {
-      __m512i r[16];
-      for (int64_t i = 0; i < 16; i++)
-        r[i] = (__m512i)_mm512_maskz_loadu_ps(row + i < n ? first(k - col) : 0, from + (row + i) * ld + col);
-      transpose16(r);
-      for (int64_t i = 0; i < std::min<int64_t>(16, k - col); i++)
-        _mm512_storeu_si512(to + (col + i) * to_ld + row, r[i]);
-    }
+  const auto floats = [=](int64_t row, int64_t at, int64_t left) {
+    return (__m512i)_mm512_maskz_loadu_ps(first(left), from + row * ld + at);
+  };
+  transpose_words(floats, n, k, (uint32_t*)to, to_ld, width);
 }
 
 static inline void pack_columns(const float* from, int64_t ld, int64_t n, int64_t k, float* to, int64_t width) {
