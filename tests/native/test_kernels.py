@@ -203,22 +203,35 @@ def test_without_a_compiler_torch_does_the_work(tmp_path):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm, partial(LayerNorm, bias=False)])
-def test_norms_and_their_gradients(kind, dtype):
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize(
+    "kind", [partial(RMSNorm, bias=False), *(partial(LayerNorm, bias=b) for b in (True, False))]
+)
+def test_norms_and_their_gradients(kind, adds, dtype):
+    """Also of what they add, and of the sum that goes on."""
     torch.manual_seed(0)
-    x, upstream = noise(3, 50, 96, dtype=dtype) + 2, noise(3, 50, 96, dtype=dtype)
-    norm = kind(("embed", 96), eps=1e-5)
+    x, added = torch.randn(3, 50, 96) + 2, noise(3, 50, 96, dtype=dtype)
+    back = torch.randn(3, 50, 96), noise(3, 50, 96, dtype=dtype)
+    norm = kind(("embed", 96), eps=1e-5, dtype=dtype)
     for parameter in norm.parameters():
-        parameter.data = torch.randn(96)
+        parameter.data = torch.randn(96).to(dtype).float()
     found = []
-    for wanted, copy in (True, x.clone()), (False, x.float()):
+    for wanted in (True, False):
         native.use(wanted)
         norm.zero_grad()
-        y = norm(copy.requires_grad_())
-        y.backward(upstream.to(copy.dtype))
-        found.append([y, copy.grad, *(p.grad for p in norm.parameters())])
+        inputs = [x.clone().requires_grad_()] + [added.clone().requires_grad_()] * adds
+        total, normed = norm(*inputs)
+        assert (type(total.grad_fn).__name__ == "_NormBackward") == wanted
+        torch.autograd.backward([total, normed], back)
+        gradients = [each.grad for each in (*inputs, *norm.parameters())]
+        assert [total.dtype, normed.dtype] == [torch.float32, dtype]
+        assert [each.dtype for each in gradients[: len(inputs)]] == [torch.float32, dtype][
+            : len(inputs)
+        ]
+        found.append([total, normed, *gradients])
     for ours, theirs in zip(*found, strict=True):
         assert distance(ours, theirs) < (0.004 if dtype == torch.bfloat16 else 4e-6)
+    assert torch.equal(found[0][0], found[1][0])
 
 
 @needs_kernels
@@ -288,8 +301,9 @@ def test_what_is_not_a_number_stays_so(dtype):
     assert native.linear(x, weight[:64], None)[3].isnan().all()
     assert native.gelu(x)[3, 5].isnan() and native.silu_gate(x, x)[3, 5].isnan()
     for is_centred in (True, False):
-        normed = native.normalise(x, torch.ones(32), None, 1e-5, is_centred=is_centred)
-        assert normed[3].isnan().all()
+        kind = {"dtype": dtype, "is_centred": is_centred}
+        total, normed = native.normalise(x.float(), x, torch.ones(32), None, 1e-5, **kind)
+        assert total[3, 5].isnan() and normed[3].isnan().all()
     out = native.attention(qkv, 0.2).view(1, 20, 2, 16)
     assert out[0, 4:, 1, 3].isnan().all()
     assert native.norms([x[3].float()]).isnan()

@@ -9,26 +9,34 @@ from ostro.nn.rotary import DefaultRotaryConfig, apply_rotary
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_compute_in_the_dtype_of_their_input(dtype):
+def test_layers_compute_in_one_dtype_and_norms_sum_in_float32(dtype):
     x = torch.randn(3, 8).to(dtype)
     for layer in (
         Linear(("embed", 8), ("mlp", 12)),
-        LayerNorm(("embed", 8), eps=1e-5),
-        RMSNorm(("embed", 8), eps=1e-5),
+        LayerNorm(("embed", 8), eps=1e-5, bias=True, dtype=dtype),
+        RMSNorm(("embed", 8), eps=1e-5, bias=False, dtype=dtype),
     ):
         initialize(layer, 0)
         y = layer(x)
+        if not isinstance(layer, Linear):
+            total, y = layer(x.float(), x)
+            assert total.dtype == torch.float32 and torch.equal(total, 2 * x.float())
         assert y.dtype == dtype
         y.float().sum().backward()
         assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-def test_norm_statistics_are_float32():
-    x = (torch.randn(4, 512) * 3 + 100).to(torch.bfloat16)
-    for layer in (LayerNorm(("embed", 512), eps=1e-5), RMSNorm(("embed", 512), eps=1e-5)):
+@pytest.mark.parametrize(("kind", "bias"), [(LayerNorm, True), (RMSNorm, False)])
+def test_norm_statistics_are_float32(kind, bias):
+    x = torch.randn(4, 512) * 3 + 100
+    layers = [
+        kind(("embed", 512), eps=1e-5, bias=bias, dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    for layer in layers:
         initialize(layer, 0)
-        expected = layer(x.float())
-        assert (layer(x).float() - expected).abs().max() <= expected.abs().max() / 100
+    normed, expected = (layer(x)[1].float() for layer in layers)
+    assert 0 < (normed - expected).abs().max() <= expected.abs().max() / 256
 
 
 def test_linear_is_out_by_in_and_names_its_dims():

@@ -15,7 +15,6 @@ from ostro.models.lm_model import (
     LmModel,
     Mlp,
     activation_problems,
-    run_block,
     size_problems,
 )
 from ostro.nn import (
@@ -106,7 +105,8 @@ class Gpt2Model(LmModel):
         self.position_embedding = Embedding((POSITION, config.seq_len), embed, deviation=std)
 
         def norm() -> LayerNorm:
-            return LayerNorm(embed, eps=config.layer_norm_epsilon, bias=config.use_bias)
+            eps, bias = config.layer_norm_epsilon, config.use_bias
+            return LayerNorm(embed, eps=eps, bias=bias, dtype=compute_dtype)
 
         def block(layer: int) -> Block:
             mlp = Mlp(config, config.mlp_scale * config.hidden_dim, gated=False)
@@ -116,32 +116,11 @@ class Gpt2Model(LmModel):
         self.blocks = nn.ModuleList(block(layer) for layer in range(config.num_layers))
         self.final_norm = norm()
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        tie: TiedGradient | None = None,
-    ) -> Tensor:
-        """See `LmModel.hidden`."""
-        num_tokens = tokens.shape[1]
-        if cache is not None:
-            positions = cache.positions(num_tokens, tokens.device)
-        elif positions is None:
-            assert num_tokens <= self.config.seq_len, "more tokens than learned positions"
-            positions = torch.arange(num_tokens, device=tokens.device)
-        x = self.embed(tokens, positions, tie)
-        x = F.dropout(x.to(self.compute_dtype), self.config.embed_pdrop, self.training)
-        recompute = self.config.gradient_checkpointing and cache is None
-        for block in self.blocks:
-            x = run_block(block, recompute, x, mask, cache)
-        return self.final_norm(x)
-
     def embed(self, tokens: Tensor, positions: Tensor, tie: TiedGradient | None = None) -> Tensor:
         """See `LmModel.embed`."""
-        return self.token_embedding(tokens, tie) + self.position_embedding(positions)
+        assert positions.shape[-1] <= self.config.seq_len, "more tokens than learned positions"
+        x = self.token_embedding(tokens, tie) + self.position_embedding(positions)
+        return F.dropout(x, self.config.embed_pdrop, self.training)
 
     def head_weight(self) -> Tensor:
         """The token embedding: the head is tied to it."""

@@ -14,7 +14,6 @@ from ostro.models.lm_model import (
     LmModel,
     Mlp,
     activation_problems,
-    run_block,
     size_problems,
 )
 from ostro.nn import (
@@ -122,7 +121,7 @@ class LlamaModel(LmModel):
         self.token_embedding = Embedding(vocab, embed, deviation=std)
 
         def norm() -> RMSNorm:
-            return RMSNorm(embed, eps=config.layer_norm_epsilon)
+            return RMSNorm(embed, eps=config.layer_norm_epsilon, bias=False, dtype=compute_dtype)
 
         def block(layer: int) -> Block:
             mlp = Mlp(config, config.intermediate_dim, gated=True)
@@ -133,34 +132,15 @@ class LlamaModel(LmModel):
         tied = config.tie_word_embeddings
         self.head = None if tied else Linear(embed, vocab, bias=False, deviation=std)
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        tie: TiedGradient | None = None,
-    ) -> Tensor:
-        """See `LmModel.hidden`."""
-        num_tokens = tokens.shape[1]
-        if cache is not None:
-            positions = cache.positions(num_tokens, tokens.device)
-        elif positions is None:
-            positions = torch.arange(num_tokens, device=tokens.device)
-        positions = positions.expand(1, -1) if positions.ndim == 1 else positions
-        cos, sin = self.config.rope.tables(positions, self.config.head_size)
-        # (batch or 1, position, 1, 1, head_size / 2): one angle for all heads
-        cos, sin = cos[:, :, None, None], sin[:, :, None, None]
-        x = self.embed(tokens, positions, tie).to(self.compute_dtype)
-        recompute = self.config.gradient_checkpointing and cache is None
-        for block in self.blocks:
-            x = run_block(block, recompute, x, cos, sin, mask, cache)
-        return self.final_norm(x)
-
     def embed(self, tokens: Tensor, positions: Tensor, tie: TiedGradient | None = None) -> Tensor:
         """See `LmModel.embed`."""
         return self.token_embedding(tokens, tie if self.config.tie_word_embeddings else None)
+
+    def block_inputs(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """See `LmModel.block_inputs`: each (batch or 1, position, 1, 1, head_size / 2)."""
+        positions = positions.expand(1, -1) if positions.ndim == 1 else positions
+        tables = self.config.rope.tables(positions, self.config.head_size)
+        return tuple(table[:, :, None, None] for table in tables)  # one angle for all heads
 
     def head_weight(self) -> Tensor:
         """The head's own weight, or the token embedding when tied."""

@@ -52,14 +52,17 @@ class LmConfig(Choice):
 class LmModel(nn.Module, ABC):
     """A causal language model: tokens to logits or to a loss.
 
-    Subclasses give `hidden` (everything below the head) and `head_weight`. The vocabulary can be
-    split over the devices of `vocab_group`, and sequences over those of `context`.
+    Subclasses make `config`, `blocks` and `final_norm`, and give `embed`, `head_weight` and what
+    their blocks need to know of positions. The vocabulary can be split over the devices of
+    `vocab_group`, and sequences over those of `context`.
     """
 
+    config: Any
+    blocks: nn.ModuleList
+    final_norm: nn.Module
     vocab_group: Group | None = None
     context: Group | None = None
 
-    @abstractmethod
     def hidden(
         self,
         tokens: Tensor,
@@ -72,13 +75,29 @@ class LmModel(nn.Module, ABC):
         """Tokens (batch, position) -> normalised states (batch, position, embed).
 
         `mask` replaces the causal one, (batch or 1, 1, query, position). `positions` (position,)
-        are those of the tokens where these are only some of the sequence. A model whose head is
-        tied passes `tie` on to the lookup of its tokens.
+        are those of the tokens where these are only some of the sequence. `tie` is as of `embed`.
         """
+        if cache is not None:
+            positions = cache.positions(tokens.shape[1], tokens.device)
+        elif positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x, inputs = self.embed(tokens, positions, tie).float(), self.block_inputs(positions)
+        recompute = self.config.gradient_checkpointing and cache is None
+        for block in self.blocks:
+            x = run_block(block, recompute, x, *inputs, mask, cache)
+        return self.final_norm(x)[1]
 
     @abstractmethod
     def embed(self, tokens: Tensor, positions: Tensor, tie: TiedGradient | None = None) -> Tensor:
-        """What the first block is given, without dropout, in the dtype of the tables."""
+        """What the first block is given, in the dtype of the tables.
+
+        A model whose head is tied passes `tie` on to the lookup of its tokens.
+        """
+
+    def block_inputs(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """What the attention of every block is given of `positions`, (position,) or (batch,
+        position): nothing, or the cosines and sines of rotary angles."""
+        return ()
 
     @abstractmethod
     def head_weight(self) -> Tensor:
@@ -150,9 +169,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *rest) -> Tensor:
         """(batch, position, embed) -> the same; `rest` goes to the attention."""
-        attended = self.attention(self.norm_1(x), *rest)
-        x = x + F.dropout(attended, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm_2(x)), self.dropout, self.training)
+        x, normed = self.norm_1(x)
+        attended = F.dropout(self.attention(normed, *rest), self.dropout, self.training)
+        x, normed = self.norm_2(x, attended)
+        return x + F.dropout(self.mlp(normed), self.dropout, self.training)
 
 
 class Mlp(nn.Module):

@@ -44,11 +44,13 @@ def restored() -> Iterator[None]:
         use(before)
 
 
-def is_used(x: Tensor) -> bool:
-    """Whether the kernels do the work on this tensor of a CPU; float32 where that was said."""
+def is_used(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether kernels in `dtype`, null: its own, do the work on this tensor of a CPU; float32 ones
+    where that was said."""
+    dtype = dtype or x.dtype
     return (
         _is_wanted is not False
-        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _is_wanted))
+        and (dtype == torch.bfloat16 or (dtype == torch.float32 and bool(_is_wanted)))
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
@@ -277,32 +279,51 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor | None:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, is_centred):
+    def forward(ctx, x, added, weight, bias, eps, dtype, is_centred):
         rows, size = x.numel() // x.shape[-1], x.shape[-1]
-        out, scales = torch.empty_like(x), torch.empty(rows)
+        total = x if added is None else torch.empty_like(x)
+        out, scales = torch.empty_like(x, dtype=dtype), torch.empty(rows)
         means = torch.empty(rows) if is_centred else None
-        _call("norm_forward", x, weight, bias, out, means, scales, rows, size, eps)
-        ctx.save_for_backward(x, weight, bias, means, scales)
-        return out
+        _call("norm_forward", out, x, added, total, weight, bias, means, scales, rows, size, eps)
+        ctx.save_for_backward(total, weight, bias, means, scales)
+        ctx.set_materialize_grads(False)
+        ctx.adds = added is not None
+        return total, out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, bias, means, scales = ctx.saved_tensors
-        gradients = [None if each is None else torch.empty_like(each) for each in (x, weight, bias)]
-        sizes = len(scales), x.shape[-1]
-        _call("norm_backward", x, weight, means, scales, grad.contiguous(), *gradients, *sizes)
-        return *gradients, None, None
+    def backward(ctx, grad_total, grad):
+        total, weight, bias, means, scales = ctx.saved_tensors
+        grad = grad.contiguous()
+        like = total, grad if ctx.adds else None, weight, bias
+        gradients = [None if each is None else torch.empty_like(each) for each in like]
+        grad_total = None if grad_total is None else grad_total.contiguous()
+        kept, sizes = (total, weight, means, scales), (len(scales), total.shape[-1])
+        _call("norm_backward", grad, grad_total, *kept, *gradients, *sizes)
+        return *gradients, None, None, None
 
 
 def normalise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, is_centred: bool
-) -> Tensor | None:
-    """`(x - mean) * weight / sqrt(variance + eps) + bias` over the last dim, the mean taken as 0
-    unless `is_centred`; None where the kernels cannot do it."""
-    fits = x.shape[-1] % 16 == 0 and is_used(x) and x.is_contiguous() and _is_plain(weight)
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    dtype: torch.dtype,
+    is_centred: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """`x + added`, float32, and that normalised over the last dim, as `dtype`.
+
+    `(x - mean) * weight / sqrt(variance + eps) + bias`, the mean taken as 0 unless `is_centred`.
+    None where the kernels cannot do it.
+    """
+    fits = x.shape[-1] % 16 == 0 and is_used(x, dtype) and _is_plain(x) and _is_plain(weight)
     fits = fits and (bias is None or _is_plain(bias))
-    return _Norm.apply(x, weight, bias, float(eps), is_centred) if fits else None
+    fits = fits and (added is None or (added.dtype == dtype and added.is_contiguous()))
+    if not fits:
+        return None
+    return _Norm.apply(x, added, weight, bias, float(eps), dtype, is_centred)
 
 
 class _Rotary(torch.autograd.Function):

@@ -68,14 +68,17 @@ void EXPORT(silu_gate_backward)(const real* gate, const real* up, const real* gr
   });
 }
 
-// out = (x - mean) * weight / sqrt(variance + eps) + bias for rows of `size`. Where `means` is null that is RMSNorm:
-// the mean counts as 0. `means` and `scales` keep what the gradient needs of each row; bias may be null.
-void EXPORT(norm_forward)(const real* x, const float* weight, const float* bias, real* out, float* means, float* scales,
-                          int64_t rows, int64_t size, double eps) {
+// total = x + added, or x where `added` is null and nothing is written there; out = (total - mean) * weight /
+// sqrt(variance + eps) + bias for rows of `size`. Where `means` is null that is RMSNorm: the mean counts as 0.
+// `means` and `scales` keep what the gradient needs of each row; bias may be null.
+void EXPORT(norm_forward)(real* out, const float* x, const real* added, float* total, const float* weight,
+                          const float* bias, float* means, float* scales, int64_t rows, int64_t size, double eps) {
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++) {
-    const real* from = x + row * size;
+    float* from = total + row * size;
     __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (int64_t c = 0; added && c < size; c += 16)
+      store(from + c, _mm512_add_ps(load(x + row * size + c), load(added + row * size + c)));
     for (int64_t c = 0; means && c < size; c += 16) sum = _mm512_add_ps(load(from + c), sum);
     const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / size);
     for (int64_t c = 0; c < size; c += 16) {
@@ -86,16 +89,18 @@ void EXPORT(norm_forward)(const real* x, const float* weight, const float* bias,
     scales[row] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / size + float(eps));
     const __m512 by = _mm512_set1_ps(scales[row]);
     for (int64_t c = 0; c < size; c += 16) {
-      const __m512 add = bias ? _mm512_loadu_ps(bias + c) : _mm512_setzero_ps();
+      const __m512 add = bias ? load(bias + c) : _mm512_setzero_ps();
       const __m512 value = _mm512_mul_ps(_mm512_sub_ps(load(from + c), mean), by);
-      store(out + row * size + c, _mm512_fmadd_ps(value, _mm512_loadu_ps(weight + c), add));
+      store(out + row * size + c, _mm512_fmadd_ps(value, load(weight + c), add));
     }
   }
 }
 
-// Gradients of x, of the weight, and of the bias unless null.
-void EXPORT(norm_backward)(const real* x, const float* weight, const float* means, const float* scales, const real* grad,
-                           real* grad_x, float* grad_weight, float* grad_bias, int64_t rows, int64_t size) {
+// Gradients of x, of what was added unless null, of the weight, and of the bias unless null; `grad` is of the
+// normalised, `grad_total` of the total, 0 where null.
+void EXPORT(norm_backward)(const real* grad, const float* grad_total, const float* total, const float* weight,
+                           const float* means, const float* scales, float* grad_x, real* grad_added,
+                           float* grad_weight, float* grad_bias, int64_t rows, int64_t size) {
   constexpr int64_t ROWS = 64;  // whose part of the weight's gradient is summed first, whatever the threads
   const int64_t blocks = (rows + ROWS - 1) / ROWS;
   float* sums = scratch<float>(blocks * 2 * size, 0);
@@ -104,22 +109,26 @@ void EXPORT(norm_backward)(const real* x, const float* weight, const float* mean
     float *part = sums + block * 2 * size, *part_bias = part + size;
     std::fill_n(part, 2 * size, 0.0f);
     for (int64_t row = block * ROWS; row < std::min(rows, (block + 1) * ROWS); row++) {
-      const real *from = x + row * size, *g = grad + row * size;
+      const float* from = total + row * size;
+      const real* g = grad + row * size;
       const __m512 by = _mm512_set1_ps(scales[row]), mean = _mm512_set1_ps(means ? means[row] : 0);
       const auto normed = [&](int64_t c) { return _mm512_mul_ps(_mm512_sub_ps(load(from + c), mean), by); };
       __m512 inner = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
       for (int64_t c = 0; c < size; c += 16) {
-        const __m512 d = load(g + c), product = _mm512_mul_ps(d, normed(c)), w = _mm512_loadu_ps(weight + c);
+        const __m512 d = load(g + c), product = _mm512_mul_ps(d, normed(c)), w = load(weight + c);
         inner = _mm512_fmadd_ps(product, w, inner);
         sum = _mm512_fmadd_ps(d, w, sum);
-        _mm512_storeu_ps(part + c, _mm512_add_ps(product, _mm512_loadu_ps(part + c)));
-        if (grad_bias) _mm512_storeu_ps(part_bias + c, _mm512_add_ps(d, _mm512_loadu_ps(part_bias + c)));
+        store(part + c, _mm512_add_ps(product, load(part + c)));
+        if (grad_bias) store(part_bias + c, _mm512_add_ps(d, load(part_bias + c)));
       }
       const __m512 share = _mm512_set1_ps(_mm512_reduce_add_ps(inner) / size);
       const __m512 shift = _mm512_set1_ps(means ? _mm512_reduce_add_ps(sum) / size : 0);
       for (int64_t c = 0; c < size; c += 16) {
-        const __m512 direct = _mm512_fmsub_ps(load(g + c), _mm512_loadu_ps(weight + c), shift);
-        store(grad_x + row * size + c, _mm512_mul_ps(by, _mm512_fnmadd_ps(share, normed(c), direct)));
+        const __m512 direct = _mm512_fmsub_ps(load(g + c), load(weight + c), shift);
+        const __m512 passed = grad_total ? load(grad_total + row * size + c) : _mm512_setzero_ps();
+        const __m512 value = _mm512_fmadd_ps(by, _mm512_fnmadd_ps(share, normed(c), direct), passed);
+        store(grad_x + row * size + c, value);
+        if (grad_added) store(grad_added + row * size + c, value);
       }
     }
   }

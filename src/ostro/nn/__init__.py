@@ -1,7 +1,8 @@
 """Small modules that know the axis names of their parameters; models are built from these.
 
-Every module keeps float32 master weights and computes in the dtype of its input: it casts its
-weight to `x.dtype`. Statistics of norms, of the softmax and of the loss are float32.
+Every module keeps float32 master weights. Layers compute in the dtype of their input and cast their
+weight to it. Norms take the float32 sum that runs through the blocks and give what layers compute
+in. Statistics of norms, of the softmax and of the loss are float32.
 """
 
 from ostro.nn.activation import ACTIVATIONS

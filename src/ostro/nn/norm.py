@@ -1,20 +1,27 @@
-"""Normalisation over the last dim. Statistics are float32, the result has the input's dtype."""
+"""Normalisation over the last dim, together with the addition that comes before it.
+
+What is added to is the sum that runs through the blocks. It is kept in float32, as under torch's
+autocast: rounded to bfloat16 in every block it, and its gradient, part a run from one in float32
+(see the lab notes). What is added, and the result, have the dtype of the computation.
+"""
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ostro import native
 from ostro.axes import ParameterAxes
 from ostro.nn.init import Fill
 
 
-class LayerNorm(nn.Module):
-    """Zero mean and unit variance over axis `Axis` (name, size), then a gain and a bias."""
+class _Norm(nn.Module):
+    is_centred: bool
 
-    def __init__(self, Axis: tuple[str, int], *, eps: float, bias: bool = True):
+    def __init__(
+        self, Axis: tuple[str, int], *, eps: float, bias: bool, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
-        self.eps = eps
+        self.eps, self.dtype = eps, dtype
         self.weight = nn.Parameter(torch.empty(Axis[1]))
         self.bias = nn.Parameter(torch.empty(Axis[1])) if bias else None
         self.parameter_axes = {"weight": ParameterAxes((Axis[0],))}
@@ -23,32 +30,30 @@ class LayerNorm(nn.Module):
             self.parameter_axes["bias"] = ParameterAxes((Axis[0],))
             self.parameter_fill["bias"] = Fill(0.0)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., size) -> (..., size)."""
-        # A gain near 1 that is rounded to bfloat16 shows in the loss curve; FSDP hands out rounded
-        # ones, and so has all that is to equal it. Our kernels keep them as they are.
-        found = native.normalise(x, self.weight, self.bias, self.eps, is_centred=True)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """float32 (..., size), and what is added to it -> the sum, and that normalised."""
+        kind = {"dtype": self.dtype, "is_centred": self.is_centred}
+        found = native.normalise(x, added, self.weight, self.bias, self.eps, **kind)
         if found is not None:
             return found
-        gain, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, gain, bias, self.eps)
+        x = x if added is None else x + added
+        # FSDP hands out gains in the dtype of the computation, and so has all that is to equal it.
+        gain = self.weight.to(self.dtype).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(self.dtype).to(x.dtype)
+        if self.is_centred:
+            normed = F.layer_norm(x, self.weight.shape, gain, bias, self.eps)
+        else:
+            normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * gain
+        return x, normed.to(self.dtype)
 
 
-class RMSNorm(nn.Module):
+class LayerNorm(_Norm):
+    """Zero mean and unit variance over axis `Axis` (name, size), then a gain and a bias."""
+
+    is_centred = True
+
+
+class RMSNorm(_Norm):
     """Unit root mean square over axis `Axis` (name, size), then a gain."""
 
-    def __init__(self, Axis: tuple[str, int], *, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(Axis[1]))
-        self.parameter_axes = {"weight": ParameterAxes((Axis[0],))}
-        self.parameter_fill = {"weight": Fill(1.0)}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., size) -> (..., size)."""
-        found = native.normalise(x, self.weight, None, self.eps, is_centred=False)
-        if found is not None:
-            return found
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight.to(x.dtype)
+    is_centred = False
