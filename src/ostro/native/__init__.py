@@ -45,8 +45,8 @@ def restored() -> Iterator[None]:
 
 
 def is_used(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether kernels in `dtype`, null: its own, do the work on this tensor of a CPU; float32 ones
-    where that was said."""
+    """Whether kernels in `dtype`, by default its own, do the work on this tensor of a CPU; those in
+    float32 where that was said."""
     dtype = dtype or x.dtype
     return (
         _is_wanted is not False
