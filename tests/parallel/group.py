@@ -23,7 +23,7 @@ from ostro.parallel import Mesh
 from ostro.trainer import Engine, TrainerConfig, build_state, choose_engine
 
 SEQ_LEN, VOCAB, BATCH_SIZE = 24, 61, 12  # all but the vocabulary can be cut into 2, 3 and 4
-NUM_STEPS = 10
+NUM_STEPS = 8
 
 SIZES: dict[str, Any] = {
     "seq_len": SEQ_LEN, "num_layers": 2, "hidden_dim": 24, "initializer_range": 0.2

@@ -14,7 +14,7 @@ from ostro.trainer import TrainerConfig, lay_out
 from ostro.trainer.deterministic import PairwiseSum, pairwise_sum
 from ostro.units import Precision
 
-NUM_STEPS = 5
+NUM_STEPS = 3
 CASES: dict[str, dict[str, Any]] = {
     "copies": {"fsdp_axis": None},
     "fsdp": {},
