@@ -19,7 +19,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ def train_theirs(model: nn.Module, trainer: Trainer, data: Sequence[Batch], bf16
     return losses
 
 
+def load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Into transformers' model, whose head may be tied."""
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    assert set(missing) <= {"lm_head.weight"}, missing
+
+
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Of all parameters, which keep none."""
     loss.backward()
@@ -123,11 +129,10 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def compare_gradients(trainer: Trainer, model: nn.Module, batch: Batch) -> dict[str, float]:
     """How far those of ours and of autocast are from float32's at the weights of ours, as a part
     of their length."""
-    own, config = trainer.state.model, trainer.state.model.config
-    weights = {name: p.detach().clone() for name, p in own.named_parameters()}
-    model.load_state_dict(to_hf(config, weights), strict=False)
+    own = trainer.state.model
+    load(model, to_hf(own.config, dict(own.named_parameters())))
     scale = 1 / batch.targets.numel()
-    ours = to_hf(config, gradients(own, own(batch.tokens, batch.targets, scale=scale)))
+    ours = to_hf(own.config, gradients(own, own(batch.tokens, batch.targets, scale=scale)))
     exact = gradients(model, transformers_loss(model, batch, bf16=False))
     autocast = gradients(model, transformers_loss(model, batch, bf16=True))
     length = sum(exact[name].square().sum() for name in ours) ** 0.5
@@ -145,22 +150,20 @@ def run_case(case: str, num_steps: int, flags: Sequence[str] = ()) -> dict[str, 
     config = load_case(case, [*FLAGS, *rate, *steps, *flags])
     trainer, data = build_trainer(config), batches(config, num_steps)
     weights = {name: p.detach().clone() for name, p in trainer.state.model.named_parameters()}
-    model, at_the_same = transformers_models.build(sizes_of(config)), []
-
-    def look(batch: Batch) -> None:
-        at_the_same.append(compare_gradients(trainer, model, batch))
-
-    losses = {"ours": train_ours(trainer, data, look)}
+    model, found = transformers_models.build(sizes_of(config)), []
+    losses = {
+        "ours": train_ours(
+            trainer, data, lambda batch: found.append(compare_gradients(trainer, model, batch))
+        )
+    }
     common.note(f"{case}: ours ends at {losses['ours'][-1]:.4f}")
     for name, bf16 in ((AUTOCAST, True), ("float32", False)):
-        model = transformers_models.build(sizes_of(config))
-        missing = model.load_state_dict(to_hf(config.model, weights), strict=False).missing_keys
-        assert set(missing) <= {"lm_head.weight"}, missing
+        load(model, to_hf(config.model, weights))
         losses[name] = train_theirs(model, trainer, data, bf16)
         common.note(f"{case}: transformers in {name} ends at {losses[name][-1]:.4f}")
     pairs = [("ours", "float32"), ("ours", AUTOCAST), (AUTOCAST, "float32")]
     apart = {f"{a} - {b}": difference(losses[a], losses[b]) for a, b in pairs}
-    return {"losses": losses, "differences": apart, "gradients": at_the_same}
+    return {"losses": losses, "differences": apart, "gradients": found}
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:

@@ -225,9 +225,6 @@ def test_norms_and_their_gradients(kind, adds, dtype):
         torch.autograd.backward([total, normed], back)
         gradients = [each.grad for each in (*inputs, *norm.parameters())]
         assert [total.dtype, normed.dtype] == [torch.float32, dtype]
-        assert [each.dtype for each in gradients[: len(inputs)]] == [torch.float32, dtype][
-            : len(inputs)
-        ]
         found.append([total, normed, *gradients])
     for ours, theirs in zip(*found, strict=True):
         assert distance(ours, theirs) < (0.004 if dtype == torch.bfloat16 else 4e-6)

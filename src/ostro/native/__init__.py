@@ -50,7 +50,7 @@ def is_used(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     dtype = dtype or x.dtype
     return (
         _is_wanted is not False
-        and (dtype == torch.bfloat16 or (dtype == torch.float32 and bool(_is_wanted)))
+        and (dtype == torch.bfloat16 or (dtype == torch.float32 and _is_wanted))
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and type(x) is Tensor

@@ -17,9 +17,7 @@ from ostro.nn.init import Fill
 class _Norm(nn.Module):
     is_centred: bool
 
-    def __init__(
-        self, Axis: tuple[str, int], *, eps: float, bias: bool, dtype: torch.dtype = torch.float32
-    ):
+    def __init__(self, Axis: tuple[str, int], *, eps: float, bias: bool, dtype: torch.dtype):
         super().__init__()
         self.eps, self.dtype = eps, dtype
         self.weight = nn.Parameter(torch.empty(Axis[1]))
