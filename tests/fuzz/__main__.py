@@ -46,7 +46,7 @@ READERS = {
     },
     "manifest": {
         "checkpoint.metadata": "",
-        "checkpoint.store": "Saved read_metadata load",
+        "checkpoint.saved": "Saved read_metadata load",
         "checkpoint.pieces": "Stored whole _box",
     },
     "pt": {

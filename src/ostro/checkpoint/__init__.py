@@ -24,5 +24,6 @@ from ostro.checkpoint.metadata import Metadata, read_settings
 from ostro.checkpoint.pieces import Stored, copy_into, whole
 from ostro.checkpoint.policy import CheckpointInterval, Policy
 from ostro.checkpoint.retention import Entry, to_prune, total_bytes
+from ostro.checkpoint.saved import Saved, load
 from ostro.checkpoint.single_file import SavedFile, read_file, register_format, write_file
-from ostro.checkpoint.store import Saved, State, checkpoint_bytes, load, write
+from ostro.checkpoint.store import State, checkpoint_bytes, write

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ostro.checkpoint.metadata import read_settings
 from ostro.checkpoint.pieces import Stored
+from ostro.checkpoint.saved import Saved
 from ostro.checkpoint.single_file import SavedFile
-from ostro.checkpoint.store import Saved, State
+from ostro.checkpoint.store import State
 from ostro.config import leaves
 from ostro.errors import CheckpointError
 

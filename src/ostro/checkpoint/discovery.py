@@ -12,8 +12,9 @@ import torch
 from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import Metadata
 from ostro.checkpoint.retention import Entry, to_delete, total_bytes
+from ostro.checkpoint.saved import Saved, load, read_metadata
 from ostro.checkpoint.single_file import SavedFile, files_below, load_file, pointed_folder
-from ostro.checkpoint.store import STEP, Saved, load, read_metadata
+from ostro.checkpoint.store import STEP
 from ostro.distributed import World
 from ostro.errors import CheckpointError
 from ostro.units import format_bytes

@@ -11,8 +11,9 @@ from torch.distributed import ProcessGroup
 from ostro.checkpoint import single_file, storage
 from ostro.checkpoint.discovery import entries, scan
 from ostro.checkpoint.policy import Kind
+from ostro.checkpoint.saved import read_metadata
 from ostro.checkpoint.sharded import full_tensors, on_first
-from ostro.checkpoint.store import STEP, State, read_metadata, step_folder, write
+from ostro.checkpoint.store import STEP, State, step_folder, write
 from ostro.errors import CheckpointError
 
 _log = logging.getLogger(__name__)

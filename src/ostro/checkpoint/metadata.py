@@ -14,6 +14,8 @@ from ostro.errors import CheckpointError
 from ostro.shapes import FILE_NAME, has_shape, read_object
 
 FORMAT = 3
+VALUES = "values.json"
+"""What is no tensor: step, best loss, tracker ids ..."""
 SHARDS = "shards.json"
 """Where the pieces of tensors lie that several ranks saved."""
 _CHECKSUM = b',\n  "sha256": "'
