@@ -100,12 +100,13 @@ def with_hf_model(config: TrainLmConfig) -> TrainLmConfig:
 
 
 def trackers(config: TrainLmConfig) -> list[TrackerConfig]:
-    """The trackers of the run, the console among them where progress is to be shown."""
+    """The trackers of the run. The console is among them, for the lines of the run's log file at
+    least; on the terminal where progress is to be shown."""
     given = config.trainer.tracker
     listed = given if isinstance(given, list) else [given]
-    if config.trainer.progress and not any(isinstance(t, ConsoleConfig) for t in listed):
-        return [*listed, ConsoleConfig()]
-    return listed
+    if any(isinstance(tracker, ConsoleConfig) for tracker in listed):
+        return listed
+    return [*listed, ConsoleConfig(on_terminal=config.trainer.progress)]
 
 
 def run_name(config: TrainLmConfig) -> str:

@@ -22,7 +22,7 @@ def logging_to(path: Path | None, level: str = "INFO") -> Iterator[None]:
             yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path)
+    to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     to_file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log.addHandler(to_file)
     try:
@@ -54,7 +54,13 @@ class _Formatter(logging.Formatter):
 
 
 class _PrintHandler(logging.Handler):
-    """Prints to whatever standard output is now: a progress bar redirects it while it lives."""
+    """Prints to whatever standard output is now: a progress bar redirects it while it lives.
+
+    Records marked `file_only` are left out: the console tracker has shown them in its own way.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+        return not getattr(record, "file_only", False) and super().filter(record)
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "

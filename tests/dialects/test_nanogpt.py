@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -267,10 +268,26 @@ def test_evaluations_come_before_updates_and_at_the_end(trained):
                                                              ["vocab_size"]), abs=0.2)  # fmt: skip
 
 
+def test_the_log_has_the_lines_of_nanogpt(trained):
+    """One for each multiple of log_interval, and one for each evaluation."""
+    lines = (trained / "out" / "train.log").read_text().splitlines()
+    found = [line.partition(" ostro: ")[2] for line in lines]
+    steps = [
+        re.fullmatch(r"iter (\d+): loss \d+\.\d{4}, time \d+\.\d\dms, mfu .*%", line)
+        for line in found
+    ]
+    assert [int(step[1]) for step in steps if step] == list(range(8))
+    assert [line.split(":")[0] for line in found if line.startswith("step ")] == [
+        "step 0",
+        "step 4",
+        "step 8",
+    ]
+
+
 def test_eval_only_writes_no_checkpoint(tmp_path):
     make_data(tmp_path)
     done = train(tmp_path, *SMALL, "eval_only=True")
-    assert "evaluation at step 0" in done.stdout
+    assert re.search(r"^step 0: train loss \d+\.\d{4}, val loss \d+\.\d{4}$", done.stdout, re.M)
     assert not (tmp_path / "out" / "ckpt.pt").exists()
     assert not losses(tmp_path)
 

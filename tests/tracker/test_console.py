@@ -7,7 +7,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from ostro.tracker import ConsoleConfig, RunInfo
+from ostro.run_log import logging_to
+from ostro.tracker import ConsoleConfig, RunInfo, build_trackers
 from ostro.tracker.console import ConsoleTracker, Pace, evaluation_line, figures_line
 
 
@@ -152,3 +153,55 @@ def test_build_writes_to_standard_output(capsys):
     tracker.log(metrics(1.0), 0)
     tracker.finish()
     assert capsys.readouterr().out == "step 0/2  loss 1.0000  lr 6.00e-04\n"
+
+
+@pytest.mark.parametrize("config", [ConsoleConfig(), ConsoleConfig(on_terminal=False)])
+@pytest.mark.parametrize("level", ["INFO", "WARNING"])
+def test_the_log_file_has_steps_and_evaluations(tmp_path, capsys, config, level):
+    path = tmp_path / "train.log"
+    with logging_to(path, level):
+        tracker = build_trackers(config, RunInfo("r1", num_steps=9))
+        tracker.log(metrics(3.0), 0)
+        tracker.log(metrics(2.5, 100.0), 1)
+        tracker.log({"eval/loss": 3.5}, 1)
+        tracker.log_text("sample/0", "two lines", 1)
+        tracker.finish()
+    expected = [
+        "step 1/9  loss 2.5000  lr 6.00e-04  100 tok/s",
+        "evaluation at step 1: loss 3.5000",
+    ]
+    expected = [*expected, "sample/0 at step 1:", "two lines"] if level == "INFO" else []
+    lines = path.read_text().splitlines()
+    assert [line.partition(" INFO ostro: ")[2] or line for line in lines] == expected
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == (expected if config.on_terminal else [])
+
+
+def test_the_log_file_has_steps_below_a_bar(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", screen := Terminal())
+    with logging_to(tmp_path / "train.log"):
+        console = Console(file=screen, force_terminal=True, width=60, color_system=None)
+        tracker = ConsoleTracker(ConsoleConfig(), RunInfo("r1", num_steps=9), console)
+        tracker.log(metrics(3.0, 100.0), 0)
+        tracker.finish()
+    assert "step 0/9  loss 3.0000" in (tmp_path / "train.log").read_text()
+    assert "step 0/9" not in screen.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_of_nanogpt(terminal):
+    """Its format strings, for multiples of the interval only; the last step is no exception."""
+    buffer = io.StringIO()
+    console = Console(file=buffer, force_terminal=terminal, color_system=None)
+    config = ConsoleConfig(log_every=2, style="nanogpt")
+    tracker = ConsoleTracker(config, RunInfo("r1", num_steps=4), console)
+    rates = {"throughput/duration": 0.0850312, "throughput/mfu": 41.2}
+    tracker.log({"eval/loss": 4.28231, "eval/train/loss": 4.28742, "eval/bpb": 1.0}, 0)
+    for step, loss in enumerate([4.25, 3.123456, 2.0, 1.0]):
+        tracker.log({"train/loss": loss, **rates}, step)
+    tracker.finish()
+    assert buffer.getvalue().splitlines() == [
+        "step 0: train loss 4.2874, val loss 4.2823",
+        "iter 0: loss 4.2500, time 85.03ms, mfu 41.20%",
+        "iter 2: loss 2.0000, time 85.03ms, mfu 41.20%",
+    ]

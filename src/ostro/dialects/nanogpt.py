@@ -31,7 +31,7 @@ class NanoGptConfig:
     out_dir: str = "out"
     """Folder of checkpoints and logs; made if it is missing."""
     log_interval: int = 1
-    """Iterations between two lines on the console."""
+    """Iterations between two lines on the console and in `train.log`."""
     eval_interval: int = 2000
     """Iterations between two evaluations; each may save a checkpoint."""
     eval_iters: int = 200
@@ -187,11 +187,12 @@ def _outputs(config: NanoGptConfig, made: Translation) -> None:
     made.set("trainer.checkpointer.base_path", f"{config.out_dir}/.", "out_dir")
     when = "always" if config.always_save_checkpoint else "improved"
     made.set("trainer.checkpointer.save_after_eval", when, "always_save_checkpoint")
-    trackers: list[dict[str, Any]] = [{"type": "json_logger"}]
+    lines = {"type": "console", "style": "nanogpt", "log_every": config.log_interval}
+    trackers: list[dict[str, Any]] = [{"type": "json_logger"}, lines]
     if config.wandb_log:
         names = {"project": config.wandb_project, "name": config.wandb_run_name}
         trackers.append({"type": "wandb", **names})
-    keys = ("wandb_log", "wandb_project", "wandb_run_name")
+    keys = ("wandb_log", "wandb_project", "wandb_run_name", "log_interval")
     made.set("trainer.tracker", trackers, *keys)
 
 

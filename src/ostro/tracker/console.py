@@ -1,4 +1,7 @@
-"""Figures on the terminal: a progress bar, or plain lines where the output is no terminal."""
+"""Figures on the terminal: a progress bar, or plain lines where the output is no terminal.
+
+The lines go to the run's log file too, whatever the terminal shows: `tail -f` follows a run.
+"""
 
 import logging
 import math
@@ -8,22 +11,30 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from ostro.tracker.tracker import RunInfo, Tracker, TrackerConfig
 from ostro.units import format_count, format_duration
+
+log = logging.getLogger("ostro")
 
 
 @TrackerConfig.register_subclass("console")
 @dataclass(frozen=True)
 class ConsoleConfig(TrackerConfig):
     """A progress bar with loss, learning rate, tokens per second, MFU and time left; evaluations
-    and samples are printed above it. Plain lines where the output is no terminal.
+    and samples are printed above it. Plain lines where the output is no terminal, and in the
+    run's log file. Nothing of it where `trainer.log_level` is above INFO.
     """
 
     log_every: int | None = None
     """Steps between plain lines; null = whenever the trainer reports its speed, so every
     `trainer.log_interval` steps. A progress bar shows every step."""
+    style: Literal["ostro", "nanogpt"] = "ostro"
+    """nanogpt: the lines that nanoGPT prints, `iter 10: loss 3.2145, time 85.03ms, mfu 41.20%`, for
+    multiples of `log_every` only; on a terminal too, without a bar."""
+    on_terminal: bool = True
+    """false: the lines go to the run's log file only."""
 
     def build(self, run: RunInfo) -> Tracker:
         from rich.console import Console
@@ -60,6 +71,8 @@ class ConsoleTracker(Tracker):
 
     def __init__(self, config: ConsoleConfig, run: RunInfo, console: Any, pace: Pace | None = None):
         self._every = config.log_every
+        self._style = config.style
+        self._on_terminal = config.on_terminal
         self._run = run
         self._console = console
         self._pace = pace or Pace()
@@ -72,16 +85,18 @@ class ConsoleTracker(Tracker):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         if evaluation:
-            self._print(evaluation_line(evaluation, step))
+            as_nanogpt = self._style == "nanogpt"
+            self._print((nanogpt_evaluation if as_nanogpt else evaluation_line)(evaluation, step))
         if len(evaluation) == len(metrics):
             return
         self._figures.update(metrics)
         self._pace.mark(step)
-        if self._console.is_terminal:
+        has_bar = self._console.is_terminal and self._on_terminal and self._style == "ostro"
+        if has_bar and not _is_quiet():
             self._show(step)
-        elif step != self._last_line and self._is_due(metrics, step):
+        if step != self._last_line and self._is_due(metrics, step):
             self._last_line = step
-            self._print(f"step {self._position(step)}  {self._line(step)}")
+            self._print(self._step_line(step), on_terminal=not has_bar)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         self._print(f"{name} at step {step}:\n{text}")
@@ -95,6 +110,8 @@ class ConsoleTracker(Tracker):
         self._rerouted.clear()
 
     def _is_due(self, metrics: Mapping[str, float], step: int) -> bool:
+        if self._style == "nanogpt":
+            return "train/loss" in metrics and step % (self._every or 1) == 0
         if self._run.num_steps is not None and step == self._run.num_steps - 1:
             return True
         if self._every:
@@ -104,6 +121,11 @@ class ConsoleTracker(Tracker):
     def _position(self, step: int) -> str:
         total = self._run.num_steps
         return f"{step}" if total is None else f"{step}/{total}"
+
+    def _step_line(self, step: int) -> str:
+        if self._style == "nanogpt":
+            return nanogpt_line(self._figures, step)
+        return f"step {self._position(step)}  {self._line(step)}"
 
     def _line(self, step: int) -> str:
         total = self._run.num_steps
@@ -140,9 +162,17 @@ class ConsoleTracker(Tracker):
                 self._rerouted.append((handler, stream))
                 handler.setStream(new)
 
-    def _print(self, text: str) -> None:
-        # No markup: a sample may hold brackets. No wrapping: a log keeps its lines.
-        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    def _print(self, text: str, on_terminal: bool = True) -> None:
+        """Write a line to the log file, and to the terminal unless told otherwise."""
+        log.info("%s", text, extra={"file_only": True})
+        if on_terminal and self._on_terminal and not _is_quiet():
+            # No markup: a sample may hold brackets. No wrapping: a log keeps its lines.
+            self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _is_quiet() -> bool:
+    """True where the run's log level hides what is merely informative."""
+    return log.level > logging.INFO  # 0 in a program that set none
 
 
 def figures_line(figures: Mapping[str, float], seconds_left: float | None) -> str:
@@ -171,3 +201,17 @@ def evaluation_line(metrics: Mapping[str, float], step: int) -> str:
         if not name.endswith("_time")
     ]
     return f"evaluation at step {step}: {'  '.join(parts)}"
+
+
+def nanogpt_line(figures: Mapping[str, float], step: int) -> str:
+    """A step as nanoGPT prints it; an MFU that is not known is -100 %, as at its first steps."""
+    loss, seconds = figures["train/loss"], figures.get("throughput/duration", 0.0)
+    mfu = figures.get("throughput/mfu", -100.0)
+    return f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu:.2f}%"
+
+
+def nanogpt_evaluation(metrics: Mapping[str, float], step: int) -> str:
+    """An evaluation as nanoGPT prints it: `step 0: train loss 4.2874, val loss 4.2823`."""
+    names = {"train": "eval/train/loss", "val": "eval/loss"}
+    losses = [f"{split} loss {metrics[n]:.4f}" for split, n in names.items() if n in metrics]
+    return f"step {step}: {', '.join(losses)}"
