@@ -1,11 +1,14 @@
 """The way errors and signals leave a process: one message, one exit code."""
 
+import contextlib
 import errno
 import gc
+import json
+import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, TextIO
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -16,7 +19,16 @@ from ostro.signals import Interrupted, Signals
 
 
 def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
-    """Run `command` under signal handlers; turn what it raises into a message and an exit code."""
+    """Run `command` under signal handlers; turn what it raises into a message and an exit code.
+
+    Meanwhile nothing that Python writes to standard error shows a credential, be it a warning, a
+    library's log or the traceback of a thread.
+    """
+    with contextlib.redirect_stderr(_Redacting(sys.stderr)):
+        return _guarded(command, debug)
+
+
+def _guarded(command: Callable[[Signals], None], debug: bool) -> int:
     try:
         with Signals() as signals:
             command(signals)
@@ -30,7 +42,7 @@ def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
     except Exception as error:
         message = None if debug else _message(error)
         if message is None:
-            get_error_handler().record_exception(error)  # torchrun repeats it in its last words
+            _record(error)
             if Meeting.current is None:
                 sys.excepthook = _print_traceback
                 raise
@@ -47,6 +59,39 @@ def run_script(command: Callable[[list[str], Signals], None]) -> NoReturn:
     """
     words = [word for word in sys.argv[1:] if word != "--debug"]
     sys.exit(guarded(lambda signals: command(words, signals), debug="--debug" in sys.argv))
+
+
+class _Redacting:
+    """A text stream that passes on what is written to it, without credentials."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _record(error: Exception) -> None:
+    """Leave the error where torchrun looks for it: it repeats it in its last words."""
+    get_error_handler().record_exception(error)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and os.path.exists(file):
+        with open(file, "r+", encoding="utf-8") as stream:
+            report = json.load(stream)
+            message, details = report["message"], report["message"]["extraInfo"]
+            message["message"] = redact(message["message"])
+            details["py_callstack"] = redact(details["py_callstack"])
+            stream.seek(0)
+            stream.truncate()
+            json.dump(report, stream)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -18,6 +18,7 @@ from ostro.models import Gpt2Config
 from ostro.models.lm_model import LmConfig
 from ostro.optim import AdamConfig, OptimizerConfig
 from ostro.sample import SamplingConfig
+from ostro.secrets import Location
 from ostro.tracker import ConsoleConfig, TrackerConfig, WandbConfig
 from ostro.trainer import TrainerConfig
 
@@ -32,7 +33,7 @@ class TrainLmConfig:
     """How long, on what device, in which precision; logging, saving, resuming."""
     model: LmConfig = field(default_factory=Gpt2Config)
     """The architecture; `type` picks the family."""
-    initialize_from_hf: str | None = None
+    initialize_from_hf: Location | None = None
     """Start from the weights of a Hugging Face model, with a fresh optimizer at step 0: a folder,
     or `organisation/name[@revision]` on the hub. Checkpoints of the run come first."""
     use_hf_model_config: bool = False

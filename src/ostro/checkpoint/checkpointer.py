@@ -1,6 +1,5 @@
 """The checkpointer of a run: asks the policy after every step, saves, and tidies up."""
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from ostro.checkpoint.sharded import Tensors
 from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.store import State
 from ostro.errors import ConfigError, Problem
+from ostro.secrets import Location, local_path
 from ostro.units import ByteSize, format_bytes, in_run_folder
 
 _RUN_ID = "${run_id}"
@@ -29,7 +29,7 @@ _RUN_ID = "${run_id}"
 class CheckpointerConfig:
     """Where and when checkpoints of the training state are saved."""
 
-    base_path: str = f"checkpoints/{_RUN_ID}"
+    base_path: Location = f"checkpoints/{_RUN_ID}"
     """Folder or fsspec URL for checkpoints. `${run_id}` is replaced by the run's id; without it
     the id is appended as one more folder, unless the path ends with `/.`."""
     save_interval: timedelta | None = timedelta(minutes=15)
@@ -59,9 +59,6 @@ class CheckpointerConfig:
     def problems(self) -> Iterator[Problem]:
         if not self.base_path.strip():
             yield Problem("base_path", "must name a folder or a URL")
-        for name in re.findall(r"\$\{[^}]*\}", self.base_path):
-            if name != _RUN_ID:
-                yield Problem("base_path", f"{name} is unknown", f"only {_RUN_ID} is replaced")
         if self.save_interval is not None and self.save_interval <= timedelta(0):
             yield Problem("save_interval", "must be positive", "use null for no temporary ones")
         yield from keep_problems(self.keep)
@@ -78,7 +75,7 @@ class CheckpointerConfig:
 
     def folder(self, run_id: str) -> str:
         """The folder of a run's own checkpoints."""
-        return in_run_folder(self.base_path, run_id)
+        return local_path(in_run_folder(self.base_path, run_id))
 
     def build(
         self,

@@ -17,6 +17,7 @@ from ostro.checkpoint.single_file import SavedFile, files_below, load_file, poin
 from ostro.checkpoint.store import STEP
 from ostro.distributed import World
 from ostro.errors import CheckpointError
+from ostro.secrets import local_path
 from ostro.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def find_latest(path: str, world: World = _ALONE) -> Saved | SavedFile | None:
     no such folder its last part is taken for a run's name, looked up in the checkpoints below its
     parent. A damaged checkpoint is named in a warning and the one before it is taken.
     """
-    path = path.rstrip("/") or path
+    path = local_path(path).rstrip("/") or path
     if storage.is_local(path) and Path(path).expanduser().is_file():
         folder = pointed_folder(Path(path).expanduser())
         return load_file(path) if folder is None else load(folder)

@@ -9,6 +9,7 @@ from ostro.checkpoint.storage import is_folder
 from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint
 from ostro.errors import CheckpointError, ConfigError, Problem, did_you_mean
+from ostro.secrets import redact
 from ostro.signals import Signals
 from ostro.units import ByteSize, format_bytes
 
@@ -47,7 +48,7 @@ def _ls(argv: Sequence[str]) -> None:
         saved = datetime.fromtimestamp(entry.timestamp).isoformat(" ", "seconds")
         size = format_bytes(entry.bytes)
         print(f"{entry.step:>9}  {saved}  {_kind(entry):9}  {size:>9}  {shown:>8}"
-              f"  {entry.run_id:12}  {entry.path}")  # fmt: skip
+              f"  {entry.run_id:12}  {redact(entry.path)}")  # fmt: skip
     print(f"{len(found)} checkpoints, {format_bytes(checkpoints.total_bytes(found))}")
 
 
@@ -59,7 +60,8 @@ def _verify(argv: Sequence[str]) -> None:
     for place, fault in checkpoints.verified(path):
         num_found += 1
         num_damaged += fault is not None
-        print(f"intact   {place}" if fault is None else f"damaged  {fault}", flush=True)
+        line = f"intact   {place}" if fault is None else f"damaged  {fault}"
+        print(redact(line), flush=True)
     if not num_found:
         raise _nothing(path)
     if num_damaged:
@@ -91,7 +93,8 @@ def _prune(argv: Sequence[str]) -> None:
     runs = [[e for e in found if e.run_id == name] for name in {e.run_id: None for e in found}]
     doomed = [entry for run in runs for entry in checkpoints.to_prune(run, **wishes)]
     for entry in doomed:
-        print(f"{entry.step:>9}  {_kind(entry):9}  {format_bytes(entry.bytes):>9}  {entry.path}")
+        size, path = format_bytes(entry.bytes), redact(entry.path)
+        print(f"{entry.step:>9}  {_kind(entry):9}  {size:>9}  {path}")
     size = format_bytes(checkpoints.total_bytes(doomed))
     print(f"{len(doomed)} of {len(found)} checkpoints to delete, {size}")
     if not doomed or not (options.yes or _agrees()):
@@ -111,9 +114,9 @@ def _diff(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint diff", "Say what two checkpoints do not have in common.", None)
     parser.add_argument("paths", metavar="PATH", nargs=2)
     first, second = (_open(path) for path in parser.parse(argv)[0].paths)
-    print(f"{first} -> {second}")
+    print(redact(f"{first} -> {second}"))
     lines = list(map(str, checkpoints.differences(first, second)))
-    print("\n".join(lines) or "no difference")
+    print(redact("\n".join(lines)) or "no difference")
 
 
 def _average(argv: Sequence[str]) -> None:
@@ -134,11 +137,10 @@ def _average(argv: Sequence[str]) -> None:
             raise ConfigError(Problem("--output", rule, "name a folder elsewhere", options.output))
     state = checkpoints.average(saved)
     checkpoints.write(options.output, state, step=newest.step, is_temporary=False)
-    print(
-        f"wrote {options.output}/step-{newest.step}: the mean weights of {len(saved)} checkpoints"
-    )
+    where = redact(f"{options.output}/step-{newest.step}")
+    print(f"wrote {where}: the mean weights of {len(saved)} checkpoints")
     rest = ", ".join(group for group in state.tensors if group != "model") or "nothing"
-    print(f"not averaged, but of {newest}: {rest}, step, config.yaml, tokenizer")
+    print(redact(f"not averaged, but of {newest}: {rest}, step, config.yaml, tokenizer"))
 
 
 def _open(path: str):

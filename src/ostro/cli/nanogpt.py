@@ -21,6 +21,7 @@ from ostro.dialects import nanogpt, nanogpt_file
 from ostro.dialects.translation import Translation
 from ostro.errors import CheckpointError, ConfigError, Problem, did_you_mean
 from ostro.lm_config import TrainLmConfig
+from ostro.secrets import local_path
 from ostro.signals import Signals
 
 _USAGE = """usage: python train.py [config.yaml | config.py] [key=value ...] [--dry_run] [--help]
@@ -150,7 +151,7 @@ def saved_arguments(config: nanogpt.NanoGptConfig) -> Mapping[str, Any] | None:
     """The architecture in `out_dir/ckpt.pt`, where the run goes on from it."""
     if config.init_from != "resume":
         return None
-    paths = [Path(config.out_dir) / name for name in (NANOGPT, INTERRUPTED)]
+    paths = [Path(local_path(config.out_dir)) / name for name in (NANOGPT, INTERRUPTED)]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         advice = "check out_dir, or start with init_from=scratch"

@@ -23,6 +23,7 @@ from ostro.lm_config import TrainLmConfig
 from ostro.rehearsal import rehearse
 from ostro.run_log import logging_to_terminal
 from ostro.sample import SamplingConfig, complete_all
+from ostro.secrets import redact
 from ostro.signals import Signals
 from ostro.train_lm import build_data
 
@@ -81,7 +82,7 @@ def diff(argv: list[str]) -> None:
     options, _ = parser.parse(argv)
     (before, was), (after, now) = map(_side, options.runs)
     changes = compare(after, now, before, was, {})
-    print("\n".join(map(str, changes)) or "nothing that counts is different")
+    print(redact("\n".join(map(str, changes))) or "nothing that counts is different")
 
 
 def _side(path: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ostro.config.choice import Choice
+from ostro.secrets import Location
 
 _NAMES = {str: "text", timedelta: "duration", type(None): "null"}
 
@@ -68,6 +69,12 @@ def is_text_class(tp: Any) -> bool:
 def is_record(tp: Any) -> bool:
     """True for what is written as a mapping with fixed keys: a dataclass or a registry."""
     return is_registry(tp) or (isinstance(tp, type) and is_dataclass(tp) and not is_text_class(tp))
+
+
+def holds_location(tp: Any) -> bool:
+    """True for a path or URL, or several, in an annotation that still has its extras."""
+    is_location = getattr(tp, "__metadata__", None) == get_args(Location)[1:]
+    return is_location or any(map(holds_location, get_args(tp)))
 
 
 def is_list(tp: Any) -> bool:

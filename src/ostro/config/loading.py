@@ -3,19 +3,19 @@
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints
 
 from ostro.config import nodes
 from ostro.config.aliases import Alias, Resolver, alias_names
 from ostro.config.convert import Converter, find_problems, text_at
 from ostro.config.encode import encode
-from ostro.config.fields import dotted_names, join
+from ostro.config.fields import dotted_names, holds_location, join, settings
 from ostro.config.files import Reader
 from ostro.config.flags import parse_flags
 from ostro.errors import ConfigError, Problem
-from ostro.secrets import REDACTED
+from ostro.secrets import REDACTED, location_fault
 
 Config = TypeVar("Config")
 
@@ -85,8 +85,8 @@ def load(
 
 
 def check(config: Any) -> None:
-    """Refuse a configuration that cannot be run: every `problems()`, and what was saved without
-    its credential, in one `ConfigError`."""
+    """Refuse a configuration that cannot be run: every `problems()`, what was saved without its
+    credential, and environment variables that are not set, in one `ConfigError`."""
     found = [
         replace(problem, value=problem.value or text_at(config, problem.setting))
         for problem in find_problems(config)
@@ -97,8 +97,28 @@ def check(config: Any) -> None:
         for path, value in leaves(encode(config))
         if REDACTED in str(value)
     ]
+    found += _location_problems(config, "")
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
+
+
+def _location_problems(value: Any, path: str) -> Iterator[Problem]:
+    """Paths and URLs in which a `${NAME}` cannot be filled in here."""
+    if isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, child in pairs:
+            yield from _location_problems(child, join(path, key))
+    if not is_dataclass(value) or isinstance(value, type):
+        return
+    hints = get_type_hints(type(value), include_extras=True)
+    for item in settings(type(value)):
+        child, name = getattr(value, item.name), join(path, item.name)
+        if not holds_location(hints[item.name]):
+            yield from _location_problems(child, name)
+            continue
+        for location in child if isinstance(child, list) else [child]:
+            if isinstance(location, str) and (fault := location_fault(location)):
+                yield Problem(name, *fault, location)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -134,11 +134,12 @@ def located(url: str) -> tuple[Any, str]:
 
 def is_local(url: str) -> bool:
     """Whether a path lies in this machine's own file system."""
-    return "://" not in url or url.startswith("file://")
+    filled = with_secrets(url)
+    return "://" not in filled or filled.startswith("file://")
 
 
 def _local(url: str) -> str:
-    return os.path.expanduser(url.removeprefix("file://"))
+    return os.path.expanduser(with_secrets(url).removeprefix("file://"))
 
 
 def _reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from ostro.config import Choice
 from ostro.data import files
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.errors import DataError, Problem
+from ostro.secrets import Location, local_path
 
 SPLITS = ("train", "validation")
 _STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -59,9 +60,9 @@ class SourceConfig(Choice):
 class UrlsSource(SourceConfig):
     """Files by path or URL: text, JSON lines, JSON or parquet, plain or compressed."""
 
-    train_urls: list[str] = field(default_factory=list)
+    train_urls: list[Location] = field(default_factory=list)
     """Files to train on: local paths or fsspec URLs; `{1..128}` and `*` are expanded."""
-    validation_urls: list[str] = field(default_factory=list)
+    validation_urls: list[Location] = field(default_factory=list)
     """Files to evaluate on; empty for none."""
     text_key: str = "text"
     """Key (JSON) or column (parquet) that holds the text."""
@@ -135,7 +136,7 @@ class StdlibSource(SourceConfig):
 class HfSource(SourceConfig):
     """A data set of the Hugging Face hub, or a local folder laid out like one."""
 
-    id: str = ""
+    id: Location = ""
     """Name on the hub (`wikitext`) or path of a local repository folder."""
     name: str | None = None
     """Configuration within the data set; null for its default."""
@@ -161,7 +162,7 @@ class HfSource(SourceConfig):
             raise DataError(
                 f'id = {self.id} - needs the datasets library - pip install "ostro[hf]"'
             ) from error
-        path = os.path.expanduser(self.id)
+        path = os.path.expanduser(local_path(self.id))
         datasets.disable_progress_bars()
         try:
             known = path if os.path.isdir(path) else self.id
@@ -231,11 +232,11 @@ class TokensSource(SourceConfig):
     They are mapped as they are: nothing is tokenised and no end of document is added.
     """
 
-    train_bin: list[str] = field(default_factory=list)
+    train_bin: list[Location] = field(default_factory=list)
     """Local token files to train on, in order."""
-    val_bin: list[str] = field(default_factory=list)
+    val_bin: list[Location] = field(default_factory=list)
     """Local token files to evaluate on; empty for none."""
-    dir: str | None = None
+    dir: Location | None = None
     """Folder with `train.bin` and, if any, `val.bin`, in place of the two lists."""
     dtype: Literal["uint16", "uint32"] = "uint16"
     """Type of the stored ids."""
@@ -271,5 +272,5 @@ class TokensSource(SourceConfig):
 
     def has_validation(self) -> bool:
         if self.dir is not None:
-            return os.path.exists(os.path.expanduser(self.places("validation")[0]))
+            return os.path.exists(os.path.expanduser(local_path(self.places("validation")[0])))
         return super().has_validation()

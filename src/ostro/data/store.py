@@ -17,7 +17,7 @@ import numpy as np
 
 from ostro.data.files import Unreachable, is_local, located
 from ostro.errors import DataError
-from ostro.secrets import redact
+from ostro.secrets import redacted, with_secrets
 from ostro.shapes import FILE_NAME, read_object
 
 Files = TypeVar("Files")
@@ -178,17 +178,17 @@ class CacheDir:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        if is_local(url):
-            self.remote = None
-            self.local = Path(url.removeprefix("file://")).expanduser()
-        else:
-            home = os.environ.get("OSTRO_CACHE_HOME", "~/.cache/ostro")
-            name = hashlib.sha256(redact(self.url).encode()).hexdigest()[:16]
-            self.local = Path(home).expanduser() / name
-            try:
+        try:
+            if is_local(url):
+                self.remote = None
+                self.local = Path(with_secrets(url).removeprefix("file://")).expanduser()
+            else:
+                home = os.environ.get("OSTRO_CACHE_HOME", "~/.cache/ostro")
+                name = hashlib.sha256(redacted(self.url).encode()).hexdigest()[:16]
+                self.local = Path(home).expanduser() / name
                 self.remote, self._root = located(self.url)
-            except (ImportError, ValueError, OSError) as error:
-                raise DataError(f"cache_dir = {url} - cannot be used: {error}") from error
+        except (ImportError, ValueError, OSError) as error:
+            raise DataError(f"cache_dir = {url} - cannot be used: {error}") from error
 
     def finished(
         self,

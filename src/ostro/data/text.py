@@ -27,7 +27,7 @@ from ostro.data.tokenizer import (
     tokenizer_from_text,
 )
 from ostro.errors import DataError, Problem, at_least
-from ostro.secrets import redacted
+from ostro.secrets import Location, local_path, redacted
 
 logger = logging.getLogger("ostro.data")
 
@@ -51,11 +51,12 @@ class LMDatasetConfig:
     Exactly one of `train_urls`, `id`, `source` and `configs` says where the text comes from.
     """
 
-    train_urls: list[str] = field(default_factory=list)
-    """Files to train on: local paths or fsspec URLs; `{1..128}` and `*` are expanded."""
-    validation_urls: list[str] = field(default_factory=list)
+    train_urls: list[Location] = field(default_factory=list)
+    """Files to train on: local paths or fsspec URLs; `{1..128}`, `*` and `${NAME}`, an environment
+    variable, are expanded."""
+    validation_urls: list[Location] = field(default_factory=list)
     """Files to evaluate on; empty for none."""
-    id: str | None = None
+    id: Location | None = None
     """Hugging Face data set: a name on the hub, or a local repository folder."""
     name: str | None = None
     """Configuration within the Hugging Face data set; null for its default."""
@@ -74,8 +75,8 @@ class LMDatasetConfig:
     """Examples in which every source comes with exactly its share."""
     tokenizer: TokenizerConfig = field(default_factory=Gpt2Tokenizer)
     """`gpt2`, `bpe`, `bytes`, `chars`, a Hugging Face name, or the path of a `tokenizer.json`."""
-    cache_dir: str = "cache/"
-    """Folder or fsspec URL of the token cache."""
+    cache_dir: Location = "cache/"
+    """Folder or fsspec URL of the token cache; `${NAME}` is an environment variable."""
     enforce_eos: bool = True
     """End every document with the tokenizer's end-of-document id."""
     shuffle: bool | int = True
@@ -112,6 +113,8 @@ class LMDatasetConfig:
             )
         if self.validation_urls and given and given != ["train_urls"]:
             yield Problem("validation_urls", "goes with train_urls only", "set it in the source")
+        if not self.cache_dir.strip():
+            yield Problem("cache_dir", "must name a folder or a URL")
         if not isinstance(self.shuffle, bool) and self.shuffle < 0:
             yield Problem("shuffle", "must be true, false or a number of windows")
         counts = ("num_workers", "num_validation_sequences", "mixture_block_size")
@@ -373,7 +376,7 @@ class _Builder:
                 rule = f"{shard.size} bytes, no multiple of {size}" if shard.size else "is empty"
                 raise DataError(f"{shard.name} - {rule} - it holds no {source.dtype} ids; make it "
                                 "again or set dtype")  # fmt: skip
-        names = [str(Path(shard.name).expanduser()) for shard in shards]
+        names = [str(Path(local_path(shard.name)).expanduser()) for shard in shards]
         store = TokenStore.open(names, source.dtype)
         record = self._where.local / request.name / "tokens.json"
         key = {"files": [[s.size, s.fingerprint] for s in shards], "dtype": source.dtype}

@@ -19,6 +19,7 @@ from ostro.config import Choice, encode
 from ostro.data.meta import read_alphabet
 from ostro.data.store import CacheDir
 from ostro.errors import DataError, Problem, at_least
+from ostro.secrets import Location, local_path
 
 logger = logging.getLogger("ostro.data")
 
@@ -334,7 +335,7 @@ class Gpt2Tokenizer(TokenizerConfig):
 class PretrainedTokenizer(TokenizerConfig):
     """A tokenizer of the Hugging Face hub, or a local `tokenizer.json`."""
 
-    name: str = ""
+    name: Location = ""
     """Name on the hub, path of a `tokenizer.json`, or of a folder that has one."""
     eos: str | None = None
     """Text of the token that ends a document; null takes the one its files name."""
@@ -344,7 +345,7 @@ class PretrainedTokenizer(TokenizerConfig):
             yield Problem("name", "is missing", "give a hub name, a file or a folder")
 
     def build(self, *, offline: bool = False) -> Tokenizer:
-        path = Path(self.name).expanduser()
+        path = Path(local_path(self.name)).expanduser()
         if path.is_dir():
             path = path / "tokenizer.json"
         if path.exists():
@@ -476,7 +477,7 @@ class CharsTokenizer(TokenizerConfig):
 class MetaTokenizer(TokenizerConfig):
     """The characters that a data set's `meta.json` or, as nanoGPT writes it, `meta.pkl` lists."""
 
-    path: str = ""
+    path: Location = ""
     """The folder of the data set, or the file itself."""
 
     def problems(self) -> Iterator[Problem]:
@@ -484,4 +485,4 @@ class MetaTokenizer(TokenizerConfig):
             yield Problem("path", "is missing", "name the folder of the data set")
 
     def build(self, *, offline: bool = False) -> Tokenizer:
-        return CharTokenizer(read_alphabet(Path(self.path).expanduser()), eos=False)
+        return CharTokenizer(read_alphabet(Path(local_path(self.path)).expanduser()), eos=False)

@@ -12,6 +12,7 @@ from ostro.config import Loaded, encode
 from ostro.data.text import LMDatasetConfig
 from ostro.dialects.translation import Translation, ratio
 from ostro.errors import ConfigError, Problem
+from ostro.secrets import local_path
 
 MICRO_BATCH_TOKENS = 16_384
 """Tokens that a device computes at once where the training file does not say."""
@@ -314,7 +315,7 @@ def _precision(run: Gpt3Run, made: Translation) -> None:
 def read_deepspeed(path: str) -> dict[str, Any]:
     """A DeepSpeed JSON file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(local_path(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         rule = f"cannot be read as JSON: {error}"
         origin = "--deepspeed_config"

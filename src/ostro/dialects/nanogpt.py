@@ -13,6 +13,7 @@ from ostro.config import Loaded
 from ostro.dialects.translation import Translation, ratio
 from ostro.errors import ConfigError, Problem, at_least
 from ostro.hf import read_settings
+from ostro.secrets import Location, local_path
 
 DEFAULT_FILE = "train_config.yaml"
 GPT2_SIZES = {
@@ -28,7 +29,7 @@ _PADDED_VOCAB = 50304  # GPT-2's 50,257, rounded up to a multiple of 64
 class NanoGptConfig:
     """Settings of `train.py`. The defaults train a GPT-2 (124M)."""
 
-    out_dir: str = "out"
+    out_dir: Location = "out"
     """Folder of checkpoints and logs; made if it is missing."""
     log_interval: int = 1
     """Iterations between two lines on the console and in `train.log`."""
@@ -201,7 +202,8 @@ def _model_and_data(
 ) -> None:
     folder = Path("data") / config.dataset
     made.set("data.source", {"type": "tokens", "dir": str(folder)}, "dataset")
-    has_meta = any((folder / name).exists() for name in ("meta.json", "meta.pkl"))
+    opened = Path(local_path(str(folder)))
+    has_meta = any((opened / name).exists() for name in ("meta.json", "meta.pkl"))
     tokenizer = {"type": "meta", "path": str(folder)} if has_meta else {"type": "gpt2"}
     made.set("data.tokenizer", tokenizer, "dataset")
     vocab_size: int | None = None if has_meta else _PADDED_VOCAB
@@ -219,7 +221,7 @@ def _model_and_data(
         source, vocab_size = f"init_from = {start}", 50257
         made.set("initialize_from_hf", f"openai-community/{start}", "init_from")
     elif start != "scratch":
-        if not Path(start).is_dir():
+        if not Path(local_path(start)).is_dir():
             known = ", ".join(["scratch", "resume", *GPT2_SIZES])
             rule = f"must be one of {known}, or a folder with Hugging Face weights"
             raise ConfigError(

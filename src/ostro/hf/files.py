@@ -24,6 +24,7 @@ from ostro.errors import CheckpointError
 from ostro.hf.layout import differences, from_hf, refuse, to_hf
 from ostro.hf.settings import hf_config, lm_config, setting_differences
 from ostro.models import LmConfig
+from ostro.secrets import local_path
 from ostro.shapes import FILE_NAME, has_shape, read_object
 
 _log = logging.getLogger("ostro.hf")
@@ -50,7 +51,7 @@ def read_hf(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _folder(name: str, patterns: list[str]) -> Path:
-    path = Path(name).expanduser()
+    path = Path(local_path(name)).expanduser()
     if path.is_dir():
         return path
     repository, _, at = name.partition("@")
@@ -141,7 +142,7 @@ def write_hf(
 
     `tokenizer` is a `tokenizer.json`; those that are not of the `tokenizers` library stay out.
     """
-    target = Path(folder).expanduser().absolute()
+    target = Path(local_path(folder)).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{folder} - is there already - give another, or delete it")
     weights = to_hf(config, tensors)

@@ -1,10 +1,12 @@
 """Figures as TensorBoard events."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ostro.errors import Problem
+from ostro.secrets import Location
 from ostro.tracker.tracker import RunInfo, Tracker, TrackerConfig, run_folder
 
 
@@ -13,11 +15,15 @@ from ostro.tracker.tracker import RunInfo, Tracker, TrackerConfig, run_folder
 class TensorboardConfig(TrackerConfig):
     """TensorBoard event files; `tensorboard --logdir logs` shows them."""
 
-    logdir: str = "logs"
+    logdir: Location = "logs"
     """Folder of the event files; the run id is appended, or replaces `${run_id}`; a
     folder that ends with `/.` is taken as it is."""
     flush_secs: int = 30
     """Seconds after which events are written to the file at the latest."""
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.logdir.strip():
+            yield Problem("logdir", "must name a folder")
 
     def build(self, run: RunInfo) -> Tracker:
         return TensorboardTracker(self, run)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ostro.config import Choice
+from ostro.secrets import with_secrets
 from ostro.units import in_run_folder
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 def run_folder(pattern: str, run_id: str) -> Path:
     """The run's own folder: `${run_id}` in the pattern is replaced; without one, it is appended,
     unless the pattern ends with `/.`."""
-    return Path(in_run_folder(pattern, run_id)).expanduser()
+    return Path(with_secrets(in_run_folder(pattern, run_id))).expanduser()
 
 
 @dataclass(frozen=True)

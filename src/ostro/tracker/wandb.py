@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from ostro.errors import Problem, did_you_mean
+from ostro.secrets import local_path, redact
 from ostro.tracker.tracker import RunInfo, Tracker, TrackerConfig
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ class WandbTracker(Tracker):
         import wandb
 
         setting = self._config.save_code
-        folder = code_folder() if setting is True else Path(str(setting)).expanduser()
+        folder = code_folder() if setting is True else Path(local_path(str(setting))).expanduser()
         if folder is None:
             logger.info("save_code: the main script is in no git repository, no code is uploaded")
             return
@@ -125,8 +127,6 @@ class WandbTracker(Tracker):
 
 def _init(config: WandbConfig, run: RunInfo) -> Any:
     """`wandb.init` with what is set, nothing else; offline where online fails."""
-    import wandb
-
     fields = ("entity", "project", "name", "group", "mode", "resume")
     given: dict[str, Any] = {name: getattr(config, name) for name in fields}
     given["tags"] = list(config.tags) or None
@@ -134,6 +134,24 @@ def _init(config: WandbConfig, run: RunInfo) -> Any:
         given["resume"] = "allow"  # without it wandb starts the run of this id anew
     given = {name: value for name, value in given.items() if value is not None}
     given |= {"id": config.id or run.id, "config": run.config, "settings": _settings()}
+
+    with _public_arguments():
+        return _started(given)
+
+
+@contextmanager
+def _public_arguments() -> Iterator[None]:
+    """wandb uploads the command line: let it find one without credentials."""
+    own = sys.argv
+    sys.argv = [redact(word) for word in own]
+    try:
+        yield
+    finally:
+        sys.argv = own
+
+
+def _started(given: dict[str, Any]) -> Any:
+    import wandb
 
     settings = wandb.setup().settings
     if "mode" not in given and settings.mode == "online" and not _has_login(settings):

@@ -25,6 +25,7 @@ from ostro.data.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
 from ostro.errors import ConfigError, Problem, did_you_mean
 from ostro.recover import RecoverConfig, StepRange
+from ostro.secrets import Location
 from ostro.tracker import TrackerConfig, WandbConfig
 from ostro.units import Precision
 
@@ -83,7 +84,7 @@ class TrainerConfig:
     id: str | None = None
     """Name of the run in folders and trackers. Null: RUN_ID of the environment, the id of the
     wandb tracker, or eight random characters. A given id resumes its own checkpoints."""
-    log_dir: str = "logs/"
+    log_dir: Location = "logs/"
     """Folder of the run's log and metrics; the run id is appended, or replaces `${run_id}`. A
     folder that ends with `/.` is taken as it is."""
     log_file: str = "train.log"
@@ -114,9 +115,9 @@ class TrainerConfig:
     Null: wait for ever."""
     load_checkpoint: bool | None = None
     """Null: resume if there is a checkpoint, else start. True: must resume. False: never."""
-    load_checkpoint_path: str | None = None
+    load_checkpoint_path: Location | None = None
     """Resume from the newest complete checkpoint below this path, until the run has its own."""
-    initialize_from: str | None = None
+    initialize_from: Location | None = None
     """Take the full training state of this checkpoint when the run has none of its own."""
     resume_policy: dict[str, Policy] = field(default_factory=dict)
     """What becomes of a change since the checkpoint, by setting or section: accept, warn or refuse.
@@ -158,6 +159,8 @@ class TrainerConfig:
         for name in ("num_train_steps", "log_interval", *axes):
             if getattr(self, name) < 1:
                 yield Problem(name, "must be at least 1")
+        if not self.log_dir.strip():
+            yield Problem("log_dir", "must name a folder")
         if self.deepspeed is not None and self.deterministic_reduction:
             rule = "DeepSpeed sums gradients in its own order"
             yield Problem("deterministic_reduction", rule, "remove one of the two")
