@@ -190,7 +190,7 @@ def given(tmp_path_factory) -> Path:
     """The run that leaves the window out from the start, though it is as spoilt."""
     folder = tmp_path_factory.mktemp("given")
     out = train(folder, garbage(), skip_steps=[{"first": WINDOW[0], "last": WINDOW[1]}])
-    assert "made 34 updates" in out
+    assert "Trained 34 steps" in out
     return folder
 
 

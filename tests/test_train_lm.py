@@ -213,7 +213,7 @@ def test_a_signal_ends_with_a_checkpoint_and_says_how_to_go_on(tmp_path, signum,
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "go on with: ostro train --config_path" in out
+    assert "Resume with: ostro train --config_path" in out
     assert err.rstrip().endswith("logs/tiny/config.yaml") and "same command" not in err
     saved = find_latest(str(tmp_path / "checkpoints"))
     assert saved is not None

@@ -8,7 +8,7 @@ machine, the tokenizer, the data. `POLICIES` says what becomes of a change.
 import hashlib
 import logging
 import platform
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +29,9 @@ log = logging.getLogger("ostro")
 Policy = Literal["accept", "warn", "refuse"]
 
 _SUMS = "sums are taken in another order: losses may differ in the last digits"
-_ROUNDING = "numbers are rounded otherwise from here on"
-_ORDER = "the batches to come are not those that the run would have seen"
-_UPDATES = "counts from the next update on"
+_ROUNDING = "numbers are rounded differently from here on"
+_ORDER = "the coming batches differ from those that the run would have seen"
+_UPDATES = "takes effect from the next step on"
 _OTHER_MODEL = "the weights were trained as parts of another model"
 _NO_NUMBERS = "changes no loss"
 _AT_THE_START = "counts when a run starts from scratch"
@@ -47,7 +47,7 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "model.upcast_attn": ("warn", _ROUNDING),
     "model.gradient_checkpointing": ("accept", "the same values are computed again"),
     "model.initializer_range": ("accept", _AT_THE_START),
-    "vocab_size": ("accept", "what counts is made_by.vocab_size, the rows there are"),
+    "vocab_size": ("accept", "made_by.vocab_size, the rows in use, is what counts"),
     "optimizer": ("warn", _UPDATES),
     "optimizer.type": ("refuse", "what the checkpoint holds belongs to another optimizer"),
     "data": ("accept", "what counts is made_by.data, the text that is found there"),
@@ -66,7 +66,8 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "trainer.seed": ("warn", "the order of the data and dropout go on with another seed"),
     "trainer.num_train_steps": (
         "warn",
-        "the learning rate to come is laid out anew, unless optimizer.schedule_steps is set",
+        "the learning-rate schedule is recomputed for the new length; set optimizer.schedule_steps"
+        " to keep the old one",
     ),
     "trainer.train_batch_size": ("warn", _ORDER),
     "trainer.crash_on_nan": ("warn", _UPDATES),
@@ -84,16 +85,16 @@ POLICIES: dict[str, tuple[Policy, str]] = {
         )
     },
     "made_by.ostro": ("warn", "another version may compute something else"),
-    "made_by.code": ("warn", "the source files of ostro are others: they may compute otherwise"),
+    "made_by.code": ("warn", "ostro's source files differ: they may compute something else"),
     "made_by.python": ("accept", _NO_NUMBERS),
     "made_by.torch": ("warn", _ROUNDING),
     "made_by.device": ("warn", _ROUNDING),
     "made_by.kernels": ("warn", _ROUNDING),
     "made_by.num_threads": ("warn", _SUMS),
     "made_by.num_ranks": ("warn", _SUMS),
-    "made_by.vocab_size": ("refuse", "the embedding has other rows"),
+    "made_by.vocab_size": ("refuse", "the embedding has a different number of rows"),
     "made_by.tokenizer": ("refuse", "the rows of the embedding stand for other tokens"),
-    "made_by.data": ("warn", "the text is another than before"),
+    "made_by.data": ("warn", "the text is not the same as before"),
 }
 
 # How this start came about and where it runs; the run itself is the same.
@@ -174,6 +175,9 @@ def compare(
     found = list(_differences(config, redacted(saved_config)))
     if "made_by" in saved and "made_by" in now:
         found += _differences(now["made_by"], saved["made_by"], "made_by")
+    if _rows(now) == _rows(saved) is not None:
+        # Null, or the number that null came to: the rows in use are the same.
+        found = [difference for difference in found if difference[0] != "vocab_size"]
     trainers = [settings.get("trainer", {}) for settings in (encode(config), saved_config)]
     policies = trainers[0].get("resume_policy", {})
     is_deterministic = all(trainer.get("deterministic_reduction") for trainer in trainers)
@@ -196,16 +200,20 @@ def compare(
     return changes
 
 
-def report(changes: Iterable[Change], where: str) -> None:
-    """Log each change; one `CheckpointError` for all that are refused."""
-    refused = []
+def report(changes: Iterable[Change], where: str, spoken: Callable[[str], str] = str) -> None:
+    """Log each change; one `CheckpointError` for all that are refused.
+
+    `spoken`: what the log makes of a line. Several settings that are one there are one line.
+    """
+    refused, said = [], set()
     for change in changes:
         if change.policy == "refuse":
             refused.append(change)
-        else:
+        elif spoken(str(change)) not in said:
+            said.add(spoken(str(change)))
             log.log(logging.WARNING if change.policy == "warn" else logging.INFO, "%s", change)
     if refused:
-        lines = "\n".join(f"  {change}" for change in refused)
+        lines = "\n".join(dict.fromkeys(f"  {change}" for change in refused))
         accepted = ", ".join(f"{change.key}: warn" for change in refused)
         raise CheckpointError(
             f"{where} - was saved by another kind of run:\n{lines}\n"
@@ -250,6 +258,10 @@ def _differences(now: Any, was: Any, path: str = "") -> Iterator[tuple[str, Any,
         elif key != "type":
             now_there = encode(after[key]) if key in after else absent
             yield join(path, key), before.get(key, absent), now_there
+
+
+def _rows(values: Mapping[str, Any]) -> int | None:
+    return values.get("made_by", {}).get("vocab_size")
 
 
 def _is_list_of_sections(value: Any) -> bool:

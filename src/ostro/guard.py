@@ -33,7 +33,7 @@ def _guarded(command: Callable[[Signals], None], debug: bool) -> int:
         with Signals() as signals:
             command(signals)
     except Interrupted as stop:
-        print(f"ostro: stopped by {stop}; {stop.go_on}", file=sys.stderr)
+        print(f"ostro: stopped by {stop}; {stop.go_on}".removesuffix("; "), file=sys.stderr)
         gc.freeze()  # or Python looks through all of torch's objects once more, for a second
         return stop.exit_code
     except BrokenPipeError:  # `ostro config show | head`

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ostro.secrets import redact
@@ -12,21 +12,24 @@ log = logging.getLogger("ostro")
 
 
 @contextlib.contextmanager
-def logging_to(path: Path | None, level: str = "INFO") -> Iterator[None]:
-    """Send what ostro logs, from `level` up, to `path` and to the terminal.
+def logging_to(
+    path: Path | None, level: str = "INFO", spoken: Callable[[str], str] = str
+) -> Iterator[None]:
+    """Send what ostro logs, from `level` up, to `path` and to the terminal, as `spoken` says it.
 
     Without a path (a rank that is not the first) only errors go to the terminal.
     """
     if path is None:
-        with logging_to_terminal("ERROR"):
+        with logging_to_terminal("ERROR", spoken):
             yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     to_file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_file.addFilter(_saying(spoken))
     log.addHandler(to_file)
     try:
-        with logging_to_terminal(level):
+        with logging_to_terminal(level, spoken):
             yield
     finally:
         log.removeHandler(to_file)
@@ -34,9 +37,10 @@ def logging_to(path: Path | None, level: str = "INFO") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logging_to_terminal(level: str = "INFO") -> Iterator[None]:
-    """Print what ostro logs, from `level` up."""
+def logging_to_terminal(level: str = "INFO", spoken: Callable[[str], str] = str) -> Iterator[None]:
+    """Print what ostro logs, from `level` up, as `spoken` says it."""
     handler, before = _PrintHandler(), log.level
+    handler.addFilter(_saying(spoken))
     log.setLevel(level)
     log.addHandler(handler)
     try:
@@ -44,6 +48,16 @@ def logging_to_terminal(level: str = "INFO") -> Iterator[None]:
     finally:
         log.setLevel(before)
         log.removeHandler(handler)
+
+
+def _saying(spoken: Callable[[str], str]) -> Callable[[logging.LogRecord], bool]:
+    """A filter of a handler that changes the words of a message."""
+
+    def change(record: logging.LogRecord) -> bool:
+        record.msg, record.args = spoken(record.getMessage()), None
+        return True
+
+    return change
 
 
 class _Formatter(logging.Formatter):

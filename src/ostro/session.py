@@ -80,6 +80,8 @@ class Session:
     signals: Signals
     record: Mapping[str, Any]
     """What a checkpoint notes for the run that goes on from it, see `ostro.contract`."""
+    has_checkpoint: bool = False
+    """Whether the run has one of its own to resume from; kept up to date on the first rank."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -251,7 +253,7 @@ class Session:
         if self.state.step > self._first_step:
             self.save(self.state.step - 1, interrupted=True)
         num_steps = self.config.trainer.num_train_steps
-        log.info("stopped after %d of %d updates", self.state.step, num_steps)
+        log.info("stopped after %d of %d steps", self.state.step, num_steps)
 
     def _leave(self) -> None:
         """Stop, from another thread, while the main one compiles: the state is whole then."""
@@ -354,6 +356,7 @@ class Session:
         if self.world.is_first and failure:  # the others say the same
             log.error("%s; training goes on", failure)
         if self.world.is_first and report:
+            self.has_checkpoint = True
             log.info("saved %s (%s, %.1f s)", report.path, report.kind, report.seconds)
 
     def make_state(self, shards: Path) -> State:

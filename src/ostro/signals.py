@@ -24,8 +24,8 @@ _PATIENCE = 8  # seconds in which the main thread heeds a signal, if it does at 
 class Interrupted(KeyboardInterrupt):
     """The user, or the cluster, asked the run to stop."""
 
-    go_on = "the same command goes on from what was built"
-    """How to go on; a run that has begun to train names its own configuration."""
+    go_on = "the same command resumes from what was built"
+    """What to type next; a run that has begun to train names its own command."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -49,8 +49,8 @@ class Signals:
         self._leave: Callable[[], None] | None = None
         self.compilation = threading.Lock()
         """Held while a compilation is marked as ended, and by the thread that leaves out of one."""
-        self.go_on = Interrupted.go_on
-        """How to go on after a signal."""
+        self.go_on: Callable[[], str] = lambda: Interrupted.go_on
+        """What to type after a signal, as things stand when it is asked."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
@@ -113,7 +113,7 @@ class Signals:
                 try:
                     leave()
                 finally:
-                    _end(signum, f"stopped by {signal.Signals(signum).name}; {self.go_on}")
+                    _end(signum, f"stopped by {signal.Signals(signum).name}; {self.go_on()}")
 
     @property
     def received(self) -> bool:

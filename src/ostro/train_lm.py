@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import logging
-import shlex
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ import torch
 from ostro import contract, native
 from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
+from ostro.commands import Dialect, NativeDialect
 from ostro.config import check, dump_yaml, public
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
@@ -29,13 +28,14 @@ from ostro.lm_config import (
     vocab_size,
     with_hf_model,
 )
+from ostro.next_steps import NextSteps
 from ostro.parallel import Mesh
 from ostro.phases import place
 from ostro.run_log import logging_to
 from ostro.session import Session, compilation_marked, load_first_weights
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput, device_peak
-from ostro.tracker import RunInfo, TensorboardConfig, build_trackers, run_folder
+from ostro.tracker import RunInfo, build_trackers, run_folder
 from ostro.trainer import (
     BatchPlan,
     Engine,
@@ -64,17 +64,20 @@ def run(
     signals: Signals | None = None,
     on_ready: Callable[[Session], None] = lambda session: None,
     origins: Mapping[str, str] | None = None,
+    dialect: Dialect | None = None,
 ) -> None:
     """Train as `config` says: data, model, optimizer, resume, fit, report.
 
     `on_ready` is called before the first update, when everything has been restored. `origins`:
     where each setting comes from, as `ostro.config.load` says, for what is told of a resume.
+    `dialect`: the command line it came from, in whose words the run speaks; None: `ostro train`.
 
     Raises an `OstroError` for what the user can mend and `Interrupted` when stopped by a
     signal, with a checkpoint of the last whole update in place.
     """
     config = with_hf_model(config)
     check(config)
+    dialect = dialect or NativeDialect()
     trainer = config.trainer
     joining = joined(trainer.distributed, trainer.device, trainer.require_accelerator)
     with native.restored(), joining as world:
@@ -90,32 +93,53 @@ def run(
         saves_to = trainer.checkpointer.folder(run_id)
         with (
             contextlib.nullcontext() if trainer.eval_only else alone_in(saves_to, world),
-            logging_to(log_file, trainer.log_level),
+            logging_to(log_file, trainer.log_level, dialect.spoken),
         ):
             world, mesh = lay_out(config.trainer, world)
             log.info("run %s on %s%s", run_id, world.device, _of(world, mesh))
             signals, origins = signals or Signals(), origins or {}
-            session = build_session(config, plan, world, mesh, signals, origins)
+            session = build_session(config, plan, world, mesh, signals, origins, dialect.spoken)
             if world.is_first:  # not before: what was there stays if nothing could be resumed
                 (log_dir / _CONFIG).write_text(dump_yaml(session.config))
-            start, first_step = time.perf_counter(), session.state.step
-            session.signals.go_on = f"go on with: {_resume(config, log_dir)}"
-            try:
-                session.tracker.log_summary(_summary(session.state, world, session.throughput))
-                on_ready(session)
-                metrics = session.fit()
-            except (Interrupted, TrainingDivergedError) as stop:
-                log.info("%s", session.signals.go_on)
-                if isinstance(stop, Interrupted):
-                    stop.go_on = session.signals.go_on
-                raise
-            finally:
-                session.tracker.finish()
-            seconds = time.perf_counter() - start
-            steps = range(first_step, session.state.step)
-            num_updates = sum(not session.state.recovery.skips(step) for step in steps)
-            log.info("made %d updates in %.0f s", num_updates, seconds)
-            _report(config, log_dir, session.checkpointer.folder, metrics)
+            ending = NextSteps(
+                session.config,
+                log_dir / _CONFIG,
+                session.checkpointer.folder,
+                session.tokenizer,
+                dialect,
+            )
+            _fit(session, ending, on_ready)
+
+
+def _fit(session: Session, ending: NextSteps, on_ready: Callable[[Session], None]) -> None:
+    """Train to the end, and say what to type next however that comes."""
+    start, first_step = time.perf_counter(), session.state.step
+    session.signals.go_on = lambda: _after_a_stop(session, ending)
+    try:
+        summary = _summary(session.state, session.world, session.throughput)
+        session.tracker.log_summary(summary)
+        on_ready(session)
+        metrics = session.fit()
+    except (Interrupted, TrainingDivergedError) as stop:
+        go_on = session.signals.go_on()
+        log.info("%s", go_on)
+        if isinstance(stop, Interrupted):
+            stop.go_on = go_on
+        raise
+    finally:
+        session.tracker.finish()
+    seconds = time.perf_counter() - start
+    steps = range(first_step, session.state.step)
+    num_steps = sum(not session.state.recovery.skips(step) for step in steps)
+    if not session.config.trainer.eval_only:
+        log.info("Trained %d steps in %.0f s", num_steps, seconds)
+    if session.world.is_first:
+        ending.report(metrics, session.has_checkpoint)
+
+
+def _after_a_stop(session: Session, ending: NextSteps) -> str:
+    """What to type next; the first rank alone says it, and knows what was saved."""
+    return ending.after_a_stop(session.has_checkpoint) if session.world.is_first else ""
 
 
 def choose_kernels(trainer: TrainerConfig, device: torch.device) -> None:
@@ -137,8 +161,12 @@ def build_session(
     mesh: Mesh | None,
     signals: Signals,
     origins: Mapping[str, str],
+    spoken: Callable[[str], str] = str,
 ) -> Session:
-    """Everything a run needs, resumed where there is something to resume from."""
+    """Everything a run needs, resumed where there is something to resume from.
+
+    `spoken`: what the log makes of a message.
+    """
     make_engine = choose_engine(config.trainer, config.optimizer, plan, world, mesh)
     tokenizer = config.data.build_tokenizer()
     num_tokens = vocab_size(config, tokenizer)
@@ -159,23 +187,15 @@ def build_session(
         origins = {**origins, "trainer.num_train_steps": "epoch"}
     record = contract.record(world, num_tokens, tokenizer.fingerprint, data.contents, origins)
     if start.saved is not None:
-        keep_contract(start.saved, config, record, origins, world)
+        keep_contract(start.saved, config, record, origins, world, spoken)
     state = allocate(model, config.optimizer, trainer, world.device)
     throughput = _throughput(config, num_tokens, world)
     if start.saved is None:
         load_first_weights(config, state, tokenizer)
     engine = make_engine(state)
     if start.saved is not None:
-        restore(trainer, engine, start.saved)
+        restore(trainer, engine, start.saved, config.epoch)
     _announce(config, plan, state, throughput)
-    info = RunInfo(
-        config.trainer.id,
-        config.trainer.log_dir,
-        public(config),
-        resume=state.step > 0,
-        num_steps=config.trainer.num_train_steps,
-        start_step=state.step,
-    )
     return Session(
         config=config,
         plan=plan,
@@ -184,11 +204,14 @@ def build_session(
         tokenizer=tokenizer,
         state=state,
         engine=engine,
-        tracker=build_trackers(trackers(config) if world.is_first else [], info),
+        tracker=build_trackers(
+            trackers(config) if world.is_first else [], _run_info(config, state.step)
+        ),
         checkpointer=checkpointer,
         throughput=throughput,
         signals=signals,
         record=record,
+        has_checkpoint=start.source == "own",
     )
 
 
@@ -243,6 +266,7 @@ def keep_contract(
     record: Mapping[str, Any],
     origins: Mapping[str, str],
     world: World,
+    spoken: Callable[[str], str] = str,
 ) -> None:
     """Say what has changed since a checkpoint; `CheckpointError` where it is too much.
 
@@ -253,8 +277,11 @@ def keep_contract(
         saved_config = read_settings(saved.texts["config.yaml"], str(saved))
         changes = contract.compare(config, record, saved_config, saved.values, origins)
         if "made_by" not in saved.values:
-            log.warning("%s does not say with which code, tokenizer and data it was made", saved)
-    contract.report(world.from_first(changes), str(saved))
+            log.warning(
+                f"{saved} has no environment record: cannot check that code, tokenizer and data"
+                " are unchanged"
+            )
+    contract.report(world.from_first(changes), str(saved), spoken)
 
 
 def build_data(
@@ -305,6 +332,20 @@ def _throughput(config: TrainLmConfig, num_tokens: int, world: World) -> Through
     return Throughput(config.model.seq_len, flops, peak, world.num_ranks)
 
 
+def _run_info(config: TrainLmConfig, start_step: int) -> RunInfo:
+    """What trackers are told of the run."""
+    trainer = config.trainer
+    assert trainer.id is not None, "the run id is chosen before"
+    return RunInfo(
+        trainer.id,
+        trainer.log_dir,
+        public(config),
+        resume=start_step > 0,
+        num_steps=trainer.num_train_steps,
+        start_step=start_step,
+    )
+
+
 def _summary(state: TrainState, world: World, throughput: Throughput) -> dict[str, float | str]:
     """Facts about the run that no step changes."""
     return throughput.summary() | {
@@ -333,33 +374,3 @@ def _announce(
     for warning in config.optimizer.schedule(config.trainer.num_train_steps).warnings:
         log.warning("%s", warning)
     log.info("%s peak: %.0f GFLOP/s (%s)", peak.kind, peak.flops / 1e9, peak.source)
-
-
-def _resume(config: TrainLmConfig, log_dir: Path) -> str:
-    """The command that goes on with this run."""
-    forced = " --trainer.load_checkpoint true" if config.trainer.load_checkpoint is False else ""
-    return f"ostro train --config_path {log_dir / _CONFIG}{forced}"
-
-
-def _report(
-    config: TrainLmConfig, log_dir: Path, checkpoints: str, metrics: Mapping[str, float]
-) -> None:
-    """Say where everything lies and what to type next."""
-    if metrics:
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        log.info("last evaluation: %s", shown)
-    prompt = config.sample_prompts[0] if config.sample_prompts else "Once"
-    log.info("where everything lies:")
-    log.info("  checkpoints  %s", checkpoints)
-    log.info("  config       %s", log_dir / _CONFIG)
-    log.info("  metrics, log %s", log_dir)
-    log.info("what to type next:")
-    more = config.trainer.num_train_steps * 2
-    resume = f"{_resume(config, log_dir)} --trainer.num_train_steps {more}"
-    log.info("  train on:    %s", resume)
-    sample = f"ostro sample --checkpoint {checkpoints} --prompt {shlex.quote(prompt)}"
-    log.info("  sample:      %s", sample)
-    for tracker in trackers(config):
-        if isinstance(tracker, TensorboardConfig):
-            folder = tracker.logdir.partition("${run_id}")[0].removesuffix("/.") or "."
-            log.info("  TensorBoard: tensorboard --logdir %s", folder)

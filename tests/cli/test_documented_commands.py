@@ -106,7 +106,7 @@ def test_levanters_commands_train_and_resume(tmp_path, small):
     more = ["--trainer.num_train_steps", "6", "--trainer.train_batch_size", "4"]
     done = run(resume, *small, *more, cwd=tmp_path)
     assert "continuing from checkpoints/gpt2/" in done.stdout
-    assert "made 2 updates" in done.stdout
+    assert "Trained 2 steps" in done.stdout
     assert (tmp_path / "logs" / "asdf1234" / "train.log").exists()
 
 
@@ -174,7 +174,7 @@ def test_gpt3_commands_train(tmp_path):
     plain = small[small.index("src/train.py") :]
     more = ["--fp16", "--trainer.num_train_steps", "6"]
     done = run(f"python3 {plain} {resume}", *more, cwd=tmp_path)
-    assert "made 2 updates" in done.stdout
+    assert "Trained 2 steps" in done.stdout
     lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line).get("step", 0) for line in lines) == 5
 

@@ -469,7 +469,7 @@ def test_an_interrupted_run_leaves_the_best_weights_alone(tmp_path):
     assert 4 < stopped < 8
     (tmp_path / "out" / "ckpt.pt").unlink()  # as if nothing had been an improvement yet
     done = train(tmp_path, *words, "init_from=resume")
-    assert f"made {8 - stopped} updates" in done.stdout
+    assert f"Trained {8 - stopped} steps" in done.stdout
 
 
 def test_a_folder_called_scratch_means_nothing(tmp_path, monkeypatch):

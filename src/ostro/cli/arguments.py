@@ -1,18 +1,20 @@
 """From argv to a resolved configuration: the words all commands share."""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from ostro.cli.aliases import NATIVE
 from ostro.cluster import find_place
+from ostro.commands import Dialect
 from ostro.config import Loaded, encode, format_tree, help_text, load, script_folders
 from ostro.distributed import place_of
 from ostro.dry_run import describe
-from ostro.errors import ConfigError, Problem
+from ostro.errors import ConfigError, OstroError, Problem
 from ostro.lm_config import TrainLmConfig, with_hf_model
 from ostro.secrets import redact
 from ostro.signals import Signals
@@ -112,17 +114,34 @@ def start_run(
     is_dry: bool,
     num_devices: int = 1,
     notices: Sequence[str] = (),
+    dialect: Dialect | None = None,
 ) -> None:
-    """Train, or with `is_dry` say what would happen; of several processes the first one talks."""
+    """Train, or with `is_dry` say what would happen; of several processes the first one talks.
+
+    `dialect`: the command line in whose words it does.
+    """
     talks = place_of(loaded.config.trainer.distributed).rank == 0
     for notice in notices if talks else ():
         print(f"note: {redact(notice)}", file=sys.stderr)
     if not is_dry:
-        explained(loaded, lambda: run(loaded.config, signals, origins=loaded.origins))
+        with speaking(dialect):
+            config, origins = loaded.config, loaded.origins
+            explained(loaded, lambda: run(config, signals, origins=origins, dialect=dialect))
     elif talks:
         lines = explained(loaded, lambda: list(describe(loaded.config, num_devices)))
         print(format_tree(loaded))
         print(redact("\n".join(lines)))
+
+
+@contextlib.contextmanager
+def speaking(dialect: Dialect | None) -> Iterator[None]:
+    """An `OstroError` from inside names settings as this command line does."""
+    try:
+        yield
+    except OstroError as error:
+        if dialect is not None:
+            error.args = (dialect.spoken(str(error)),)
+        raise
 
 
 def explained(loaded: Loaded[TrainLmConfig], action: Callable[[], Result]) -> Result:

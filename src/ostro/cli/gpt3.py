@@ -1,6 +1,7 @@
 """`python3 src/train.py --config M --training_config T`: the GPT-3 style command line."""
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +9,13 @@ from pathlib import Path
 import torch
 
 from ostro.cli.aliases import NATIVE
-from ostro.cli.arguments import explained, start_run
+from ostro.cli.arguments import explained, speaking, start_run
 from ostro.cli.nanogpt import split_native
 from ostro.cluster import find_place
+from ostro.commands import STARTED_AS
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.dialects import gpt3
+from ostro.dialects.commands import Gpt3Dialect
 from ostro.dialects.translation import Translation
 from ostro.errors import ConfigError, Problem, did_you_mean
 from ostro.launch import launch
@@ -37,14 +40,16 @@ def train(argv: list[str], signals: Signals, environ: Mapping[str, str] = os.env
     is_dry = "--dry_run" in argv
     words = [word for word in argv if word != "--dry_run"]
     loaded, made, (num_local, num_nodes) = load_gpt3(words, environ)
+    dialect = Gpt3Dialect(words, made)
     total = num_local * num_nodes
     if total > find_place(environ).num_ranks and not is_dry:
         check_devices(loaded, num_local)
         explained(loaded, lambda: loaded.config.trainer.batch_plan(total))  # not in each worker
+        os.environ[STARTED_AS] = shlex.join(dialect.program)  # not torchrun, for its workers
         launch([sys.argv[0], *argv], num_local, num_nodes, environ)
         return
     notices = [*made.notices, *loaded.notices]
-    start_run(loaded, signals, is_dry=is_dry, num_devices=total, notices=notices)
+    start_run(loaded, signals, is_dry=is_dry, num_devices=total, notices=notices, dialect=dialect)
 
 
 def load_gpt3(
@@ -66,8 +71,10 @@ def load_gpt3(
     parts = gpt3.Gpt3Run(model, training, flags, Path(model_file).name.removesuffix(".yaml"))
     num_local, num_nodes = processes(flags.config, environ)
     made = gpt3.translate(parts, num_local * num_nodes)
+    made.files["config"] = model_file
     made.notices += notices
-    whole = load(TrainLmConfig, [], native, layers=[made.layer], aliases=NATIVE, search=search)
+    with speaking(Gpt3Dialect(argv, made)):
+        whole = load(TrainLmConfig, [], native, layers=[made.layer], aliases=NATIVE, search=search)
     return whole, made, (num_local, num_nodes)
 
 

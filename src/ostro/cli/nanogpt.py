@@ -3,7 +3,7 @@
 import ast
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 from ostro.checkpoint import read_file
 from ostro.checkpoint.single_file import INTERRUPTED, NANOGPT
 from ostro.cli.aliases import NATIVE
-from ostro.cli.arguments import start_run
+from ostro.cli.arguments import speaking, start_run
 from ostro.cluster import find_place
+from ostro.commands import grouped
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.config.nodes import Mapping as Layer
 from ostro.config.nodes import from_plain
 from ostro.dialects import nanogpt, nanogpt_file
+from ostro.dialects.commands import NanoGptDialect
 from ostro.dialects.translation import Translation
 from ostro.errors import CheckpointError, ConfigError, Problem, did_you_mean
 from ostro.lm_config import TrainLmConfig
@@ -41,10 +43,18 @@ def train(argv: list[str], signals: Signals) -> None:
         print(help_text(nanogpt.NanoGptConfig))
         return
     is_dry = "--dry_run" in argv
-    loaded, made = load_nanogpt([word for word in argv if word != "--dry_run"])
+    words = [word for word in argv if word != "--dry_run"]
+    loaded, made = load_nanogpt(words)
     num_ranks = find_place(os.environ).num_ranks
     notices = [*made.notices, *loaded.notices]
-    start_run(loaded, signals, is_dry=is_dry, num_devices=num_ranks, notices=notices)
+    start_run(
+        loaded,
+        signals,
+        is_dry=is_dry,
+        num_devices=num_ranks,
+        notices=notices,
+        dialect=NanoGptDialect(words, made),
+    )
 
 
 def load_nanogpt(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translation]:
@@ -62,7 +72,8 @@ def load_nanogpt(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translatio
     words = [part for word in native for part in word.split("=", 1)]
     if ("--optimizer.type", "muon") in pairwise(words):
         made.set("optimizer.type", "muon")  # a type that comes later would drop all of AdamW's
-    whole = load(TrainLmConfig, [], native, layers=[made.layer], aliases=NATIVE, search=search)
+    with speaking(NanoGptDialect(argv, made)):
+        whole = load(TrainLmConfig, [], native, layers=[made.layer], aliases=NATIVE, search=search)
     return whole, made
 
 
@@ -70,7 +81,7 @@ def split_native(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words as those of the dialect, and native settings: names with a dot or of the top level."""
     top = {field.name for field in fields(TrainLmConfig)}
     own, native = [], []
-    for words in _groups(argv):
+    for words in grouped(argv):
         name, equals, _ = words[0].partition("=")
         if "." in name and (equals or name.startswith("--")):
             native += [f"--{words[0].removeprefix('--')}", *words[1:]]
@@ -79,22 +90,11 @@ def split_native(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, native
 
 
-def _groups(argv: Sequence[str]) -> Iterator[list[str]]:
-    """The words; a flag together with the value behind it."""
-    rest = list(argv)
-    while rest:
-        group = [rest.pop(0)]
-        is_open = group[0].startswith("--") and "=" not in group[0]
-        if is_open and rest and not rest[0].startswith("--") and "=" not in rest[0]:
-            group.append(rest.pop(0))
-        yield group
-
-
 def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Words as configuration files, settings of nanoGPT as flags, and native settings."""
     own, native = split_native(argv)
     files, flags = [], []
-    for word, *value in _groups(own):
+    for word, *value in grouped(own):
         if word.startswith("--"):
             flags += [word, *value]
         elif "=" in word:

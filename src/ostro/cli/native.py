@@ -12,6 +12,7 @@ from ostro.checkpoint import Saved, SavedFile, find_latest, read_settings
 from ostro.cli.arguments import Parser, explained, load_run, start_run
 from ostro.cli.translate import translate
 from ostro.cluster import find_place
+from ostro.commands import NativeDialect
 from ostro.config import format_tree, json_schema, load, public
 from ostro.contract import compare
 from ostro.distributed import World, pick_device
@@ -36,7 +37,8 @@ def train(argv: list[str], signals: Signals) -> None:
     options, flags = parser.parse(argv)
     loaded = load_run(options.config_path, flags)
     num_devices = max(find_place(os.environ).num_ranks, loaded.config.trainer.min_devices)
-    start_run(loaded, signals, is_dry=options.dry_run, num_devices=num_devices)
+    dialect = NativeDialect(argv)
+    start_run(loaded, signals, is_dry=options.dry_run, num_devices=num_devices, dialect=dialect)
 
 
 def cache(argv: list[str], signals: Signals) -> None:

@@ -23,6 +23,8 @@ class Translation:
     """Key of the dialect -> why it has no effect."""
     notices: list[str] = field(default_factory=list)
     """What the user should know."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Flag -> the file that was read for it, typed or not."""
 
     def is_default(self, key: str, default_file: str = "") -> bool:
         """Whether nobody typed this key: it stands in a file of that name or nowhere."""

@@ -180,15 +180,24 @@ def find_start(trainer: TrainerConfig, checkpointer: Checkpointer, world: World)
     return decision
 
 
-def restore(trainer: TrainerConfig, engine: Engine, saved: Saved | SavedFile) -> None:
-    """Load a checkpoint; `CheckpointError` where it has made more updates than the run is to."""
+def restore(
+    trainer: TrainerConfig, engine: Engine, saved: Saved | SavedFile, epoch: int = 0
+) -> None:
+    """Load a checkpoint; `CheckpointError` where it has made more steps than the run is to.
+
+    `epoch`: the passes over the data that the run ends after, if any.
+    """
     if saved.values.get("is_foreign"):
         log.warning("%s holds no random state, loss scale or skip window: these start anew", saved)
     engine.load(saved)
-    step, advice = engine.state.step, "raise it to train on, or take another trainer.id"
-    said = f"trainer.num_train_steps = {trainer.num_train_steps} - {saved.path} has made {step}"
-    if step > trainer.num_train_steps and not trainer.eval_only:
-        raise CheckpointError(f"{said} updates already - {advice}")
-    if step == trainer.num_train_steps and not trainer.eval_only:
+    step, num_steps = engine.state.step, trainer.num_train_steps
+    limit, it = f"trainer.num_train_steps = {num_steps}", "it"
+    if epoch:
+        limit, it = f"{limit} and epoch = {epoch}", "both"
+    said = f"{limit} - {saved.path} has made {step} steps already"
+    advice = f"raise {it} to train on, or take another trainer.id"
+    if step > num_steps and not trainer.eval_only:
+        raise CheckpointError(f"{said} - {advice}")
+    if step == num_steps and not trainer.eval_only:
         # No error: a scheduler may start a run again that was killed after its last save.
-        log.info("%s updates: nothing is left to train - %s", said, advice)
+        log.info("%s: nothing is left to train - %s", said, advice)
