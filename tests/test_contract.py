@@ -268,7 +268,7 @@ def test_other_text_in_a_rebuilt_cache_is_named(run):
                          "--data.rebuild_cache", "true")  # fmt: skip
     assert code == 0
     (line,) = (line for line in lines if " made_by" in line.partition(": was")[0])
-    assert line.startswith("warning: made_by.data.train: was ") and "another than before" in line
+    assert line.startswith("warning: made_by.data.train: was ") and "not the same as before" in line
 
 
 def test_a_changed_default_is_named(run, monkeypatch):
