@@ -32,7 +32,7 @@ LEVELS = [
         "squad",
     },
     {"models", "checkpoint", "contract", "guard", "recover"},
-    {"parallel", "decode"},
+    {"parallel", "decode", "agreement"},
     {"evaluate", "trainer", "sample", "hf"},
     {"lm_config"},
     {"next_steps", "session"},

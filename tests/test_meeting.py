@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_run import torchrun_words
 
+from ostro.cluster import Place
 from ostro.distributed import DistributedConfig, join
 from ostro.errors import OstroError
 from ostro.meeting import Meeting
@@ -149,8 +150,44 @@ def test_a_port_that_is_taken(nobody_there, capfd):
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
         text = nobody_there(slurm(0, 2) | {"MASTER_PORT": port})
-    assert f"coordinator_address = localhost:{port} - rank 0 cannot listen there" in text
+    assert f"coordinator_address = localhost:{port} (MASTER_ADDR) - rank 0 cannot listen" in text
     assert capfd.readouterr().err == ""
+
+
+def test_a_name_that_does_not_resolve(nobody_there):
+    text = nobody_there(slurm(0, 2) | {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "9"})
+    assert "coordinator_address = no-such-host.invalid:9 (MASTER_ADDR) - the host name" in text
+    assert "free port" not in text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.2"])
+def test_the_store_listens_where_the_ranks_meet(host):
+    meeting = Meeting(Place(None, 0, 2, address=f"{host}:{free_port()}"), timedelta(seconds=5))
+    port = int(meeting.place.address.rpartition(":")[2])
+    listening = re.findall(rf"^ *\d+: (\w+):{port:04X} 0+:0000 0A", tcp_sockets(), re.MULTILINE)
+    assert listening and set(map(socket_address, listening)) <= {"127.0.0.1", "127.0.0.2", "::1"}
+
+
+def tcp_sockets() -> str:
+    paths = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+    return "".join(path.read_text() for path in paths if path.exists())
+
+
+def socket_address(digits: str) -> str:
+    """An address of /proc/net/tcp, or tcp6: words of the host's byte order."""
+    words = [bytes.fromhex(digits[start : start + 8])[::-1] for start in range(0, len(digits), 8)]
+    family = socket.AF_INET if len(words) == 1 else socket.AF_INET6
+    return socket.inet_ntop(family, b"".join(words))
+
+
+def test_ranks_that_were_told_other_numbers(tmp_path):
+    """Neither waits for a rank that there is not."""
+    port = {"MASTER_PORT": free_port()}
+    ranks = [start("sum", slurm(r, 2 + r) | port, tmp_path / "out") for r in range(2)]
+    codes = [rank.wait(90) for rank in ranks]
+    text = (tmp_path / "out").read_text()
+    assert 2 in codes and 0 not in codes, text
+    assert re.search(r"SLURM_STEP_NUM_TASKS = \d - rank \d was told that there are \d", text)
 
 
 @pytest.mark.parametrize("mode", ["rank_1_raises", "rank_1_is_killed"])

@@ -40,6 +40,14 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert different == []
 
 
+def test_a_run_id_of_the_environment_that_names_no_folder(tmp_path, monkeypatch, capsys):
+    path = write_config(tmp_path, trainer={"id": None})
+    monkeypatch.setenv("RUN_ID", "a/b")
+    assert run_command(["train", "--config_path", str(path)]) == 2
+    said = "error: trainer.id = a/b (RUN_ID in the environment) - names folders"
+    assert said in capsys.readouterr().err
+
+
 def test_a_run_leaves_metrics_log_config_and_checkpoint(tmp_path, capsys):
     train(write_config(tmp_path))
     losses = read_metrics(tmp_path)

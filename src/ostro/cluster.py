@@ -48,6 +48,8 @@ class Place:
     """Whether a launcher that outlives this process keeps the store they meet in."""
     attempt: int = 0
     """How often that launcher has restarted the processes."""
+    address_origin: str | None = None
+    """Where the address comes from, if not from the settings; for messages."""
 
 
 def find_place(environ: Mapping[str, str]) -> Place:

@@ -12,7 +12,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -218,12 +218,17 @@ def pick_device(name: str, require_accelerator: bool = False) -> torch.device:
 
 
 @contextlib.contextmanager
-def joined(config: DistributedConfig, device: str, require_accelerator: bool) -> Iterator[World]:
+def joined(
+    config: DistributedConfig,
+    device: str,
+    require_accelerator: bool,
+    agree: Callable[[Meeting], None] = lambda meeting: None,
+) -> Iterator[World]:
     """Meet the other processes for the length of a `with` block; see `join`.
 
     Raises `LostRankError` in place of the error with which an exchange breaks off.
     """
-    world = join(config, device, require_accelerator)
+    world = join(config, device, require_accelerator, agree=agree)
     meeting, failed = Meeting.current if world.num_ranks > 1 else None, False
     try:
         yield world
@@ -244,8 +249,13 @@ def join(
     device: str,
     require_accelerator: bool,
     environ: Mapping[str, str] = os.environ,
+    agree: Callable[[Meeting], None] = lambda meeting: None,
 ) -> World:
-    """Meet the other processes and pick this one's device: `cuda` is one GPU for each process."""
+    """Meet the other processes and pick this one's device: `cuda` is one GPU for each process.
+
+    `agree` is called when all have met, before they make a process group: it may find that they
+    do not belong together.
+    """
     place = place_of(config, environ)
     rank, num_ranks = place.rank or 0, place.num_ranks
     picked = pick_device(device, require_accelerator)
@@ -262,6 +272,7 @@ def join(
         if Meeting.current is None or Meeting.current.place != place:  # else it was here before
             Meeting.current = Meeting(place, config.timeout)
         store = Meeting.current.gather(config.timeout)
+        agree(Meeting.current)
         try:
             dist.init_process_group(
                 f"cpu:gloo,cuda:{cuda}" if picked.type == "cuda" else "gloo",
@@ -332,4 +343,7 @@ def place_of(config: DistributedConfig, environ: Mapping[str, str] = os.environ)
         problems.append(Problem("trainer.distributed.coordinator_address", rule, advice, "null"))
     if problems:
         raise ConfigError(problems)
-    return replace(found, rank=rank, num_ranks=num_ranks, address=address)
+    origin = None
+    if config.coordinator_address is None:
+        origin = "MASTER_ADDR" if "MASTER_ADDR" in environ else found.launcher
+    return replace(found, rank=rank, num_ranks=num_ranks, address=address, address_origin=origin)

@@ -21,6 +21,7 @@ from ostro.sample import SamplingConfig
 from ostro.secrets import Location
 from ostro.tracker import ConsoleConfig, TrackerConfig, WandbConfig
 from ostro.trainer import TrainerConfig
+from ostro.trainer.config import run_id_problems
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,23 @@ def choose_run_id(config: TrainLmConfig, environ: Mapping[str, str] = os.environ
     The random ones are drawn from the system, so two runs of one seed do not collide; a process
     that an elastic launcher has restarted gets the first one's.
     """
-    wandb_ids = [tracker.id for tracker in trackers(config) if isinstance(tracker, WandbConfig)]
     letters = string.ascii_lowercase + string.digits
-    for given in (config.trainer.id, environ.get("RUN_ID"), *wandb_ids):
+    if config.trainer.id:
+        return config.trainer.id
+    candidates = [("RUN_ID in the environment", environ.get("RUN_ID"))]
+    candidates += [
+        ("the id of trainer.tracker", tracker.id)
+        for tracker in trackers(config)
+        if isinstance(tracker, WandbConfig)
+    ]
+    for origin, given in candidates:
         if given:
+            wrong = [
+                dataclasses.replace(problem, setting="trainer.id", value=given, origin=origin)
+                for problem in run_id_problems(given)
+            ]
+            if wrong:
+                raise ConfigError(wrong)
             return given
     return remembered("run id", "".join(random.SystemRandom().choices(letters, k=8)), environ)
 

@@ -1,24 +1,36 @@
 """The processes of a run find each other in torch's TCPStore, and say there why they fail."""
 
 import contextlib
+import ctypes
+import errno
+import functools
+import ipaddress
+import logging
 import os
 import re
 import socket
 import sys
 import textwrap
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import ClassVar
 
+import torch
 import torch.distributed as dist
 
 from ostro.cluster import Place, find_place
 from ostro.errors import ConfigError, OstroError, Problem
 
+log = logging.getLogger("ostro")
+
 _POLL = 0.1  # seconds between two looks into the store
 _PATIENCE = timedelta(seconds=10)  # processes that start together get here within this
+_SOON = 3.0  # seconds in which ranks that fail alike are heard before an error is printed
+_ADDRESS = "trainer.distributed.coordinator_address"
 
 
 class LostRankError(OstroError):
@@ -61,6 +73,7 @@ class Meeting:
                 missing = [0]
                 if store.check(["round"]):
                     name = store.get("round").decode()
+                    self._require_count(store.compare_set(f"{name}/count", "", self._count()))
                     keys = [f"{name}/{r}" for r in range(place.num_ranks)]
                     store.set(keys[rank], me)
                     if rank == 0 and store.check(keys):
@@ -74,6 +87,38 @@ class Meeting:
                     raise LostRankError(self._who_failed())
             if time.monotonic() >= deadline:
                 raise LostRankError(_absence(place, missing, timeout))
+            time.sleep(_POLL)
+
+    def _count(self) -> str:
+        return f"{self.place.num_ranks} {self.place.rank}"
+
+    def _require_count(self, said: bytes) -> None:
+        """Refuse to wait for ranks that another rank knows nothing of."""
+        count, rank = map(int, said.split())
+        if count != self.place.num_ranks:
+            rule = f"rank {rank} was told that there are {count}"
+            advice = "tell all ranks the same number (num_processes, or the launcher's)"
+            value = str(self.place.num_ranks)
+            raise ConfigError(Problem(self.place.names[1], rule, advice, value))
+
+    def wait(
+        self, store: dist.Store, keys: Mapping[int, str], timeout: timedelta, what: str
+    ) -> None:
+        """Return once these keys are set in a store of `open_store`, each by its rank.
+
+        Raises `LostRankError` after the timeout, with the ranks that did not come to `what`; and
+        at once when one of them has failed.
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        while True:
+            with _quiet(), self._watched():
+                if store.check(list(keys.values())):
+                    return
+                if not self.place.has_agent and self._store.check([self._failure]):
+                    raise LostRankError(self._who_failed())
+                if time.monotonic() >= deadline:
+                    missing = [rank for rank, key in keys.items() if not store.check([key])]
+                    raise LostRankError(_absence(self.place, missing, timeout, what))
             time.sleep(_POLL)
 
     @contextlib.contextmanager
@@ -115,13 +160,12 @@ class Meeting:
         """What the first process that asked for `name` gave, in this life of the store."""
         return self._store.compare_set(name, "", value).decode()
 
-    def hears(self, text: str, patience: timedelta) -> bool:
-        """Whether rank 0 fails with the same words, and so has printed them.
+    def hears(self, text: str, deadline: float) -> bool:
+        """Whether rank 0 fails with the same words before `deadline`, and so has printed them.
 
         A rank 0 that has come to the meeting does not refuse the settings: no need to wait for it.
         """
         early = Meeting.current is None and not self.place.attempt
-        deadline = time.monotonic() + patience.total_seconds()
         with contextlib.suppress(dist.DistError), _quiet():
             while not (said := self._store.check([self._said])) and time.monotonic() < deadline:
                 if early and self._store.check(["round"]):
@@ -159,54 +203,131 @@ def remembered(name: str, value: str, environ: Mapping[str, str] = os.environ) -
 def last_words(text: str, is_lost: bool = False, environ: Mapping[str, str] = os.environ) -> None:
     """Print why this process ends. Of what all ranks say, only rank 0's copy is printed.
 
-    `is_lost`: for want of another process, which is no news that others may bring too.
+    `is_lost`: for want of another process, which is no news that others may bring too. The first
+    rank prints at once, the others after a moment in which they listen for the same words of it.
     """
-    meeting, patience = Meeting.current, timedelta(seconds=1 if is_lost else 3)
-    if meeting is None and not is_lost:
-        patience = _PATIENCE
+    deadline, place, meeting = time.monotonic() + _SOON, None, Meeting.current
+    if meeting is not None:
+        place = meeting.place
+    elif not is_lost:
         with contextlib.suppress(OstroError):
-            place = find_place(environ)
-            if place.num_ranks > 1 and place.address is not None and place.rank is not None:
-                meeting = Meeting(place, patience)
-    rank = 0 if meeting is None else meeting.place.rank
-    if meeting is not None and rank and meeting.hears(text, patience):
-        return
+            found = find_place(environ)
+            if found.num_ranks > 1 and found.address is not None and found.rank is not None:
+                place = found
+    rank = 0 if place is None else place.rank or 0
+    if place is not None and rank:
+        with contextlib.suppress(OstroError):
+            meeting = meeting or Meeting(place, timedelta(seconds=_SOON))
+        if meeting is not None and meeting.hears(text, deadline):
+            return
     shown = textwrap.indent(text.rstrip(), f"[rank{rank}]: " if rank else "")
     sys.stderr.write(f"{shown}\n")  # at once, lest another process's lines come between
     sys.stderr.flush()
-    if meeting is not None:
-        meeting.tell(text, patience)
+    if place is None:
+        return
+    with contextlib.suppress(OstroError):
+        patience = _PATIENCE if Meeting.current is None else timedelta(seconds=1 if is_lost else 3)
+        (meeting or Meeting(place, _PATIENCE)).tell(text, patience)
 
 
 def _connect(place: Place, keeps_store: bool, timeout: timedelta) -> dist.Store:
     host, _, port = str(place.address).rpartition(":")
+    host = host.strip("[]")
     deadline = time.monotonic() + timeout.total_seconds()
     attempt = min(timeout, timedelta(seconds=5))  # a signal is heeded only between two of them
+    addresses = _resolve(place, timeout)
+    server = _listen(addresses, place) if keeps_store else None
     while True:
         try:
             with _quiet():
                 store = dist.TCPStore(
-                    host.strip("[]"), int(port),
+                    host, int(port),
                     is_master=keeps_store, timeout=attempt, wait_for_workers=False,
+                    master_listen_fd=None if server is None else server.detach(),
                 )  # fmt: skip
             store.set_timeout(timeout)
             return store
         except dist.DistError as error:
             if keeps_store:
-                rule = f"rank 0 cannot listen there: {str(error).splitlines()[0]}"
-                advice = "take a free port of this host (MASTER_PORT)"
-                setting = "trainer.distributed.coordinator_address"
-                raise ConfigError(Problem(setting, rule, advice, place.address)) from error
+                rule = f"rank 0 listens there, but cannot reach itself: {_first_line(error)}"
+                advice = "give an address of this host that the other ranks can reach"
+                raise ConfigError(_wrong_address(place, rule, advice)) from error
             if time.monotonic() >= deadline:
                 raise LostRankError(_absence(place, [0], timeout)) from error
 
 
-def _absence(place: Place, missing: list[int], timeout: timedelta) -> str:
+def _resolve(place: Place, timeout: timedelta) -> list[tuple[int, tuple]]:
+    """The family and the socket address of each address where the ranks are to meet.
+
+    A name may become known a little later than this process starts, as on Kubernetes.
+    """
+    host, _, port = str(place.address).rpartition(":")
+    deadline = time.monotonic() + min(timeout, _PATIENCE).total_seconds()
+    while True:
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                rule = f"the host name cannot be resolved ({error.strerror})"
+                advice = "correct the name, or give the number of rank 0's host"
+                raise ConfigError(_wrong_address(place, rule, advice)) from error
+        time.sleep(1)
+
+
+def _listen(addresses: Sequence[tuple[int, tuple]], place: Place) -> socket.socket:
+    """A socket that listens where the ranks were told to meet, and not on all interfaces.
+
+    It does that only where the address is none of this host's, as behind a translation of
+    addresses, or where the host knows its own name as a loopback address that no other reaches.
+    """
+    host = str(place.address).rpartition(":")[0].strip("[]")
+    family, address = addresses[0]
+    everywhere = ("::" if family == socket.AF_INET6 else "", address[1])
+    is_alone = place.num_local == place.num_ranks or _is_loopback_name(host)
+    if not is_alone and all(ipaddress.ip_address(a[0]).is_loopback for _, a in addresses):
+        address = everywhere
+    try:
+        try:
+            return socket.create_server(address, family=family, backlog=2048)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            log.warning(
+                f"{place.address} is no address of this host ({socket.gethostname()}):"
+                " listening on all interfaces"
+            )
+            return socket.create_server(everywhere, family=family, backlog=2048)
+    except OSError as error:
+        rule = f"rank 0 cannot listen there: {os.strerror(error.errno or 0)}"
+        advice = "take a free port of this host (MASTER_PORT)"
+        if error.errno == errno.EACCES:
+            advice = "take a port above 1023 (MASTER_PORT)"
+        raise ConfigError(_wrong_address(place, rule, advice)) from error
+
+
+def _is_loopback_name(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost" or host.startswith("localhost.")
+
+
+def _wrong_address(place: Place, rule: str, advice: str) -> Problem:
+    return Problem(_ADDRESS, rule, advice, place.address, place.address_origin)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _absence(
+    place: Place, missing: Sequence[int], timeout: timedelta, what: str | None = None
+) -> str:
     listed = ", ".join(f"{rank}{_at(place, rank)}" for rank in missing[:8])
     more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
     return (
         f"{'rank' if len(missing) == 1 else 'ranks'} {listed}{more} of {place.num_ranks} did not"
-        f" come to {place.address} within trainer.distributed.timeout ="
+        f" come to {what or place.address} within trainer.distributed.timeout ="
         f" {timeout.total_seconds():g} s - see whether each was started and what it printed, and"
         " whether its host reaches that address (name, port, firewall)"
     )
@@ -216,14 +337,46 @@ def _at(place: Place, rank: int) -> str:
     return f" (on {place.hosts[rank]})" if place.hosts else ""
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's C++ stack traces off the terminal: what fails here is said in one line."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+class _TorchLog:
+    """The level of torch's C++ log, which TORCH_CPP_LOG_LEVEL sets when a process starts.
+
+    torch has no function for it. Where the variable is not found nothing is kept quiet.
+    """
+
+    FATAL = 3
+
+    def __init__(self) -> None:
+        self._level, self._lock, self._num_inside = ctypes.c_int(), threading.Lock(), 0
+        suffix = ".dylib" if sys.platform == "darwin" else ".so"
+        path = Path(torch.__file__).parent / "lib" / f"libc10{suffix}"
+        with contextlib.suppress(OSError, ValueError):
+            self._level = ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "FLAGS_caffe2_log_level")
+        self._before = self._level.value
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Log nothing that does not end the process, whichever threads are inside."""
+        with self._lock:
+            if self._num_inside == 0:
+                self._before, self._level.value = self._level.value, self.FATAL
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_inside -= 1
+                if self._num_inside == 0:
+                    self._level.value = self._before
+
+
+@functools.cache
+def _torch_log() -> _TorchLog:
+    return _TorchLog()
+
+
+def _quiet() -> contextlib.AbstractContextManager[None]:
+    """Keep torch's pages of C++ frames off the terminal: what fails here is said in one line.
+
+    Nothing else is muted. What this process prints meanwhile, from any thread, is seen.
+    """
+    return _torch_log().quiet()

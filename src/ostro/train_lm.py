@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ostro import contract, native
+from ostro.agreement import Fact, agreeing, facts_of_data, require_agreement
 from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
 from ostro.commands import Dialect, NativeDialect
@@ -28,6 +29,7 @@ from ostro.lm_config import (
     vocab_size,
     with_hf_model,
 )
+from ostro.meeting import Meeting
 from ostro.next_steps import NextSteps
 from ostro.parallel import Mesh
 from ostro.phases import place
@@ -79,7 +81,9 @@ def run(
     check(config)
     dialect = dialect or NativeDialect()
     trainer = config.trainer
-    joining = joined(trainer.distributed, trainer.device, trainer.require_accelerator)
+    signals, origins = signals or Signals(), origins or {}
+    agree = agreeing(config, origins)
+    joining = joined(trainer.distributed, trainer.device, trainer.require_accelerator, agree)
     with native.restored(), joining as world:
         run_id = world.from_first(choose_run_id(config))
         config = replace_trainer(config, id=run_id)
@@ -97,7 +101,6 @@ def run(
         ):
             world, mesh = lay_out(config.trainer, world)
             log.info("run %s on %s%s", run_id, world.device, _of(world, mesh))
-            signals, origins = signals or Signals(), origins or {}
             session = build_session(config, plan, world, mesh, signals, origins, dialect.spoken)
             if world.is_first:  # not before: what was there stays if nothing could be resumed
                 (log_dir / _CONFIG).write_text(dump_yaml(session.config))
@@ -172,8 +175,8 @@ def build_session(
     num_tokens = vocab_size(config, tokenizer)
     model = build_model(config.model, config.trainer, num_tokens, mesh)  # errors before the data
     data = build_data(config, tokenizer, world)
-    config = with_epochs(config, data)
-    trainer = config.trainer
+    agree_on_data(config, world, facts_of_data(tokenizer, num_tokens, data))
+    trainer = (config := with_epochs(config, data)).trainer
     assert trainer.id is not None, "the run id is chosen before"
     checkpointer = trainer.checkpointer.build(
         trainer.id, run_name(config), in_folders=trainer.deepspeed is not None
@@ -213,6 +216,13 @@ def build_session(
         record=record,
         has_checkpoint=start.source == "own",
     )
+
+
+def agree_on_data(config: TrainLmConfig, world: World, facts: Mapping[str, Fact]) -> None:
+    """Refuse ranks that have found other texts; `ConfigError` on all of them."""
+    if world.num_ranks > 1 and Meeting.current is not None:
+        timeout = config.trainer.distributed.timeout
+        require_agreement(Meeting.current, "the data", facts, timeout)
 
 
 def choose_settings(

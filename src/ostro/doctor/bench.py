@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ostro.agreement import agreeing
 from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import CheckpointerConfig
 from ostro.data.loader import Loader
@@ -102,7 +103,12 @@ def _session(config: TrainLmConfig) -> Iterator[Session]:
     """The run of a configuration, with nothing to resume from, to save or to report."""
     trainer = config.trainer
     with (
-        joined(trainer.distributed, trainer.device, trainer.require_accelerator) as world,
+        joined(
+            trainer.distributed,
+            trainer.device,
+            trainer.require_accelerator,
+            agree=agreeing(config, {}),
+        ) as world,
         tempfile.TemporaryDirectory(prefix="ostro-bench-") as folder,
     ):
         if world.device.type == "cpu":

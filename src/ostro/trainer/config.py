@@ -194,9 +194,8 @@ class TrainerConfig:
         for name in ("tensor_parallel_axes", "fsdp_axis"):
             if getattr(self, name) in ("", []):
                 yield Problem(name, "must not be empty", "null switches it off")
-        if self.id is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.id):
-            rule = "names folders: letters, digits, '.', '_' and '-' only"
-            yield Problem("id", rule, "leave it out for a random one")
+        if self.id is not None:
+            yield from run_id_problems(self.id)
 
     def _recover_problems(self) -> Iterator[Problem]:
         """What `recover` cannot be combined with."""
@@ -327,6 +326,13 @@ class TrainerConfig:
         )
         advice = "use a divisor of the batch size, or null for the training value"
         return Problem("trainer.per_device_eval_parallelism", rule, advice, str(given))
+
+
+def run_id_problems(run_id: str) -> Iterator[Problem]:
+    """What a run's id violates, wherever it comes from."""
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", run_id):
+        rule = "names folders: letters, digits, '.', '_' and '-' only"
+        yield Problem("id", rule, "leave it out for a random one")
 
 
 def _given(value: int | None) -> int | None:
