@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"secrets"},
     {"errors", "units", "axes", "phases"},
-    {"config", "cluster", "shapes"},
+    {"config", "cluster", "pickles", "shapes"},
     {"meeting", "native"},
     {
         "nn",

@@ -30,9 +30,10 @@ class Stored:
         """The whole tensor, on the CPU."""
         if len(self.pieces) == 1:
             return self.pieces[0].read()
-        full = torch.empty(self.shape, dtype=self.pieces[0].read().dtype)
-        for piece in self.pieces:
-            _box(full, piece.offset, piece.size).copy_(piece.read())
+        parts = [piece.read() for piece in self.pieces]  # mapped; there, before memory is taken
+        full = torch.empty(self.shape, dtype=parts[0].dtype)
+        for piece, part in zip(self.pieces, parts, strict=True):
+            _box(full, piece.offset, piece.size).copy_(part)
         return full
 
 

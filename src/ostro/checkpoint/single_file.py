@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ostro.checkpoint import storage
+from ostro.checkpoint.archive import check_archive
 from ostro.checkpoint.pieces import Stored, whole
 from ostro.checkpoint.store import State
 from ostro.errors import CheckpointError
@@ -143,6 +144,7 @@ def read_file(path: Path, *, check: bool = True) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch reads past damage without a word
+            check_archive(archive, path.stat().st_size)
             if check and (damaged := archive.testzip()) is not None:
                 raise CheckpointError(f"{path} - is damaged: {damaged} differs from its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=not check)

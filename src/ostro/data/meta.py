@@ -11,6 +11,7 @@ from typing import Any
 
 from ostro.data.files import is_unicode
 from ostro.errors import DataError
+from ostro.pickles import Part, refuse_call, scan
 
 META_FILES = ("meta.json", "meta.pkl")
 """What is looked for in a data set's folder, in this order."""
@@ -20,8 +21,12 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads dicts, lists, texts and numbers; naming a class or function could run code."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, and of a pickle "
-                                     "only dicts, lists, texts and numbers are read")  # fmt: skip
+        refuse_call(f"{module_name}.{global_name}", Part("tuple"))
+
+
+def _unpickle(data: bytes) -> Any:
+    scan(data)
+    return _PlainUnpickler(io.BytesIO(data)).load()
 
 
 def alphabet_of(meta: Any) -> str:
@@ -33,14 +38,16 @@ def alphabet_of(meta: Any) -> str:
     chars = {int(index): char for index, char in pairs}  # JSON's keys are texts
     for index, char in chars.items():
         if not isinstance(char, str) or len(char) != 1 or not is_unicode(char):
-            raise ValueError(f"itos[{index}] = {char!r} must be one character")
+            shown = char if isinstance(char, str) else type(char).__name__
+            raise ValueError(f"itos[{index}] = {shown!r:.40} must be one character")
     stoi = {char: index for index, char in sorted(chars.items())}
     if list(stoi.values()) != list(range(len(itos))):
         raise ValueError(f"itos must have each id of 0 to {len(itos) - 1} and each character once")
     if meta.get("stoi", stoi) != stoi:
         raise ValueError("stoi is not the inverse of itos")
     if meta.get("vocab_size", len(stoi)) != len(stoi):
-        raise ValueError(f"vocab_size = {meta['vocab_size']}, but itos has {len(stoi)} characters")
+        named = repr(meta["vocab_size"])
+        raise ValueError(f"vocab_size = {named:.40}, but itos has {len(stoi)} characters")
     return "".join(stoi)
 
 
@@ -57,9 +64,7 @@ def read_alphabet(path: Path) -> str:
     try:
         data = path.read_bytes()
         is_pickle = path.suffix == ".pkl"
-        return alphabet_of(
-            _PlainUnpickler(io.BytesIO(data)).load() if is_pickle else json.loads(data)
-        )
+        return alphabet_of(_unpickle(data) if is_pickle else json.loads(data))
     except Exception as error:  # a damaged pickle raises almost anything
         rule = "cannot be read" if isinstance(error, OSError) else "is no list of characters"
         raise DataError(f"tokenizer.path = {path} - {rule}: {error} - correct the path, or make "
