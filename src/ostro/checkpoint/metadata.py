@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ostro.config.files import MAX_BYTES
 from ostro.errors import CheckpointError
 from ostro.shapes import FILE_NAME, has_shape, read_object
 
@@ -21,6 +22,7 @@ SHARDS = "shards.json"
 _CHECKSUM = b',\n  "sha256": "'
 """Stands between the text and the checksum of all that comes before it; since format 3."""
 _YEAR_9999 = 253_370_764_800  # later ones cannot be written as a date
+_LONGEST_NUMBER = 100  # characters
 _RECORD = {"bytes": int, "sha256": re.compile(r"[0-9a-f]{64}")}
 
 
@@ -68,10 +70,25 @@ def sealed(fields: Mapping[str, Any]) -> str:
     return f'{text}{_CHECKSUM.decode()}{own}"\n}}\n'
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Reads what we write: no aliases, which could stand for 2**60 values, no endless numbers."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias, and ostro writes none")
+        node = super().compose_node(parent, index)
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and len(node.value) > _LONGEST_NUMBER:
+            raise yaml.YAMLError(f"it holds a number of {len(node.value)} digits")
+        return node
+
+
 def read_settings(text: str, where: str) -> dict[str, Any]:
     """The `config.yaml` of a checkpoint as plain values, or a `CheckpointError`."""
     try:
-        value = yaml.safe_load(text)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+        value = yaml.load(text, _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} - its config.yaml is damaged: {error}") from error
     sections = isinstance(value, dict) and [value.get("model"), value.get("trainer")]

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import weakref
 from functools import partial
@@ -17,8 +18,9 @@ from ostro.checkpoint.metadata import SHARDS, VALUES, Metadata, parse_metadata
 from ostro.checkpoint.pieces import Piece, Stored, whole
 from ostro.checkpoint.sharded import SUFFIX, Index
 from ostro.checkpoint.tensorfile import read_tensors
+from ostro.checkpoint.tiling import tiles
 from ostro.errors import CheckpointError
-from ostro.shapes import read_object
+from ostro.shapes import has_shape, read_object
 
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -81,21 +83,24 @@ class Saved:
                 name: self._in_pieces(name, files, **entry)
                 for name, entry in self._shards[group].items()
             }
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             where = f"{self.path}/{SHARDS}"
             raise CheckpointError(f"{where} - is damaged: {group!r} in it is {error!r}") from error
 
     def _in_pieces(self, name: str, files: list[str], shape: list[int], pieces: list) -> Stored:
+        if not has_shape([shape, pieces], ([int], [(int, [int], [int])])):
+            raise ValueError(f"a part of {name} that is not described by whole numbers")
+        dims = {len(shape), *(len(part) for _, *box in pieces for part in box)}
+        if len(dims) > 1 or not 0 <= max(shape, default=0) < 1 << 62:
+            raise ValueError(f"a part of {name} with other dimensions")
+        if not tiles(shape, [(offset, size) for _, offset, size in pieces]):
+            raise ValueError(f"parts of {name} that are not all of it, each place once")
         found = []
         for number, offset, size in pieces:
+            if not 0 <= number < len(files):
+                raise ValueError(f"a part of {name} in file {number} of {len(files)}")
             read = partial(self._read_piece, files[number], name, torch.Size(size))
             found.append(Piece(torch.Size(offset), torch.Size(size), read))
-            box = zip(offset, size, shape, strict=True)
-            if any(o < 0 or n < 0 or o + n > end for o, n, end in box):
-                raise ValueError(f"a part of {name} that lies outside of it")
-        areas = [piece.size.numel() for piece in found]
-        if not found or sum(areas) != torch.Size(shape).numel():
-            raise ValueError(f"parts of {name} that are not all of it")
         return Stored(torch.Size(shape), found)
 
     def _read_piece(self, file: str, name: str, size: torch.Size) -> Tensor:
@@ -150,6 +155,8 @@ def read_metadata(path: str) -> Metadata:
     fs, root = storage.locate(path)
     marker = f"{path}/{storage.MARKER}"
     try:
+        if storage.is_local(path):
+            _require_plain(os.lstat(f"{root}/{storage.MARKER}").st_mode, marker)
         data = fs.cat_file(f"{root}/{storage.MARKER}")
     except (FileNotFoundError, NotADirectoryError):
         there = storage.is_folder(path)
@@ -159,15 +166,25 @@ def read_metadata(path: str) -> Metadata:
         raise CheckpointError(f"{marker} - cannot be read: {error}") from error
     metadata = parse_metadata(data, marker)
     fs.invalidate_cache()  # another rank or machine may have written there
-    sizes = {e["name"].rpartition("/")[2]: e["size"] for e in fs.ls(root, detail=True)}
+    entries = {e["name"].rpartition("/")[2]: e for e in fs.ls(root, detail=True)}
     for name, record in metadata.files.items():
-        size = sizes.get(name)
-        if size is None:
+        if name not in entries:
             raise CheckpointError(f"{path}/{name} - is missing from the checkpoint")
+        if storage.is_local(path):
+            _require_plain(os.lstat(f"{root}/{name}").st_mode, f"{path}/{name}")
+        size = entries[name]["size"]
         if size != record.bytes:
             fault = f"it has {size} bytes instead of {record.bytes}"
             raise CheckpointError(f"{path}/{name} - is damaged: {fault}")
     return metadata
+
+
+def _require_plain(mode: int, where: str) -> None:
+    """Refuse what leads out of the folder, never ends, or waits for somebody to write."""
+    if not stat.S_ISREG(mode):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
+        advice = "copy the checkpoint with `cp -rL`, which copies what links point to"
+        raise CheckpointError(f"{where} - is {what}, which is not followed - {advice}")
 
 
 def load(path: str) -> Saved:

@@ -82,13 +82,13 @@ class Reader:
     def _load(self, name: str, origin: str, depth: int) -> Node:
         try:
             if name in self.texts:
-                text = self.texts[name]
+                data = self.texts[name].encode()
             else:
                 with _open(name) as stream:
                     data = stream.read(MAX_BYTES + 1)
-                if len(data) > MAX_BYTES:
-                    return self.bad(name, origin, f"is larger than {MAX_BYTES >> 20} MiB")
-                text = data.decode("utf-8-sig")
+            if len(data) > MAX_BYTES:
+                return self.bad(name, origin, f"is larger than {MAX_BYTES >> 20} MiB")
+            text = data.decode("utf-8-sig")
             graph = yaml.compose(text, yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
