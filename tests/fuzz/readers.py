@@ -29,6 +29,7 @@ import torch
 
 from ostro.checkpoint import discovery, single_file, store
 from ostro.checkpoint.metadata import SHARDS, FileRecord, Metadata
+from ostro.checkpoint.saved import load as load_folder
 from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
 from ostro.cli.aliases import NATIVE
 from ostro.config import check, dump_yaml, load, loading
@@ -410,7 +411,7 @@ def manifest_target(folder: Path) -> Target:
         if mode == 3:
             remote.put(path, "/checkpoints/step-0", recursive=True)
             path = "memory://checkpoints/step-0"
-        saved = store.load(path)
+        saved = load_folder(path)
         saved.verify()
         for group in saved.groups:
             saved.tensors(group)

@@ -88,7 +88,7 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
     try:
         if len(text) > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
-        value = yaml.load(text, _PlainLoader)
+        value = _PlainLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} - its config.yaml is damaged: {error}") from error
     sections = isinstance(value, dict) and [value.get("model"), value.get("trainer")]
