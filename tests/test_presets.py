@@ -31,6 +31,7 @@ TRAINING = {
     "eval_interval": None,
     "log_interval": None,
     "save_interval": None,
+    "keep_interval": None,
     "learning_rate": None,
     "batch_size": None,
     "sequence_length": None,
@@ -75,6 +76,8 @@ def test_models_are_those_of_the_paper(name):
         "context_length": 2048,
         "vocab_size": 50257,
         "learning_rate": learning_rate,
+        "training_tokens": 300e9,
+        "warmup_tokens": 375e6,
     }
     assert width % heads == 0
     parameters = 12 * layers * width**2 + (50257 + 2048) * width

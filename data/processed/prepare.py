@@ -2,7 +2,7 @@
 under configs/training_configs/ read.
 
     python data/processed/prepare.py --input "raw/*.jsonl.gz" "more/{1..8}.txt"
-    python data/processed/prepare.py --source stdlib     # offline: Python's own source code
+    python data/processed/prepare.py                     # for a try: Python's own source code
 
 Files may be text, JSON lines, JSON or parquet, plain or as .gz or .zst. Of a file of many documents
 every n-th goes to validation, of a text file its end; every document ends with the end of text.
@@ -55,9 +55,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    texts = parser.add_mutually_exclusive_group(required=True)
+    texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--input", nargs="+", metavar="FILE", help="paths, globs or URLs")
-    texts.add_argument("--source", choices=["stdlib"], help="a text that is always there")
+    texts.add_argument(
+        "--source", choices=["stdlib"], help="a text that is always there; the default"
+    )
     parser.add_argument(
         "--val_fraction", type=fraction, default=0.01, help="of --input; default: %(default)s"
     )
@@ -69,7 +71,9 @@ def main() -> None:
         "--out_dir", type=Path, default=Path(__file__).parent, help="default: %(default)s"
     )
     args = parser.parse_args()
-    if args.source:
+    if args.input is None:
+        if args.source is None:
+            print("no --input: taking the source code of Python's standard library", flush=True)
         documents = from_stdlib()
     else:
         source = UrlsSource(args.input, text_key=args.text_key, format=args.format)

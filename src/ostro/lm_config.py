@@ -6,7 +6,10 @@ import random
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from ostro.checkpoint import entries
+from ostro.checkpoint.single_file import LATEST
 from ostro.config.fields import dotted_names
 from ostro.contract import policy_problems
 from ostro.data.text import LMDatasetConfig
@@ -79,7 +82,8 @@ class TrainLmConfig:
 
 
 def choose_run_id(config: TrainLmConfig, environ: Mapping[str, str] = os.environ) -> str:
-    """`trainer.id`, else RUN_ID, else the wandb tracker's id, else 8 random characters.
+    """`trainer.id`, else RUN_ID, else the wandb tracker's id, else that of the run which this one
+    continues in its own folder, else 8 random characters.
 
     The random ones are drawn from the system, so two runs of one seed do not collide; a process
     that an elastic launcher has restarted gets the first one's.
@@ -102,7 +106,22 @@ def choose_run_id(config: TrainLmConfig, environ: Mapping[str, str] = os.environ
             if wrong:
                 raise ConfigError(wrong)
             return given
+    if continued := _continued(config.trainer):
+        return continued
     return remembered("run id", "".join(random.SystemRandom().choices(letters, k=8)), environ)
+
+
+def _continued(trainer: TrainerConfig) -> str | None:
+    """The id of the run whose newest checkpoint is named as the start, in the folder that this run
+    saves to. It is the same run then, and looks after the temporary checkpoints of before."""
+    start, folder = trainer.initialize_from, trainer.checkpointer.folder("a")
+    if start is None or "://" in folder or folder != trainer.checkpointer.folder("b"):
+        return None
+    path, own = Path(start).expanduser().resolve(), Path(folder).expanduser().resolve()
+    if not path.is_relative_to(own) or not (found := entries(str(own))):
+        return None
+    newest = path == own or path.name == LATEST or path == Path(found[0].path).resolve()
+    return found[0].run_id or None if newest else None
 
 
 def with_hf_model(config: TrainLmConfig) -> TrainLmConfig:

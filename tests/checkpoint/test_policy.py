@@ -67,6 +67,18 @@ def test_list_of_steps_agrees_with_the_question_per_step(pairs, is_open):
     assert rule.permanent_steps(80) == [s for s in range(81) if rule.is_permanent(s)]
 
 
+def test_temporaries_by_steps_make_way_for_permanents():
+    rule = replace(policy((6,)), save_every=2)
+    assert [rule.due(step, 0) for step in range(7)] == [
+        None, None, "temporary", None, "temporary", None, "permanent"
+    ]  # fmt: skip
+    timed = replace(rule, save_interval=timedelta(seconds=5))
+    assert (timed.due(3, 4.9), timed.due(3, 5)) == (None, "temporary")
+    config = CheckpointerConfig(keep=[CheckpointInterval(6)], save_interval=None, save_every=2)
+    assert config.policy == rule
+    assert disk_bytes(config, 12, 100) == (2, 300), "a temporary one beside the two"
+
+
 def test_temporary_is_due_once_the_interval_has_passed():
     rule = policy(seconds=10)
     assert [rule.due(3, elapsed) for elapsed in (9.9, 10.0, 11.0)] == [

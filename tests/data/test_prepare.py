@@ -1,5 +1,6 @@
 """The scripts under data/: what they write, against a computation of its own; what they refuse."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -128,6 +129,23 @@ def test_your_own_files(tmp_path, gpt2):
         wanted = [index for text in parts for index in [*gpt2(text), EOT]]
         assert ids(tmp_path / f"out/{name}.bin") == wanted
     assert "next: python3 src/train.py --config configs/model_configs/" in done.stdout
+
+
+def test_processed_without_arguments_takes_a_text_that_is_always_there(
+    tmp_path, monkeypatch, capsys
+):
+    spec = importlib.util.spec_from_file_location("processed", SCRIPTS / "processed/prepare.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr("ostro.data.source._STDLIB", tmp_path)
+    for number in range(60):  # one in fifty is for validation
+        (tmp_path / f"module{number}.py").write_text(f"x = {number}\n")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out_dir", str(tmp_path / "out")])
+    script.main()
+    out = capsys.readouterr().out
+    assert out.startswith("no --input: taking the source code of Python's standard library\n")
+    count = sum(len(ids(tmp_path / f"out/{split}.bin")) for split in ("train", "val"))
+    assert count > 60 * 4
 
 
 @pytest.mark.parametrize(

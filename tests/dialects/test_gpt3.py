@@ -1,5 +1,6 @@
 """`src/train.py`: model file, training file, flags; what each becomes natively."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 import yaml
 from tiny_run import write_text
 
-from ostro.checkpoint import find_latest
+from ostro.checkpoint import disk_bytes, find_latest
 from ostro.cli.gpt3 import load_gpt3, processes, train
 from ostro.dialects import gpt3
 from ostro.errors import CheckpointError, ConfigError
@@ -86,6 +87,72 @@ def test_every_size_loads(size, monkeypatch):
     large = "configs/training_configs/large_scale.yaml"
     config = load_gpt3(["--model_size", size, "--training_config", large], {})[0].config
     assert config.model.seq_len == 2048 and config.trainer.mp.compute == "float16"
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "warmup"),
+    [("125M", 572205, 715), ("1.3B", 286102, 358), ("13B", 143051, 179), ("175B", 91553, 114)],
+)
+def test_the_budget_is_that_of_the_paper(size, steps, warmup, monkeypatch):
+    """300 billion tokens, 375 million of them warm-up, in batches of the size's own."""
+    monkeypatch.chdir(ROOT)
+    large = ["--training_config", "configs/training_configs/large_scale.yaml"]
+    config = load_gpt3(["--model_size", size, *large], {})[0].config
+    assert (config.trainer.num_train_steps, config.optimizer.warmup) == (steps, warmup)
+    assert config.optimizer.min_lr_ratio == 0.1
+    checkpointer = config.trainer.checkpointer
+    assert disk_bytes(checkpointer, steps, 1)[1] == steps // 25_000 + 2, "in checkpoints"
+    assert checkpointer.policy.due(1000, 0) == "temporary"
+
+
+def change(folder: Path, **settings: object) -> None:
+    training = yaml.safe_load((folder / "training.yaml").read_text())
+    (folder / "training.yaml").write_text(yaml.safe_dump(training | settings))
+
+
+def test_budgets_in_tokens(folder):
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(MODEL | {"training_tokens": 12_800}))
+    change(folder, max_steps=None, scheduler={"warmup_steps": None, "eta_min": None})
+    config = native()
+    assert config.trainer.num_train_steps == 12_800 // (8 * 16)
+    assert config.optimizer.warmup == 10, "375 million tokens are more than a tenth of the run"
+    assert config.optimizer.min_lr_ratio == 0.1
+    change(folder, max_steps=7)
+    assert native().trainer.num_train_steps == 7
+
+
+def test_values_of_the_model_file_that_are_replaced(folder):
+    change(folder, batch_size=4, learning_rate=1e-2)
+    _, made, _ = load_gpt3(FILES, {})
+    notices = [re.sub(r":\d+\)", ")", notice) for notice in made.notices]
+    assert notices == [
+        "batch_size = 4 (training.yaml) replaces batch_size = 8 (tiny.yaml)",
+        "sequence_length = 16 (training.yaml) replaces context_length = 32 (tiny.yaml)",
+    ]
+
+
+def test_checkpoints_between_those_kept_replace_one_another(folder):
+    """Also over a resume, which is the same run: it deletes what the attempt before left."""
+    change(folder, save_interval=2, keep_interval=4, max_steps=8)
+    kept = folder / "experiments" / "tiny" / "checkpoints"
+    native_flags = ["--trainer.checkpointer.save_last", "false"]
+
+    def names() -> set[str]:
+        return {path.name for path in kept.iterdir()}
+
+    run(*native_flags)
+    assert names() == {"latest_checkpoint.pt", "step_4.pt", "step_6.pt"}
+    resume = ["--resume_from_checkpoint", str(kept / "latest_checkpoint.pt")]
+    run(*resume, "--trainer.num_train_steps", "13")
+    assert names() == {"latest_checkpoint.pt", "step_4.pt", "step_8.pt", "step_12.pt"}
+
+
+def test_another_run_leaves_the_checkpoints_of_the_one_before(folder):
+    change(folder, save_interval=2, keep_interval=100)
+    kept = folder / "experiments" / "tiny" / "checkpoints"
+    run("--trainer.checkpointer.save_last", "false")
+    run("--trainer.num_train_steps", "3")
+    assert (kept / "step_4.pt").exists()
 
 
 def test_train_resume_and_latest(folder):
@@ -167,6 +234,8 @@ def test_tasks_of_slurm_are_workers_or_start_them():
     [
         ({"sequence_length": 64}, "context_length = 32"),
         ({"scheduler": {"eta_min": 0.5}}, "scheduler.eta_min = 0.5"),
+        ({"keep_interval": 0}, "keep_interval = 0"),
+        ({"save_interval": 0}, "save_interval = 0"),
         ({"optimizer": {"type": "SGD"}}, "optimizer.type = SGD"),
         ({"optimizer": {"betas": [0.9]}}, "must be two numbers"),
         ({"max_step": 3}, "did you mean max_steps?"),
@@ -188,7 +257,7 @@ def test_float16_under_deepspeed_on_a_cpu(folder):
     (folder / "training.yaml").write_text(yaml.safe_dump(training | {"fp16": True}))
     loaded, made, _ = load_gpt3([*FILES, "--deepspeed_config", "ds.json"], {})
     assert loaded.config.trainer.mp.compute == "bfloat16"
-    assert "bfloat16" in made.notices[0]
+    assert "bfloat16" in made.notices[-1]
     assert loaded.config.trainer.deepspeed == {"zero_optimization": {"stage": 1}}
     (folder / "ds.json").write_text("{nonsense")
     with pytest.raises(ConfigError, match=r"ds\.json.*cannot be read"):

@@ -18,7 +18,7 @@ from ostro.checkpoint.retention import planned_deletions
 from ostro.checkpoint.sharded import Tensors
 from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.store import State
-from ostro.errors import ConfigError, Problem
+from ostro.errors import ConfigError, Problem, at_least
 from ostro.secrets import Location, local_path
 from ostro.units import ByteSize, format_bytes, in_run_folder
 
@@ -34,6 +34,9 @@ class CheckpointerConfig:
     the id is appended as one more folder, unless the path ends with `/.`."""
     save_interval: timedelta | None = timedelta(minutes=15)
     """Time after which a temporary checkpoint is saved, replaced by the next save. Null: none."""
+    save_every: int | None = None
+    """Steps after which a temporary checkpoint is saved, whatever time has passed. Null: by time
+    alone."""
     keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(10_000)])
     """Which steps to keep for good, as intervals with increasing `until`. Empty: the last only."""
     keep_bytes: ByteSize | None = None
@@ -61,6 +64,7 @@ class CheckpointerConfig:
             yield Problem("base_path", "must name a folder or a URL")
         if self.save_interval is not None and self.save_interval <= timedelta(0):
             yield Problem("save_interval", "must be positive", "use null for no temporary ones")
+        yield from at_least(1, self, "save_every", advice="null saves by time alone")
         yield from keep_problems(self.keep)
         if self.keep_bytes is not None and self.format == "nanogpt":
             rule = "format: nanogpt keeps one checkpoint, so there is nothing to choose from"
@@ -71,7 +75,7 @@ class CheckpointerConfig:
     @property
     def policy(self) -> Policy:
         """The keep intervals and the save interval as a rule."""
-        return Policy(tuple(self.keep), self.save_interval)
+        return Policy(tuple(self.keep), self.save_interval, self.save_every)
 
     def folder(self, run_id: str) -> str:
         """The folder of a run's own checkpoints."""
@@ -140,7 +144,8 @@ def require_budget(config: CheckpointerConfig, size: int) -> None:
 
 def _num_beside(config: CheckpointerConfig) -> int:
     """How many there can be that no step's number calls for: a temporary one and the best."""
-    return (config.save_interval is not None) + (config.save_after_eval != "never")
+    has_temporary = config.save_interval is not None or config.save_every is not None
+    return has_temporary + (config.save_after_eval != "never")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """When a checkpoint is due, of which kind, and how many there will be: values only, no effects.
 
 A *permanent* checkpoint is due at steps chosen by the `keep` intervals and is never deleted. A
-*temporary* one is due when `save_interval` has passed since the last save of either kind, and
-is deleted once the next save is complete.
+*temporary* one is due when `save_interval` has passed since the last save of either kind, and at
+multiples of `save_every`; it is deleted once the next save is complete.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,6 +33,8 @@ class Policy:
     """Intervals with increasing `until`; past the last one nothing more is kept."""
     save_interval: timedelta | None = timedelta(minutes=15)
     """Time without a save after which a temporary one is due; None: never."""
+    save_every: int | None = None
+    """Steps between temporary ones, whatever time has passed; None: by time alone."""
 
     def is_permanent(self, step: int) -> bool:
         """Whether the keep intervals want `step`. Never true of step 0."""
@@ -45,7 +47,11 @@ class Policy:
         """The kind of checkpoint due after `step`, `elapsed` seconds after the last save."""
         if force or self.is_permanent(step):
             return "permanent"
-        if step == 0 or self.save_interval is None:
+        if step == 0:
+            return None
+        if self.save_every is not None and step % self.save_every == 0:
+            return "temporary"
+        if self.save_interval is None:
             return None
         return "temporary" if elapsed >= self.save_interval.total_seconds() else None
 

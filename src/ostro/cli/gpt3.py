@@ -72,7 +72,7 @@ def load_gpt3(
     num_local, num_nodes = processes(flags.config, environ)
     made = gpt3.translate(parts, num_local * num_nodes)
     made.files["config"] = model_file
-    made.notices += notices
+    made.notices[:0] = notices
     with speaking(Gpt3Dialect(argv, made)):
         whole = load(TrainLmConfig, [], native, layers=[made.layer], aliases=NATIVE, search=search)
     return whole, made, (num_local, num_nodes)

@@ -9,6 +9,7 @@ from ostro.cli.doctor import bench, chaos, verify_resume
 from ostro.cli.export import export
 from ostro.cli.launch import launch
 from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, train
+from ostro.cli.plot import plot
 from ostro.cli.why import why
 from ostro.errors import ConfigError, did_you_mean
 from ostro.guard import guarded
@@ -23,6 +24,7 @@ commands:
   benchmark   score a checkpoint on benchmarks of lm-evaluation-harness
   sample      let a checkpoint write
   export      write a checkpoint as another program reads it
+  plot        draw the losses of runs
   why         the documents of a batch, and the loss of each
   cache       tokenise the data of a configuration, and stop
   config      show: the resolved settings and where each came from; schema: for editors;
@@ -43,8 +45,8 @@ commands:
 
 COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "train": train, "launch": launch, "eval": evaluate, "benchmark": benchmark, "sample": sample,
-    "export": export, "why": why, "cache": cache, "config": config, "schedule": schedule,
-    "plan": plan, "checkpoint": checkpoint, "verify-resume": verify_resume, "chaos": chaos,
+    "export": export, "why": why, "plot": plot, "cache": cache, "config": config,
+    "schedule": schedule, "plan": plan, "checkpoint": checkpoint, "verify-resume": verify_resume, "chaos": chaos,
     "bench": bench,
 }  # fmt: skip
 

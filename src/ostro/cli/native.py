@@ -10,6 +10,7 @@ from typing import Any
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, SavedFile, find_latest, read_settings
 from ostro.cli.arguments import Parser, explained, load_run, start_run
+from ostro.cli.plot import pyplot_for, save_figure
 from ostro.cli.translate import translate
 from ostro.cluster import find_place
 from ostro.commands import NativeDialect
@@ -170,20 +171,10 @@ def _short(steps: list[int]) -> str:
 
 def plot(rates: list[float], path: str) -> None:
     """Draw the learning rate by step into an image file."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib - pip install 'ostro[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if Path(path).suffix.lstrip(".") not in ("png", "svg", "pdf", "jpg"):
-        raise ConfigError(Problem("--plot", "must end in .png, .svg, .pdf or .jpg", value=path))
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = pyplot_for(path, "--plot").subplots(figsize=(8, 4.5))
     axes.plot(rates)
     axes.set(xlabel="step", ylabel="learning rate")
-    figure.savefig(path, bbox_inches="tight")
-    pyplot.close(figure)
+    save_figure(figure, path, "--plot")
 
 
 def sample(argv: list[str], signals: Signals) -> None:

@@ -11,7 +11,7 @@ import torch
 from ostro.config import Loaded, encode
 from ostro.data.text import LMDatasetConfig
 from ostro.dialects.translation import Translation, ratio
-from ostro.errors import ConfigError, Problem
+from ostro.errors import ConfigError, Problem, at_least
 from ostro.secrets import local_path
 
 MICRO_BATCH_TOKENS = 16_384
@@ -36,8 +36,14 @@ class Gpt3ModelConfig:
     """Peak learning rate, where the training file says null."""
     batch_size: int = 256
     """Sequences of an update, where the training file says null."""
+    training_tokens: int = 300_000_000_000
+    """Tokens to train on, where the training file's `max_steps` is null; the paper's budget."""
+    warmup_tokens: int = 375_000_000
+    """Tokens of the warm-up, where the training file's `scheduler.warmup_steps` is null."""
 
     def problems(self) -> Iterator[Problem]:
+        yield from at_least(1, self, "batch_size", "training_tokens")
+        yield from at_least(0, self, "warmup_tokens")
         if self.n_heads < 1 or self.d_model % self.n_heads:
             yield Problem("d_model", f"must be divisible by n_heads = {self.n_heads}", "change one")
 
@@ -66,12 +72,13 @@ class Gpt3SchedulerConfig:
 
     type: Literal["CosineAnnealingLR"] = "CosineAnnealingLR"
     """CosineAnnealingLR is what there is."""
-    warmup_steps: int = 0
-    """Steps of the linear climb from 0 to the peak."""
+    warmup_steps: int | None = 0
+    """Steps of the linear climb from 0 to the peak; null = the model file's `warmup_tokens`, at
+    most a tenth of the run."""
     T_max: int | None = None
     """Step at which the decay ends; null = `max_steps`."""
-    eta_min: float = 0.0
-    """Learning rate at the end of the decay."""
+    eta_min: float | None = 0.0
+    """Learning rate at the end of the decay; null = a tenth of the peak."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +99,17 @@ class Gpt3TrainingConfig:
     """Folder under `experiments/`; null = the name of the model file."""
     seed: int = 0
     """Seed of the initial weights, the data and dropout."""
-    max_steps: int = 300
-    """Updates to make."""
+    max_steps: int | None = 300
+    """Updates to make; null = as many as the model file's `training_tokens` take."""
     eval_interval: int = 100
     """Steps between two evaluations."""
     log_interval: int = 10
     """Steps between two reports."""
     save_interval: int = 100
     """Steps between two checkpoints; the last step is always saved."""
+    keep_interval: int | None = None
+    """Steps between checkpoints that are kept for good: the others are deleted once the next one is
+    saved. Null keeps them all."""
     learning_rate: float | None = None
     """Peak learning rate; null = the model file's."""
     batch_size: int | None = None
@@ -123,6 +133,10 @@ class Gpt3TrainingConfig:
     """Compute activations again in the backward pass: less memory, a third more work."""
     logging: Gpt3LoggingConfig = field(default_factory=Gpt3LoggingConfig)
     """What is logged."""
+
+    def problems(self) -> Iterator[Problem]:
+        intervals = ("eval_interval", "log_interval", "save_interval", "keep_interval")
+        yield from at_least(1, self, "max_steps", "batch_size", "micro_batch_size", *intervals)
 
 
 @dataclass(frozen=True)
@@ -179,10 +193,30 @@ class Gpt3Run:
         """The name of the experiment."""
         return self.training.config.experiment_name or self.model_name
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences of an update."""
+        training, model = self.training.config, self.model.config
+        return model.batch_size if training.batch_size is None else training.batch_size
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sequence."""
+        return self.training.config.sequence_length or self.model.config.context_length
+
+    @property
+    def max_steps(self) -> int:
+        """Updates to make."""
+        given = self.training.config.max_steps
+        return self.steps_of(self.model.config.training_tokens) if given is None else given
+
+    def steps_of(self, num_tokens: int) -> int:
+        """So many tokens in updates."""
+        return max(1, round(num_tokens / (self.batch_size * self.sequence_length)))
+
 
 # Training file -> native, where the value is the same.
 _SAME = {
-    "max_steps": "trainer.num_train_steps",
     "eval_interval": "trainer.steps_per_eval",
     "log_interval": "trainer.log_interval",
 }
@@ -210,6 +244,9 @@ def translate(run: Gpt3Run, num_ranks: int = 1) -> Translation:
         made.set(path, getattr(training, key), key)
     made.set("trainer.seed", training.seed if flags.seed is None else flags.seed, "seed")
     made.set("trainer.log_level", training.logging.level, "logging.level")
+    tokens = () if training.max_steps else ("training_tokens",)
+    made.set("trainer.num_train_steps", run.max_steps, "max_steps", *tokens)
+    made.notices += replaced(run)
     _outputs(run, made)
     _model(run, made)
     _optimizer(run, made)
@@ -232,7 +269,12 @@ def _outputs(run: Gpt3Run, made: Translation) -> None:
     trackers = [{"type": "json_logger"}, {"type": "tensorboard", "logdir": f"{root}/logs/."}]
     made.set("trainer.tracker", trackers, key)
     made.set("trainer.checkpointer.base_path", f"{root}/checkpoints/.", key)
-    made.set("trainer.checkpointer.keep", [{"every": training.save_interval}], "save_interval")
+    every, keep = training.save_interval, training.keep_interval
+    if keep is None:
+        made.set("trainer.checkpointer.keep", [{"every": every}], "save_interval")
+    else:
+        made.set("trainer.checkpointer.keep", [{"every": keep}], "keep_interval")
+        made.set("trainer.checkpointer.save_every", every, "save_interval")
     # No flag: a fresh start. With it just that checkpoint, even where newer ones lie beside it.
     made.set("trainer.load_checkpoint", False, "resume_from_checkpoint")
     if flags.resume_from_checkpoint is not None:
@@ -245,7 +287,7 @@ def _model(run: Gpt3Run, made: Translation) -> None:
     made.set("model.hidden_dim", model.d_model, "d_model")
     made.set("model.num_heads", model.n_heads, "n_heads")
     made.set("vocab_size", model.vocab_size, "vocab_size")
-    length = training.sequence_length or model.context_length
+    length = run.sequence_length
     if length > model.context_length:
         rule = f"must be at most the model file's context_length = {model.context_length}"
         origin = run.training.origins["sequence_length"]
@@ -270,23 +312,43 @@ def _optimizer(run: Gpt3Run, made: Translation) -> None:
     clip = training.gradient_clipping if training.gradient_clipping else None
     made.set("optimizer.max_grad_norm", clip, "gradient_clipping")
     schedule = training.scheduler
-    made.set("optimizer.warmup", schedule.warmup_steps, "scheduler.warmup_steps")
+    warmup, keys = schedule.warmup_steps, ["scheduler.warmup_steps"]
+    if warmup is None:
+        warmup = min(run.steps_of(model.warmup_tokens), run.max_steps // 10)
+        keys.append("warmup_tokens")
+    made.set("optimizer.warmup", warmup, *keys)
     made.set("optimizer.schedule_steps", schedule.T_max, "scheduler.T_max")
-    if not 0 <= schedule.eta_min <= peak:
-        rule = f"must be between 0 and the learning rate = {peak}"
-        origin = run.training.origins["scheduler.eta_min"]
-        raise ConfigError(Problem("scheduler.eta_min", rule, "", str(schedule.eta_min), origin))
-    made.set("optimizer.min_lr_ratio", ratio(schedule.eta_min, peak), "scheduler.eta_min")
+    lowest = 0.1
+    if schedule.eta_min is not None:
+        if not 0 <= schedule.eta_min <= peak:
+            rule = f"must be between 0 and the learning rate = {peak}"
+            origin, advice = run.training.origins["scheduler.eta_min"], "null takes a tenth of it"
+            value = str(schedule.eta_min)
+            raise ConfigError(Problem("scheduler.eta_min", rule, advice, value, origin))
+        lowest = ratio(schedule.eta_min, peak)
+    made.set("optimizer.min_lr_ratio", lowest, "scheduler.eta_min")
+
+
+def replaced(run: Gpt3Run) -> list[str]:
+    """A line for each value of the model file in whose place the training file has another."""
+    lines = []
+    pairs = {"learning_rate": "learning_rate", "batch_size": "batch_size"}
+    for key, below in (pairs | {"sequence_length": "context_length"}).items():
+        value = getattr(run.training.config, key)
+        old, origin = getattr(run.model.config, below), run.model.origins[below]
+        if value is not None and value != old and origin != "default":
+            place = run.training.origins[key]
+            lines.append(f"{key} = {value} ({place}) replaces {below} = {old} ({origin})")
+    return lines
 
 
 def _batch(run: Gpt3Run, made: Translation, num_ranks: int) -> None:
-    training, model = run.training.config, run.model.config
-    size = model.batch_size if training.batch_size is None else training.batch_size
+    size = run.batch_size
     made.set("trainer.train_batch_size", size, "batch_size")
-    micro = training.micro_batch_size
+    micro = run.training.config.micro_batch_size
     if micro is None:
-        length = training.sequence_length or model.context_length
-        micro = micro_batch(size // num_ranks, max(1, MICRO_BATCH_TOKENS // length))
+        largest = max(1, MICRO_BATCH_TOKENS // run.sequence_length)
+        micro = micro_batch(size // num_ranks, largest)
     made.set("trainer.per_device_parallelism", micro, "micro_batch_size", "batch_size")
     made.set("trainer.per_device_eval_parallelism", micro, "micro_batch_size", "batch_size")
 

@@ -3,11 +3,14 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ostro.errors import DataError
 from ostro.tracker.tracker import RunInfo, Tracker, TrackerConfig
+
+METRICS = "metrics.jsonl"
 
 
 @TrackerConfig.register_subclass("json_logger")
@@ -16,7 +19,7 @@ class JsonLoggerConfig(TrackerConfig):
     """One JSON object per event in `<log_dir>/<run id>/metrics.jsonl`."""
 
     def build(self, run: RunInfo) -> Tracker:
-        return JsonLogger(run.folder / "metrics.jsonl", run)
+        return JsonLogger(run.folder / METRICS, run)
 
 
 class JsonLogger(Tracker):
@@ -65,6 +68,59 @@ class JsonLogger(Tracker):
         text = json.dumps(line, default=_plain, ensure_ascii=False)
         self._file.write(text.encode() + b"\n")
         self._file.flush()
+
+
+@dataclass
+class Figures:
+    """What a `metrics.jsonl` says, without the steps of lost attempts."""
+
+    run: str | None = None
+    """Id of the run that wrote the last of it."""
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Name of each figure to its value by step."""
+    num_damaged: int = 0
+    """Lines that are no event: half written, or of something else."""
+
+    def _forget(self, step: int) -> None:
+        """Drop the updates from `step` on. An evaluation before update `step` stands."""
+        for name, by_step in self.values.items():
+            first = step + name.startswith("eval/")
+            self.values[name] = {k: value for k, value in by_step.items() if k < first}
+
+    def _read(self, event: Any) -> None:
+        step = event["step"]
+        if not isinstance(step, int):
+            raise TypeError("no step")
+        kind = event.get("event")
+        if kind in ("start", "resume"):
+            self.run = str(event.get("run"))
+        if kind == "start":  # anew, in the same file
+            self.values.clear()
+        elif kind in ("resume", "rollback"):
+            self._forget(step)
+        elif kind is None:
+            for name, value in event.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.values.setdefault(name, {})[step] = float(value)
+
+
+def read_metrics(path: Path) -> Figures:
+    """The figures in a file that a `JsonLogger` wrote, or writes; damaged lines are counted.
+
+    Raises `DataError` where the file cannot be read.
+    """
+    figures = Figures()
+    try:
+        with open(path, "rb") as file:
+            for line in filter(bytes.strip, file):
+                try:
+                    figures._read(json.loads(line))
+                except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+                        ValueError):  # fmt: skip
+                    figures.num_damaged += 1
+    except OSError as error:
+        raise DataError(f"{path} - cannot be read: {error.strerror}") from error
+    return figures
 
 
 def _plain(value: Any) -> Any:
