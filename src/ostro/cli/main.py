@@ -46,8 +46,8 @@ commands:
 COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
     "train": train, "launch": launch, "eval": evaluate, "benchmark": benchmark, "sample": sample,
     "export": export, "why": why, "plot": plot, "cache": cache, "config": config,
-    "schedule": schedule, "plan": plan, "checkpoint": checkpoint, "verify-resume": verify_resume, "chaos": chaos,
-    "bench": bench,
+    "schedule": schedule, "plan": plan, "checkpoint": checkpoint, "verify-resume": verify_resume,
+    "chaos": chaos, "bench": bench,
 }  # fmt: skip
 
 
