@@ -21,7 +21,7 @@ from ostro.models import Gpt2Config
 from ostro.models.lm_model import LmConfig
 from ostro.optim import AdamConfig, OptimizerConfig
 from ostro.sample import SamplingConfig
-from ostro.secrets import Location
+from ostro.secrets import Location, local_path
 from ostro.tracker import ConsoleConfig, TrackerConfig, WandbConfig
 from ostro.trainer import TrainerConfig
 from ostro.trainer.config import run_id_problems
@@ -117,7 +117,7 @@ def _continued(trainer: TrainerConfig) -> str | None:
     start, folder = trainer.initialize_from, trainer.checkpointer.folder("a")
     if start is None or "://" in folder or folder != trainer.checkpointer.folder("b"):
         return None
-    path, own = Path(start).expanduser().resolve(), Path(folder).expanduser().resolve()
+    path, own = Path(local_path(start)).expanduser().resolve(), Path(folder).expanduser().resolve()
     if not path.is_relative_to(own) or not (found := entries(str(own))):
         return None
     newest = path == own or path.name == LATEST or path == Path(found[0].path).resolve()
