@@ -33,7 +33,7 @@ from benchmarks.peers import transformers_models
 from benchmarks.train_step import sizes_of
 from ostro.data.sequences import Batch
 from ostro.data.source import StdlibSource
-from ostro.data.tokenizer import BytesTokenizer, Gpt2Tokenizer
+from ostro.data.tokenizer_config import BytesTokenizer, Gpt2Tokenizer
 from ostro.hf import to_hf
 from ostro.lm_config import TrainLmConfig
 from ostro.trainer import Trainer
@@ -50,7 +50,7 @@ def batches(config: TrainLmConfig, num_steps: int) -> list[Batch]:
     size, seq_len = config.trainer.batch_plan(1).schedule.size(0), config.model.seq_len
     big = config.vocab_size > 1000
     texts = itertools.islice(_texts(), None if big else 100)
-    encoded = (Gpt2Tokenizer() if big else BytesTokenizer()).build().encode_batch(list(texts))
+    encoded = (Gpt2Tokenizer() if big else BytesTokenizer()).build().encode_documents(list(texts))
     values, ranks, counts = np.unique(
         np.concatenate(encoded), return_inverse=True, return_counts=True
     )

@@ -24,7 +24,7 @@ from ostro.data.loader import Loader
 from ostro.data.sequences import Batch
 from ostro.data.source import TokensSource
 from ostro.data.text import LMDatasetConfig
-from ostro.data.tokenizer import BytesTokenizer
+from ostro.data.tokenizer_config import BytesTokenizer
 from ostro.trainer import Trainer
 
 SIZES = (10**7, 10**8, 10**9)

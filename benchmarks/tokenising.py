@@ -23,7 +23,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from benchmarks import common
 from ostro.data.source import StdlibSource
 from ostro.data.text import LMDatasetConfig
-from ostro.data.tokenizer import Gpt2Tokenizer
+from ostro.data.tokenizer_config import Gpt2Tokenizer
 
 SIZE = 16_000_000
 

@@ -4,7 +4,6 @@
 """
 
 import http.client
-import json
 import os
 import sys
 import tempfile
@@ -13,10 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import tokenizers
-
 from ostro.data.encode import Piece, encoder, pieces
-from ostro.data.tokenizer import END_OF_TEXT, Gpt2Tokenizer, LibraryTokenizer, Tokenizer
+from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError, OstroError
 from ostro.units import format_count
 
@@ -26,13 +23,6 @@ Document = tuple[str, str]
 
 _BATCH_CHARS = 1 << 20
 _REPORT_EVERY = 100_000_000
-
-
-def gpt2_for_text() -> Tokenizer:
-    """GPT-2's tokenizer, to which an `<|endoftext|>` within a text is text like any other."""
-    spec = json.loads(Gpt2Tokenizer().build().to_text())
-    spec["added_tokens"] = []
-    return LibraryTokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)), END_OF_TEXT)
 
 
 def write_token_files(
@@ -54,7 +44,7 @@ def write_token_files(
             files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in SPLITS}
             workers = stack.enter_context(encoder(tokenizer, tokenizer.eos_id, "<u2", None))
             batches = _batches(documents, tokenizer.splittable)
-            for (split, _), (tokens, _) in workers.run(batches, lambda batch: batch[1]):
+            for (split, _), (tokens, _, _) in workers.run(batches, lambda batch: batch[1]):
                 before, counts[split] = counts[split], counts[split] + len(tokens)
                 tokens.tofile(files[split])
                 if counts[split] // _REPORT_EVERY > before // _REPORT_EVERY:

@@ -75,7 +75,7 @@ def test_log_likelihoods_of_short_long_and_empty_contexts(models):
         ("the", TEXT[:60]),
         ("é \n\n", "ü"),
     ]
-    exact = tokenizer.decode(tokenizer.encode(TEXT * 2)[:SEQ_LEN])
+    exact = tokenizer.decode(tokenizer.encode_prompt(TEXT * 2)[:SEQ_LEN])
     pairs += [(exact, " fox"), (exact[:-1], " fox"), (exact[:-9], " fox")]
     requests = [Request(*pair) for pair in pairs]
     found = ours.loglikelihood(requests, disable_tqdm=True)
@@ -85,7 +85,7 @@ def test_log_likelihoods_of_short_long_and_empty_contexts(models):
 
 def test_the_likeliest_of_all_tokens_is_greedy(models):
     model, tokenizer, ours, theirs = models
-    contexts = [tokenizer.encode(text) for text in ("seven wizards", "an", TEXT)]
+    contexts = [tokenizer.encode_prompt(text) for text in ("seven wizards", "an", TEXT)]
     requests = [(("", ""), each, [t]) for each in contexts for t in range(tokenizer.vocab_size)]
     rows = []
     hook = model.blocks[0].register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
@@ -114,7 +114,7 @@ def test_generated_answers(models):
     found = ours.generate_until(requests)
     assert found == theirs.generate_until(requests, disable_tqdm=True)
     assert len(set(found)) > 5
-    ids = [tokenizer.encode(text) for text in found[::2]]
+    ids = [tokenizer.encode_prompt(text) for text in found[::2]]
     assert max(map(len, ids)) >= 12  # some go on to the end
 
 

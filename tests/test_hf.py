@@ -16,7 +16,7 @@ from ostro.checkpoint import find_latest
 from ostro.cli.arguments import load_run
 from ostro.cli.main import run_command
 from ostro.config import check
-from ostro.data.tokenizer import BpeTokenizer
+from ostro.data.tokenizer_config import BpeTokenizer
 from ostro.errors import CheckpointError, ConfigError
 from ostro.hf import (
     from_hf,
@@ -388,7 +388,7 @@ def test_the_tokenizer_goes_along(tmp_path):
     weights = weights_of(model_of(GPT2))
     write_hf(str(tmp_path / "a"), GPT2, weights, tokenizer.to_text(), tokenizer.eos_id)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "a")
-    assert theirs("some more").input_ids == tokenizer.encode("some more")
+    assert theirs("some more").input_ids == tokenizer.encode_prompt("some more")
     assert theirs.eos_token_id == tokenizer.eos_id
     write_hf(str(tmp_path / "b"), GPT2, weights, '{"type": "bytes"}', 256)
     assert not (tmp_path / "b" / "tokenizer.json").exists()

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from ostro import decode, native
+from ostro.data.tokenizer import Tokenizer
 from ostro.models import Gpt2Config, LlamaConfig, initialize
 from ostro.sample import SamplingConfig, choose, complete_all, generate
 
@@ -187,16 +189,18 @@ def test_top_k_and_top_p_keep_the_likeliest():
     check([0.0, 1.0, 0.0, 0.0], top_k=2, top_p=0.5)
 
 
-class Letters:
+class Letters(Tokenizer):
     """A tokenizer of capital letters."""
 
     vocab_size, eos_id = 26, None
 
-    def encode(self, text):
-        return [ord(c) % 26 for c in text]
+    def encode_documents(self, texts, special_tokens="text"):
+        return [np.array([ord(c) % 26 for c in text]) for text in texts]
 
     def decode(self, ids):
         return "".join(chr(65 + i) for i in ids)
+
+    token_bytes = to_text = None
 
 
 def test_complete_goes_on_with_text():

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ostro.data.tokenizer_config import Gpt2Tokenizer
 from ostro.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from token_files import (
     cut_in_two,
     download,
-    gpt2_for_text,
     read_text,
     report,
     run_script,
@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     texts = fetched() if args.text_dir is None else from_folder(args.text_dir)
     documents = (part for text in texts for part in cut_in_two(book(text)))
-    counts = write_token_files(args.out_dir, documents, gpt2_for_text())
+    counts = write_token_files(args.out_dir, documents, Gpt2Tokenizer().build())
     report(
         args.out_dir,
         counts,

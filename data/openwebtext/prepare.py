@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ostro.data.tokenizer_config import Gpt2Tokenizer
 from ostro.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from token_files import Document, gpt2_for_text, report, run_script, write_token_files
+from token_files import Document, report, run_script, write_token_files
 
 HUB_NAME = "Skylion007/openwebtext"
 OFFLINE = "give a copy of the data set with --dataset_dir DIR"
@@ -68,7 +69,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     rows = load(args.dataset_dir)
-    counts = write_token_files(args.out_dir, documents(rows), gpt2_for_text())
+    counts = write_token_files(args.out_dir, documents(rows), Gpt2Tokenizer().build())
     report(args.out_dir, counts, "python train.py dataset={dataset}")
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from ostro.data.files import BadRecord
 from ostro.data.source import StdlibSource, UrlsSource
+from ostro.data.tokenizer_config import Gpt2Tokenizer
 from ostro.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from token_files import Document, cut_in_two, gpt2_for_text, report, run_script, write_token_files
+from token_files import Document, cut_in_two, report, run_script, write_token_files
 
 
 def from_files(source: UrlsSource, val_fraction: float) -> Iterator[Document]:
@@ -78,7 +79,7 @@ def main() -> None:
     else:
         source = UrlsSource(args.input, text_key=args.text_key, format=args.format)
         documents = from_files(source, args.val_fraction)
-    counts = write_token_files(args.out_dir, documents, gpt2_for_text())
+    counts = write_token_files(args.out_dir, documents, Gpt2Tokenizer().build())
     report(
         args.out_dir,
         counts,

@@ -1,7 +1,13 @@
 """Benchmarks of EleutherAI's lm-evaluation-harness, answered by a model of ours.
 
 Scores equal those of the harness's own `hf` model for the same weights and tokenizer: texts are
-encoded, cut and ended as it does. The harness is an optional library (`ostro[eval]`).
+encoded and cut as it does. Two things are put right. Where the tokenizer's template appends an end,
+`hf` closes each context with it, and scores no first token; ours ask as `hf` does with a template
+that appends none. A text without a context stands where documents start in training: behind what
+the template begins with, else behind the end of a document; `hf` takes the token that is named
+`bos_token`, though the model may never have seen it.
+
+The harness is an optional library (`ostro[eval]`).
 """
 
 import logging
@@ -20,7 +26,7 @@ from ostro import squad
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import ConfigError, DataError, Problem, did_you_mean
 from ostro.models.lm_model import LmModel, inference
-from ostro.sample import generate
+from ostro.sample import generate, start_of_text
 
 logger = logging.getLogger("ostro.harness")
 
@@ -129,7 +135,7 @@ def _adapter(model: LmModel, tokenizer: Tokenizer, batch_size: int) -> Any:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    prefix = _prefix(tokenizer)
+    prefix = start_of_text(tokenizer)[-1]
     seq_len = model.config.seq_len
 
     class Adapter(TemplateLM):
@@ -140,7 +146,7 @@ def _adapter(model: LmModel, tokenizer: Tokenizer, batch_size: int) -> Any:
             return prefix
 
         def tok_encode(self, string, add_special_tokens=None, **_):
-            return tokenizer.encode(string)
+            return tokenizer.encode_prompt(string, begin=add_special_tokens is not False)
 
         def _loglikelihood_tokens(self, requests, **_):
             return log_likelihoods(model, [pair for _, *pair in requests], batch_size)
@@ -148,7 +154,7 @@ def _adapter(model: LmModel, tokenizer: Tokenizer, batch_size: int) -> Any:
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             windows = []
             for request in requests:
-                tokens = tokenizer.encode(request.args[0])
+                tokens = self.tok_encode(request.args[0])
                 parts = get_rolling_token_windows(tokens, prefix, seq_len, context_len=1)
                 windows.append([make_disjoint_window(part) for part in parts])
             pairs = [pair for own in windows for pair in own]
@@ -159,11 +165,6 @@ def _adapter(model: LmModel, tokenizer: Tokenizer, batch_size: int) -> Any:
             return write_until(model, tokenizer, [each.args for each in requests], batch_size)
 
     return Adapter()
-
-
-def _prefix(tokenizer: Tokenizer) -> int:
-    """What stands before a text that has nothing before it."""
-    return tokenizer.encode("\n")[-1] if tokenizer.eos_id is None else tokenizer.eos_id
 
 
 def log_likelihoods(
@@ -269,8 +270,8 @@ def _write_group(
     if num_new >= seq_len:
         logger.warning("answers of %d tokens leave no room in seq_len = %d: half", num_new, seq_len)
         num_new = max(1, seq_len // 2)
-    start, room = [_prefix(tokenizer)], seq_len - num_new
-    prompts = [(tokenizer.encode(context) or start)[-room:] for context in contexts]
+    start, room = start_of_text(tokenizer), seq_len - num_new
+    prompts = [(tokenizer.encode_prompt(context) or start)[-room:] for context in contexts]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
     with tqdm(total=len(prompts), desc="answers", disable=None) as bar:
@@ -289,7 +290,7 @@ def _write_group(
                 ended=lambda tokens: any(stop in tokenizer.decode(tokens) for stop in stops),
             )
             for index, tokens in zip(batch, written, strict=True):
-                texts[index] = tokenizer.decode(tokens)
+                texts[index] = tokenizer.decode(tokens)  # without the context, as `hf` does
                 for stop in stops:
                     texts[index] = texts[index].split(stop)[0]
             bar.update(len(batch))

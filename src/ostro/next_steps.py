@@ -80,7 +80,7 @@ class NextSteps:
         """A prompt that the tokenizer has tokens for."""
         for prompt in [*self.config.sample_prompts[:1], "Once"]:
             try:
-                self.tokenizer.encode(prompt)
+                self.tokenizer.encode_prompt(prompt)
             except DataError:
                 continue
             return prompt

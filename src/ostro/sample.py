@@ -55,17 +55,35 @@ def complete_all(
     An empty prompt stands for the start of a document. `poll` is called before every token and
     may raise to stop.
     """
-    start = tokenizer.encode("\n") if tokenizer.eos_id is None else [tokenizer.eos_id]
+    contexts = [tokenizer.encode_prompt(prompt) or start_of_text(tokenizer) for prompt in prompts]
     written = generate(
         model,
-        [tokenizer.encode(prompt) or start for prompt in prompts],
+        contexts,
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
         poll=poll,
         **vars(config),
     )
-    pairs = zip(prompts, written, strict=True)
-    return [prompt + tokenizer.decode(tokens) for prompt, tokens in pairs]
+    return [
+        prompt + _text_after(tokenizer, prompt, context, tokens)
+        for prompt, context, tokens in zip(prompts, contexts, written, strict=True)
+    ]
+
+
+def start_of_text(tokenizer: Tokenizer) -> list[int]:
+    """What a model has before it at the start of a document, where there is no text."""
+    if begin := tokenizer.encode_prompt(""):
+        return begin
+    if tokenizer.eos_id is not None:
+        return [tokenizer.eos_id]
+    return tokenizer.encode_prompt("\n")
+
+
+def _text_after(tokenizer: Tokenizer, prompt: str, context: list[int], tokens: list[int]) -> str:
+    text = tokenizer.decode_after(context, tokens)
+    if prompt[-1:].isspace() and not tokenizer.decode(context)[-1:].isspace():
+        return text.lstrip()  # the tokenizer knows no space at the end: one comes with each word
+    return text
 
 
 @torch.inference_mode()

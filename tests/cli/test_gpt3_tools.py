@@ -126,7 +126,7 @@ def test_infer_writes(folder, called):
 def test_max_length_counts_the_prompt(folder, called):
     words = ["--config", "125M.yaml", "--temperature", "0", "--prompt", "the quick"]
     saved = find_latest(str(folder / "experiments"))
-    used = len(load_tokenizer(saved).encode("the quick"))
+    used = len(load_tokenizer(saved).encode_prompt("the quick"))
     lengths = [
         len(called(infer, "experiments", *words, "--max_length", str(used + more))[1].encode())
         for more in (1, 2, 30)

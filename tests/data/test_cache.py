@@ -18,7 +18,7 @@ import pytest
 from ostro.data.cache import CacheRequest, open_cache
 from ostro.data.source import UrlsSource
 from ostro.data.store import CacheDir, TokenStore, locked
-from ostro.data.tokenizer import BytesTokenizer, Gpt2Tokenizer
+from ostro.data.tokenizer_config import BytesTokenizer, Gpt2Tokenizer
 from ostro.errors import DataError
 
 BYTES = BytesTokenizer().build()
@@ -233,9 +233,9 @@ class Counting(type(BYTES)):
     def __init__(self):
         self.count = 0
 
-    def encode_batch(self, texts):
+    def encode_documents(self, texts, special_tokens="text"):
         self.count += sum(map(len, texts))
-        return super().encode_batch(texts)
+        return super().encode_documents(texts, special_tokens)
 
 
 def build(folder, files, stop=None):

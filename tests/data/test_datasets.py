@@ -18,7 +18,7 @@ from ostro.data.sequences import IGNORE
 from ostro.data.source import HfSource, StdlibSource, TokensSource, UrlsSource
 from ostro.data.store import CacheDir
 from ostro.data.text import LMDatasetConfig, WeightStage
-from ostro.data.tokenizer import BpeTokenizer, BytesTokenizer, CharsTokenizer, Gpt2Tokenizer
+from ostro.data.tokenizer_config import BpeTokenizer, BytesTokenizer, CharsTokenizer, Gpt2Tokenizer
 from ostro.errors import ConfigError, DataError
 
 SCHEDULE = BatchSchedule(((0, 4),))

@@ -15,7 +15,7 @@ from ostro.data.documents import TokenFiles
 from ostro.data.encode import PIECE_CHARS
 from ostro.data.source import UrlsSource
 from ostro.data.store import CacheDir, TokenStore
-from ostro.data.tokenizer import BytesTokenizer
+from ostro.data.tokenizer_config import BytesTokenizer
 
 BYTES = BytesTokenizer().build()
 LONG = "".join(f"line {i} of a long document\n" for i in range(4 * PIECE_CHARS // 20))

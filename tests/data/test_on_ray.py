@@ -18,7 +18,8 @@ from ostro.data.cache import CacheRequest, open_cache
 from ostro.data.on_ray import _connected
 from ostro.data.source import UrlsSource
 from ostro.data.store import CacheDir
-from ostro.data.tokenizer import BytesTokenizer, ByteTokenizer, CharTokenizer
+from ostro.data.tokenizer import ByteTokenizer, CharTokenizer
+from ostro.data.tokenizer_config import BytesTokenizer
 from ostro.distributed import RayConfig, _ray_node
 from ostro.errors import ConfigError, DataError
 
@@ -53,7 +54,7 @@ class Dying(ByteTokenizer):
     def __init__(self, mark):
         self.mark, self.maker = mark, os.getpid()
 
-    def encode_batch(self, texts):
+    def encode_documents(self, texts, special_tokens="text"):
         if texts and os.getpid() != self.maker:
             try:
                 self.mark.touch(exist_ok=False)
@@ -61,7 +62,7 @@ class Dying(ByteTokenizer):
                 pass
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return super().encode_batch(texts)
+        return super().encode_documents(texts, special_tokens)
 
 
 def content(folder):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from token_files import gpt2_for_text, write_token_files
+from token_files import write_token_files
 
-from ostro.data.tokenizer import CharTokenizer, Gpt2Tokenizer, MetaTokenizer
+from ostro.data.tokenizer import CharTokenizer
+from ostro.data.tokenizer_config import Gpt2Tokenizer, MetaTokenizer
 from ostro.errors import DataError
 
 SCRIPTS = Path(__file__).parents[2] / "data"
@@ -38,7 +39,7 @@ def prepare(name, tmp_path, *words):
 @pytest.fixture(scope="module")
 def gpt2():
     """Ids of one text, by the tokenizer that other tests compare with a second implementation."""
-    return Gpt2Tokenizer().build().encode
+    return Gpt2Tokenizer().build().encode_prompt
 
 
 def ids(path):
@@ -210,14 +211,14 @@ def test_order_is_kept_across_batches_of_long_texts(tmp_path, gpt2, monkeypatch)
     monkeypatch.setattr("token_files._BATCH_CHARS", 1000)
     long = "A line of some length, repeated.\n" * 3000
     texts = [("train", "first"), ("val", "one"), ("train", long), ("val", "two"), ("train", "end")]
-    write_token_files(tmp_path, texts, gpt2_for_text())
+    write_token_files(tmp_path, texts, Gpt2Tokenizer().build())
     for split in ("train", "val"):
         wanted = [index for s, text in texts if s == split for index in [*gpt2(text), EOT]]
         assert ids(tmp_path / f"{split}.bin") == wanted
 
 
 def test_an_end_of_text_within_a_text_is_text(tmp_path):
-    write_token_files(tmp_path, [("train", "<|endoftext|>"), ("val", "b")], gpt2_for_text())
+    write_token_files(tmp_path, [("train", "<|endoftext|>"), ("val", "b")], Gpt2Tokenizer().build())
     train = ids(tmp_path / "train.bin")
     assert train.count(EOT) == 1 and train[-1] == EOT and len(train) > 2
     assert Gpt2Tokenizer().build().decode(train[:-1]) == "<|endoftext|>"

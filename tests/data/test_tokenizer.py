@@ -13,16 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ostro.data.encode import PIECE_CHARS, Piece, encode, pieces
-from ostro.data.tokenizer import (
+from ostro.data.tokenizer import CharTokenizer, tokenizer_from_text
+from ostro.data.tokenizer_config import (
     BpeTokenizer,
     BytesTokenizer,
     CharsTokenizer,
-    CharTokenizer,
     Gpt2Tokenizer,
     MetaTokenizer,
     PretrainedTokenizer,
     TokenizerConfig,
-    tokenizer_from_text,
 )
 from ostro.errors import DataError
 
@@ -51,8 +50,8 @@ def lengths(by_name):
 
 
 def test_gpt2_needs_no_network_and_gives_the_known_ids(gpt2):
-    assert gpt2.encode("hello") == [31373]
-    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.encode_prompt("hello") == [31373]
+    assert gpt2.encode_prompt("Hello world") == [15496, 995]
     assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
     assert gpt2.decode([15496, 995, 50256]) == "Hello world"
 
@@ -64,8 +63,8 @@ def test_tiktoken_gives_equal_ids_for_every_character(gpt2):
     codes = [code for code in codes if unicodedata.category(chr(code)) not in ("Cn", "Co")]
     text = "".join(f"a{c}1 {c}-{c}\n{c} " for c in map(chr, codes))
     parts = [text[start : start + 100_000] for start in range(0, len(text), 100_000)]
-    for part, ids in zip(parts, gpt2.encode_batch(parts), strict=True):
-        assert ids.tolist() == gpt2.encode(part)
+    for part, ids in zip(parts, gpt2.encode_documents(parts), strict=True):
+        assert ids.tolist() == gpt2.encode_prompt(part)
 
 
 @settings(max_examples=200, deadline=None)
@@ -76,14 +75,16 @@ def test_tiktoken_equals_the_library(by_name, text, special):
     text = f"{text}<|endoftext|>{text}" if special else text
     for name in ("gpt2", "bpe"):
         tokenizer = by_name[name]
-        assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+        assert tokenizer.encode_documents([text], "parse")[0].tolist() == tokenizer.encode_prompt(
+            text
+        )
 
 
 def test_what_tiktoken_refuses_goes_to_the_library(gpt2):
     text = " " * 2_000_000 + "x"
     with pytest.raises(ValueError):
         gpt2._tiktoken.encode_to_numpy(text, allowed_special="all")
-    assert gpt2.encode_batch(["a", text])[1].tolist() == gpt2.encode(text)
+    assert gpt2.encode_documents(["a", text])[1].tolist() == gpt2.encode_prompt(text)
 
 
 def unmade_token(spec):
@@ -120,13 +121,13 @@ def test_tiktoken_is_left_alone_where_ids_could_differ(bpe, change):
     changed = tokenizer_from_text(json.dumps(spec), None, "x")
     assert changed._tiktoken is None
     text = TEXT + "zqz <|endoftext|>"
-    assert changed.encode_batch([text])[0].tolist() == changed.encode(text)
+    assert changed.encode_documents([text], "parse")[0].tolist() == changed.encode_prompt(text)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes", "chars"])
 def test_round_trip_and_exact_bytes(by_name, name):
     tokenizer = by_name[name]
-    ids = tokenizer.encode(TEXT)
+    ids = tokenizer.encode_prompt(TEXT)
     assert tokenizer.decode(ids) == TEXT
     lengths = tokenizer.token_bytes()
     assert lengths.dtype == np.int64 and len(lengths) == tokenizer.vocab_size
@@ -139,7 +140,7 @@ def test_round_trip_and_exact_bytes(by_name, name):
 @given(text=st.text())
 def test_bytes_of_any_text(by_name, lengths, text):
     for name, of_id in lengths.items():
-        assert of_id[by_name[name].encode(text)].sum() == len(text.encode())
+        assert of_id[by_name[name].encode_prompt(text)].sum() == len(text.encode())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes", "chars"])
@@ -148,7 +149,7 @@ def test_saved_text_reads_back(by_name, name):
     back = tokenizer_from_text(tokenizer.to_text(), tokenizer.eos_id, "x")
     assert back.fingerprint == tokenizer.fingerprint
     assert (back.vocab_size, back.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
-    assert back.encode(TEXT) == tokenizer.encode(TEXT)
+    assert back.encode_prompt(TEXT) == tokenizer.encode_prompt(TEXT)
 
 
 def test_bpe_is_deterministic_and_has_the_size_asked_for(bpe):
@@ -168,7 +169,7 @@ def test_bpe_looks_at_a_sample_of_every_file():
     tokenizer = BpeTokenizer(vocab_size=300, sample_mb=1).learn(
         [lambda i=i: shard(i) for i in range(4)]
     )
-    assert all(len(tokenizer.encode(f"word{i} " * 3)) < 12 for i in range(4))
+    assert all(len(tokenizer.encode_prompt(f"word{i} " * 3)) < 12 for i in range(4))
     assert set(seen) == {0, 1, 2, 3} and len(seen) < 40
 
 
@@ -179,23 +180,23 @@ def test_long_documents_are_cut_without_a_trace(by_name, name):
     cut = list(pieces([long, "", "class"], tokenizer.splittable))
     assert [piece.is_last for piece in cut].count(True) == 2 and len(cut) > 3
     assert "".join(piece.text for piece in cut) == long + "class"
-    tokens, lengths = encode(tokenizer, None, "uint32", cut)
+    tokens, lengths, _ = encode(tokenizer, None, "uint32", "text", cut)
     assert lengths.sum() == len(tokens) and len(lengths) == len(cut)
-    assert tokens.tolist() == tokenizer.encode(long) + tokenizer.encode("class")
+    assert tokens.tolist() == tokenizer.encode_prompt(long) + tokenizer.encode_prompt("class")
 
 
 def test_end_of_document_is_the_id_alone(gpt2):
     hello = Piece("hello", True)
-    tokens, lengths = encode(gpt2, 50256, "uint16", [hello, Piece("", False), hello])
+    tokens, lengths, _ = encode(gpt2, 50256, "uint16", "text", [hello, Piece("", False), hello])
     assert lengths.tolist() == [2, 0, 2]
     assert tokens.tolist() == [31373, 50256, 31373, 50256] and tokens.dtype == np.uint16
 
 
 def test_chars_names_what_it_does_not_know():
     chars = CharsTokenizer(eos=True).learn([lambda: iter(["cab"])])
-    assert chars.encode("abc") == [0, 1, 2] and (chars.vocab_size, chars.eos_id) == (4, 3)
+    assert chars.encode_prompt("abc") == [0, 1, 2] and (chars.vocab_size, chars.eos_id) == (4, 3)
     with pytest.raises(DataError, match=r"'X' 'é'.*bytes or bpe"):
-        chars.encode("aéX")
+        chars.encode_prompt("aéX")
 
 
 def write_word_level(folder, template=False):
@@ -214,7 +215,7 @@ def write_word_level(folder, template=False):
 def test_a_local_tokenizer_and_its_named_end_of_document(tmp_path):
     folder = write_word_level(tmp_path)
     built = PretrainedTokenizer(folder).build()
-    assert built.encode("a b") == [4, 5] and built.eos_id == 2 and not built.splittable
+    assert built.encode_prompt("a b") == [4, 5] and built.eos_id == 2 and not built.splittable
     assert PretrainedTokenizer(folder, eos="<stop>").build().eos_id == 3
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     assert PretrainedTokenizer(f"{folder}/tokenizer.json").build().eos_id == 3
@@ -224,7 +225,7 @@ def test_a_local_tokenizer_and_its_named_end_of_document(tmp_path):
 
 def test_a_template_that_adds_the_end_of_document_adds_it_once(tmp_path):
     built = PretrainedTokenizer(write_word_level(tmp_path, template=True)).build()
-    tokens, _ = encode(built, built.eos_id, "uint16", [Piece("a b", True)])
+    tokens, _, _ = encode(built, built.eos_id, "uint16", "text", [Piece("a b", True)])
     assert tokens.tolist() == [1, 4, 5, 2]
 
 
@@ -259,7 +260,7 @@ def test_missing_tokenizers_say_what_can_be_had(tmp_path, monkeypatch):
     def missing(name):
         raise __import__("importlib.metadata").metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("ostro.data.tokenizer.metadata.distribution", missing)
+    monkeypatch.setattr("ostro.data.tokenizer_config.metadata.distribution", missing)
     with pytest.raises(DataError, match=r'pip install "ostro\[gpt2\]"'):
         Gpt2Tokenizer().build(offline=True)
 
@@ -292,12 +293,15 @@ def test_a_pickled_alphabet_in_any_order(tmp_path, protocol):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(META, protocol))
     config = MetaTokenizer(str(tmp_path))
     built = config.build()
-    assert built.encode("a🎉é\nb") == [4, 3, 1, 2, 0] and built.decode([4, 3, 1, 2, 0]) == "a🎉é\nb"
+    assert (
+        built.encode_prompt("a🎉é\nb") == [4, 3, 1, 2, 0]
+        and built.decode([4, 3, 1, 2, 0]) == "a🎉é\nb"
+    )
     assert (built.vocab_size, built.eos_id) == (5, None)
     assert built.token_bytes().tolist() == [1, 2, 1, 4, 1]
     assert config.known_vocab_size(str(tmp_path)) == 5
     back = tokenizer_from_text(built.to_text(), None, "x")
-    assert back.fingerprint == built.fingerprint and back.encode("ab") == [4, 0]
+    assert back.fingerprint == built.fingerprint and back.encode_prompt("ab") == [4, 0]
 
 
 @pytest.mark.parametrize("itos", [list("ba"), {"0": "b", "1": "a"}], ids=["list", "mapping"])
@@ -305,7 +309,7 @@ def test_a_json_alphabet_comes_before_a_pickled_one(tmp_path, itos):
     write_meta(tmp_path, META)
     path = write_meta(tmp_path, {"vocab_size": 2, "itos": itos}, "meta.json")
     for place in (tmp_path, path):
-        assert MetaTokenizer(str(place)).build().encode("ab") == [1, 0]
+        assert MetaTokenizer(str(place)).build().encode_prompt("ab") == [1, 0]
 
 
 def test_fingerprints_of_alphabets_are_what_they_were():

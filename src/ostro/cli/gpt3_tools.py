@@ -35,7 +35,7 @@ def infer(argv: list[str], signals: Signals) -> None:
     device = pick_device(options.device)
     saved = open_checkpoint(options.model_checkpoint, "--model_checkpoint")
     tokenizer = load_tokenizer(saved)
-    used = len(tokenizer.encode(options.prompt))
+    used = len(tokenizer.encode_prompt(options.prompt))
     if options.max_length <= used:
         rule = f"leaves no room after the prompt's {used} tokens"
         raise ConfigError(Problem("--max_length", rule, "give more", str(options.max_length)))

@@ -10,7 +10,8 @@ import torch
 from ostro.cli.nanogpt import read_python, split
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.config import help_text, load
-from ostro.data.tokenizer import Gpt2Tokenizer, Tokenizer
+from ostro.data.tokenizer import Tokenizer
+from ostro.data.tokenizer_config import Gpt2Tokenizer
 from ostro.dialects.nanogpt import GPT2_SIZES
 from ostro.distributed import pick_device
 from ostro.errors import ConfigError, Problem, at_least

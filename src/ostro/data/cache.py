@@ -22,11 +22,11 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from ostro.data.documents import ROW, DocumentIndex, Documents, TokenFiles
-from ostro.data.encode import Piece, encoder, pieces
+from ostro.data.encode import Encoded, Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard
 from ostro.data.source import SourceConfig
 from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, write_json
-from ostro.data.tokenizer import Tokenizer
+from ostro.data.tokenizer import SpecialTokens, Tokenizer
 from ostro.errors import DataError
 from ostro.secrets import redact, redacted
 from ostro.shapes import FILE_NAME, has_shape
@@ -46,6 +46,7 @@ _LEDGER = {
 _NOTE = {
     "key": str, "position": (int, int), "documents": int, "bad_records": int,
     "files": dict.fromkeys((_TOKENS, _INDEX, _QUARANTINE), (int, int, int)),
+    "special_tokens": {re.compile(".*", re.DOTALL): int},
 }  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
@@ -62,6 +63,7 @@ class CacheRequest:
     split: str
     tokenizer: Tokenizer
     enforce_eos: bool = True
+    special_tokens: SpecialTokens = "text"
     on_bad_record: Literal["error", "skip"] = "error"
     rebuild: bool = False
     num_workers: int | None = None
@@ -75,6 +77,16 @@ class CacheRequest:
         return self.tokenizer.eos_id if self.enforce_eos else None
 
     @property
+    def missing_end(self) -> str | None:
+        """Why documents cannot be ended although they should be."""
+        if not self.enforce_eos or self.tokenizer.eos_id is not None:
+            return None
+        return (
+            f"{self.name}: data.enforce_eos = true - {self.tokenizer.no_end()}, or"
+            " data.enforce_eos: false to let documents follow each other without an end"
+        )
+
+    @property
     def dtype(self) -> str:
         return "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
 
@@ -85,13 +97,32 @@ class CacheRequest:
         key = {"format": FORMAT, "source": self.source.settings(self.split),
                "places": redacted(self.source.places(self.split)), "tokenizer": tokenizer,
                "enforce_eos": self.enforce_eos}  # fmt: skip
+        if self._has_special_text:
+            key["special_tokens"] = "text"
         return key if shards is None else {**key, "files": file_list(shards)}
+
+    @property
+    def _has_special_text(self) -> bool:
+        """Whether the key notes it; caches without the note were made by parsing, as all once."""
+        return self.special_tokens == "text" and bool(self.tokenizer.special_tokens)
 
     def fits(self, folder: Path, ledger: dict, shards: list[Shard] | None) -> bool:
         """Whether a finished cache is the requested one; False only if it may be rebuilt."""
         bad = ledger["bad_records"] if self.on_bad_record == "error" else 0
         more = [f"on_bad_record: {bad} bad records were left out"] if bad else []
-        return fits(folder, ledger["key"], self.key(shards), self.rebuild, more)
+        was, now = dict(ledger["key"]), self.key(shards)
+        modes = [key.pop("special_tokens", "parse") for key in (was, now)]
+        if len(set(modes)) > 1 and was.get("tokenizer") == now["tokenizer"]:
+            more.append(self._other_special_tokens())
+        return fits(folder, was, now, self.rebuild, more)
+
+    def _other_special_tokens(self) -> str:
+        was = "parse" if self._has_special_text else "text"
+        note = ", as all caches of earlier versions" if was == "parse" else ""
+        return (
+            f"special_tokens: built with {was}{note}, the configuration has {self.special_tokens}"
+            f" - data.special_tokens: {was} keeps this cache"
+        )
 
 
 def file_list(shards: list[Shard]) -> list[list]:
@@ -119,14 +150,22 @@ def open_cache(request: CacheRequest, where: CacheDir, progress: Progress | None
     difference; when a file or record is bad; when the disk is full; when there is none and it
     `must_exist`.
     """
+
+    def build(folder: Path, shards: list[Shard]) -> None:
+        if request.missing_end and not request.tokenizer.may_lack_end:
+            raise DataError(request.missing_end)
+        _Build(request, folder, shards, progress).run()
+
     folder, ledger = where.finished(
         request.name,
         _LEDGER,
         lambda: request.source.list_shards(request.split),
         request.fits,
-        lambda folder, shards: _Build(request, folder, shards, progress).run(),
+        build,
         request.must_exist,
     )
+    if request.missing_end:
+        logger.warning("%s", request.missing_end)
     return _opened(folder, ledger)
 
 
@@ -186,13 +225,14 @@ class _Build:
         if writer.position != (0, 0):
             logger.info("%s: going on with an unfinished cache", request.name)
         settings = (request.tokenizer, request.eos_id, request.dtype, request.num_workers)
+        special_tokens = request.special_tokens
         try:
-            with encoder(*settings, request.ray_address) as workers:
+            with encoder(*settings, request.ray_address, special_tokens) as workers:
                 # A kill costs what was read ahead (two batches a worker) and what was not yet
                 # noted: together under a twentieth of all but tiny corpora.
                 size = min(max(self._total // (80 * workers.num_workers), 1 << 12), 1 << 17)
                 for batch, encoded in workers.run(self._batches(size), _Batch.texts):
-                    writer.append(batch, *encoded)
+                    writer.append(batch, encoded)
                     since += batch.chars
                     if since >= self._commit_chars:
                         writer.commit(sync=False)
@@ -249,6 +289,7 @@ class _Writer:
             "key": print_, "position": [0, 0], "documents": 0, "bad_records": 0,
             # name: bytes, of these synced, CRC of the others
             "files": {name: [0, 0, 0] for name in _NOTE["files"]},
+            "special_tokens": {},
         }  # fmt: skip
         notes = folder / _PROGRESS
         lines = notes.read_bytes().splitlines(keepends=True) if notes.exists() else []
@@ -296,11 +337,13 @@ class _Writer:
         shard, skip = self._state["position"]
         return shard, skip
 
-    def append(self, batch: _Batch, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Add a batch, `lengths` its pieces' tokens; nothing counts before the next `commit`."""
-        self._torn, state = True, self._state
-        stops = iter((np.cumsum(lengths) + self._num_tokens).tolist())
+    def append(self, batch: _Batch, encoded: Encoded) -> None:
+        """Add a batch; nothing counts before the next `commit`."""
+        self._torn, state, tokens = True, self._state, encoded.tokens
+        stops = iter((np.cumsum(encoded.lengths) + self._num_tokens).tolist())
         rows = []
+        for name, count in encoded.spelled.items():
+            state["special_tokens"][name] = state["special_tokens"].get(name, 0) + count
         little_endian = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
         self._write(_TOKENS, little_endian.tobytes())
         for shard, item in batch.items:
@@ -372,8 +415,24 @@ class _Writer:
                 "no text - check the files and text_key"
             )
         kept = {"tokens": tokens, "documents": state["documents"], "bad_records": bad}
+        kept["special_tokens"] = state["special_tokens"]
+        self._report_special_tokens(state["special_tokens"])
         kept["shards"] = [{"file": _TOKENS, "tokens": tokens}]
         kept["index"] = _INDEX
         kept["stored"] = [_TOKENS, _INDEX, *([_QUARANTINE] if bad else [])]
         write_json(self._folder / LEDGER, {"key": self._key, "dtype": request.dtype, **kept})
         (self._folder / _PROGRESS).unlink()
+
+    def _report_special_tokens(self, spelled: dict[str, int]) -> None:
+        """Say how often the text spells special tokens, and what has become of them."""
+        if not spelled:
+            return
+        listed = ", ".join(f"{name} {count:,}" for name, count in list(spelled.items())[:8])
+        became = {
+            "text": "they stay text (data.special_tokens: text)",
+            "parse": "each is read as the token (data.special_tokens: parse)",
+        }[self._request.special_tokens]
+        logger.warning(
+            "%s: the text spells special tokens %s times (%s); %s",
+            self._request.name, f"{sum(spelled.values()):,}", listed, became,
+        )  # fmt: skip

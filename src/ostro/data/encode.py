@@ -2,10 +2,9 @@
 
 import multiprocessing
 import os
-import re
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,14 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ostro.data.cuts import next_cut
 from ostro.data.documents import UNKNOWN
 from ostro.data.files import BadRecord, Document
 from ostro.data.on_ray import ray_workers
-from ostro.data.tokenizer import Tokenizer
+from ostro.data.special_tokens import spelling
+from ostro.data.tokenizer import SpecialTokens, Tokenizer
 
 PIECE_CHARS = 1 << 14
 """Long documents are encoded in pieces of about this many characters where that is exact."""
-_CUT = re.compile(r"\n(?<=\S\n)(?=[A-Za-z0-9])")  # a literal first is found fast
 _LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
 
@@ -44,29 +44,46 @@ def pieces(records: Iterable[str | BadRecord], splittable: bool) -> Iterator[Pie
         known = isinstance(record, Document)
         place, start = (record.record, record.byte) if known else (number, UNKNOWN), 0
         while splittable and len(record) - start > 2 * PIECE_CHARS:
-            cut = _CUT.search(record, start + PIECE_CHARS)
+            cut = next_cut(record, start + PIECE_CHARS)
             if cut is None:
                 break
-            yield Piece(record[start : cut.end()], False, *place)
-            start = cut.end()
+            yield Piece(record[start:cut], False, *place)
+            start = cut
         if record:
             yield Piece(record[start:], True, *place)
 
 
+class Encoded(NamedTuple):
+    """What pieces have become."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray  # tokens of each piece
+    spelled: Counter[str]  # special tokens that their texts spell
+
+
 def encode(
-    tokenizer: Tokenizer, eos_id: int | None, dtype: str, texts: Sequence[Piece]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the pieces, with the end of document behind each last one; how many each has."""
+    tokenizer: Tokenizer,
+    eos_id: int | None,
+    dtype: str,
+    special_tokens: SpecialTokens,
+    texts: Sequence[Piece],
+) -> Encoded:
+    """Tokens of the pieces, with the end of document behind each last one."""
     eos = np.array([] if eos_id is None else [eos_id], dtype=dtype)
     parts, lengths = [eos[:0]], []
-    encoded = tokenizer.encode_batch([piece.text for piece in texts])
+    encoded = tokenizer.encode_documents([piece.text for piece in texts], special_tokens)
     for ids, piece in zip(encoded, texts, strict=True):
         parts.append(ids)
         lengths.append(len(ids))
         if piece.is_last and not (len(ids) and ids[-1] == eos_id):  # the template may have added it
             parts.append(eos)
             lengths[-1] += len(eos)
-    return np.concatenate(parts).astype(dtype, copy=False), np.array(lengths, dtype=np.int64)
+    spelled: Counter[str] = Counter()
+    if pattern := spelling(tokenizer.special_tokens):
+        for piece in texts:
+            spelled.update(pattern.findall(piece.text))
+    tokens = np.concatenate(parts).astype(dtype, copy=False)
+    return Encoded(tokens, np.array(lengths, dtype=np.int64), spelled)
 
 
 def usable_cores() -> int:
@@ -81,7 +98,7 @@ class Encoder:
     num_workers: int
     submit: Callable[[Sequence[Piece]], Future]
 
-    def run(self, batches: Iterable[Any], texts_of: Callable) -> Iterator[tuple]:
+    def run(self, batches: Iterable[Any], texts_of: Callable) -> Iterator[tuple[Any, Encoded]]:
         """(batch, what `encode` made of it) in the order of the batches, a bounded number ahead."""
         pending: deque[tuple] = deque()
         for batch in batches:
@@ -100,6 +117,7 @@ def encoder(
     dtype: str,
     num_workers: int | None,
     ray_address: str | None = None,
+    special_tokens: SpecialTokens = "text",
 ) -> Iterator[Encoder]:
     """Start workers: on a Ray cluster if there is an address, else `num_workers` here.
 
@@ -108,8 +126,8 @@ def encoder(
     own threads are kept off: it starts every batch on them with an empty word cache, which makes
     the small batches that a restartable build needs slow.
     """
-    setup = (tokenizer, eos_id, dtype)
-    tokenizer.encode_batch([])  # what is made once is made here, not by every worker
+    setup = (tokenizer, eos_id, dtype, special_tokens)
+    encode(*setup, [])  # what is made once is made here, not by every worker
     if ray_address is not None:
         with ray_workers(ray_address, encode, setup) as (count, submit):
             yield Encoder(count, submit)
@@ -154,6 +172,6 @@ def _start_worker(*setup: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _encode_in_worker(texts: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+def _encode_in_worker(texts: Sequence[Piece]) -> Encoded:
     assert _setup is not None, "the worker was started"
     return encode(*_setup, texts)

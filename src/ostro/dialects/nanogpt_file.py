@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ostro.checkpoint import State, read_settings, register_format
 from ostro.config import dump_yaml, load
-from ostro.data.tokenizer import TokenizerConfig
+from ostro.data.tokenizer_config import TokenizerConfig
 from ostro.dialects import nanogpt
 from ostro.errors import CheckpointError, OstroError
 from ostro.hf.layout import HfParameter, gpt2_parameters
