@@ -8,4 +8,5 @@ import sys
 from ostro.cli.main import main
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    sys.argv.insert(1, "train")
+    main()

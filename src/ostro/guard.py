@@ -1,11 +1,13 @@
 """The way errors and signals leave a process: one message, one exit code."""
 
+import atexit
 import contextlib
 import errno
 import gc
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TextIO
@@ -58,7 +60,35 @@ def run_script(command: Callable[[list[str], Signals], None]) -> NoReturn:
     `--debug` is not among them: it shows the traceback of what is otherwise one message.
     """
     words = [word for word in sys.argv[1:] if word != "--debug"]
-    sys.exit(guarded(lambda signals: command(words, signals), debug="--debug" in sys.argv))
+    leave_after(
+        lambda: guarded(lambda signals: command(words, signals), debug="--debug" in sys.argv)
+    )
+
+
+def leave_after(run: Callable[[], int]) -> NoReturn:
+    """End this process with the exit code that `run` returns, in order and in whatever state.
+
+    All that Python does at its end is done, but for taking itself apart. A thread that is in native
+    code by then (a batch that is still being read, a callback of a collective) would abort the
+    process of a run that has finished well: "terminate called without an active exception".
+    """
+    code = 1
+    try:
+        code = run()
+    except SystemExit as stop:  # `--help`, and what argparse refuses
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    try:
+        threading._shutdown()  # type: ignore[attr-defined] - joins threads that are no daemons
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # `| head` has closed it
+                stream.flush()
+    finally:
+        os._exit(code)
 
 
 class _Redacting:

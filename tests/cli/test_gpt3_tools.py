@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from benchmark_model import write_model, write_tasks
 
+from ostro import guard
 from ostro.checkpoint import State, find_latest
 from ostro.checkpoint.folders import FileStore
 from ostro.cli.gpt3_tools import evaluate, infer, results_folder
@@ -48,6 +49,7 @@ def called(folder, monkeypatch, capsys):
 
     def call(function, checkpoint, *words):
         monkeypatch.setattr(sys, "argv", ["script", "--model_checkpoint", checkpoint, *words])
+        monkeypatch.setattr(guard, "leave_after", lambda run: sys.exit(run()))
         with pytest.raises(SystemExit) as stop:
             run_script(function)
         return stop.value.code, *capsys.readouterr()

@@ -12,7 +12,7 @@ from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, tr
 from ostro.cli.plot import plot
 from ostro.cli.why import why
 from ostro.errors import ConfigError, did_you_mean
-from ostro.guard import guarded
+from ostro.guard import guarded, leave_after
 from ostro.signals import Signals
 
 _USAGE = """usage: ostro <command> [--config_path FILE] [--setting.name value ...]
@@ -52,8 +52,13 @@ COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command in `argv` (default: the process's arguments) and exit with its code."""
-    sys.exit(run_command(list(sys.argv[1:] if argv is None else argv)))
+    """Run the command in `argv` and exit with its code.
+
+    Without one the process's own arguments are taken, and nothing of it is left to run afterwards.
+    """
+    if argv is None:
+        leave_after(lambda: run_command(sys.argv[1:]))
+    sys.exit(run_command(list(argv)))
 
 
 def run_command(argv: list[str]) -> int:
