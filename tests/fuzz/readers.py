@@ -421,7 +421,7 @@ def manifest_target(folder: Path) -> Target:
             saved.tensors("nothing")
         for no_checkpoint in (str(folder), str(folder / "nothing")):
             with contextlib.suppress(OstroError):
-                store.load(no_checkpoint)
+                load_folder(no_checkpoint)
 
     plain, remote = marker.read_text(), fsspec.filesystem("memory")
     return Target(

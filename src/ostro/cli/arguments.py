@@ -11,7 +11,15 @@ from typing import NoReturn, TypeVar
 from ostro.cli.aliases import NATIVE
 from ostro.cluster import find_place
 from ostro.commands import Dialect
-from ostro.config import Loaded, encode, format_tree, help_text, load, script_folders
+from ostro.config import (
+    Loaded,
+    encode,
+    format_tree,
+    help_text,
+    import_modules,
+    load,
+    script_folders,
+)
 from ostro.distributed import place_of
 from ostro.dry_run import describe
 from ostro.errors import ConfigError, OstroError, Problem
@@ -57,6 +65,7 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError(wrong)
         if self.settings is None:
             self.refuse(flags)
+        import_modules(getattr(options, "imports", None) or [])
         return options, flags
 
     def refuse(self, flags: Sequence[str]) -> None:
@@ -69,11 +78,25 @@ class Parser(argparse.ArgumentParser):
         about = "YAML file of settings; .yaml may be left out"
         names = ("--config_path", "--config")
         self.add_argument(*names, metavar="FILE", required=required, help=about)
+        self.add_trust()
 
     def add_checkpoint(self, name: str = "--checkpoint") -> None:
         """`--checkpoint PATH`, or under another name."""
         about = "a checkpoint, or a folder above some: the newest is taken"
         self.add_argument(name, metavar="PATH", required=True, help=about)
+        self.add_imports()
+
+    def add_imports(self) -> None:
+        """`--imports MODULE` and `--trust`: whose code may run that a checkpoint needs."""
+        about = "module of your own that registers a model, say; may be repeated"
+        self.add_argument("--imports", action="append", metavar="MODULE", help=about)
+        self.add_trust()
+
+    def add_trust(self) -> None:
+        """`--trust`, once."""
+        about = "import the modules that a configuration from a checkpoint or a URL names"
+        if "--trust" not in self._option_string_actions:
+            self.add_argument("--trust", action="store_true", help=about)
 
     def add_count(
         self, name: str, about: str, *, default: int | None = None, least: int = 1, metavar="N"
@@ -84,11 +107,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def load_run(
-    path: str | None, flags: Sequence[str], text: str | None = None
+    path: str | None,
+    flags: Sequence[str],
+    text: str | None = None,
+    *,
+    sections: Sequence[str] | None = None,
+    trust: bool = False,
 ) -> Loaded[TrainLmConfig]:
     """The configuration of a run from one file and flags; prints a line per alias used.
 
-    `text`: the content of the file where it came with a checkpoint; its `imports` are not honoured.
+    `text`: the content of the file where it came with a checkpoint, of which only the `sections`
+    are read. `trust`: import what it names under `imports`, whoever wrote it.
     """
     loaded = load(
         TrainLmConfig,
@@ -97,7 +126,9 @@ def load_run(
         texts=None if path is None or text is None else {path: text},
         aliases=NATIVE,
         search=script_folders(),
+        sections=sections,
         trusted=text is None,
+        trust=trust,
     )
     for notice in loaded.notices if find_place(os.environ).rank == 0 else ():
         print(f"note: {redact(notice)}", file=sys.stderr)

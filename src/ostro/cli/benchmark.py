@@ -48,7 +48,7 @@ def score(saved: Saved | SavedFile, options: Namespace, output: str | Path | Non
     device = pick_device(options.device)
     benchmarks = load_benchmarks(options.benchmark, options.task_folder)
     tokenizer = load_tokenizer(saved)
-    model = load_model(saved, saved_config(saved, []), tokenizer, device)
+    model = load_model(saved, saved_config(saved, options), tokenizer, device)
     scores = run_harness(
         model, tokenizer, benchmarks, limit=options.limit, num_fewshot=options.num_fewshot
     )

@@ -39,6 +39,7 @@ def checkpoint(argv: list[str], signals: Signals) -> None:
 
 def _ls(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint ls", "List checkpoints, newest first.", None)
+    parser.add_imports()
     parser.add_argument("path", metavar="PATH")
     found = _found(parser.parse(argv)[0].path)
     print(f"{'step':>9}  {'saved':19}  {'kind':9}  {'size':>9}  {'loss':>8}  {'run':12}  path")
@@ -54,6 +55,7 @@ def _ls(argv: Sequence[str]) -> None:
 
 def _verify(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint verify", "Compare every file with its checksum.", None)
+    parser.add_imports()
     parser.add_argument("path", metavar="PATH")
     path = parser.parse(argv)[0].path
     num_found = num_damaged = 0
@@ -73,6 +75,7 @@ def _verify(argv: Sequence[str]) -> None:
 
 def _prune(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint prune", "Delete checkpoints that were not asked for.", None)
+    parser.add_imports()
     parser.add_argument("path", metavar="PATH")
     parser.add_count("keep_every", "permanent ones of these", metavar="STEPS")
     parser.add_count("keep_last", "and so many of the newest")
@@ -112,6 +115,7 @@ def _agrees() -> bool:
 
 def _diff(argv: Sequence[str]) -> None:
     parser = Parser("checkpoint diff", "Say what two checkpoints do not have in common.", None)
+    parser.add_imports()
     parser.add_argument("paths", metavar="PATH", nargs=2)
     first, second = (_open(path) for path in parser.parse(argv)[0].paths)
     print(redact(f"{first} -> {second}"))
@@ -122,6 +126,7 @@ def _diff(argv: Sequence[str]) -> None:
 def _average(argv: Sequence[str]) -> None:
     about = "Write a checkpoint with the mean of the weights, in float64, of several."
     parser = Parser("checkpoint average", about, None)
+    parser.add_imports()
     parser.add_argument("paths", metavar="PATH", nargs="+")
     parser.add_argument("--output", metavar="DIR", required=True, help="a folder not there yet")
     options, _ = parser.parse(argv)

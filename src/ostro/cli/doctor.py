@@ -26,7 +26,7 @@ def verify_resume(argv: list[str], signals: Signals) -> None:
     place = "where to work and leave everything; default: a temporary folder"
     parser.add_argument("--folder", help=place)
     options, flags = parser.parse(argv)
-    loaded = load_run(options.config_path, flags)
+    loaded = load_run(options.config_path, flags, trust=options.trust)
     plan = Plan(options.steps, check_ranks(options.ranks))
     with tempfile.TemporaryDirectory(prefix="ostro-verify-") as temporary:
         folder = Path(options.folder or temporary)
@@ -47,7 +47,7 @@ def chaos(argv: list[str], signals: Signals) -> None:
     kinds = _kinds(options.only or list(KINDS))
     with tempfile.TemporaryDirectory(prefix="ostro-chaos-") as temporary:
         folder = Path(options.folder or temporary)
-        loaded = load_run(options.config_path or _small_run(folder), flags)
+        loaded = load_run(options.config_path or _small_run(folder), flags, trust=options.trust)
         campaign = Campaign(loaded.config, folder, options.steps, options.seed)
         rows = explained(loaded, lambda: campaign.run(options.each, kinds))
     print("\n".join(table(rows)))
@@ -64,7 +64,7 @@ def bench(argv: list[str], signals: Signals) -> None:
     parser.add_count("rounds", "rounds of each, eager and compiled", default=5)
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     options, flags = parser.parse(argv)
-    loaded = load_run(options.config_path, flags)
+    loaded = load_run(options.config_path, flags, trust=options.trust)
     result = explained(loaded, lambda: measure(loaded.config, options.steps, options.rounds))
     print("\n".join(report(result)))
     if options.json:

@@ -18,7 +18,7 @@ def export(argv: list[str], signals: Signals) -> None:
     saved = open_checkpoint(options.checkpoint)
     tokenizer = load_tokenizer(saved)
     text = tokenizer.to_text()
-    config = saved_config(saved, []).model
+    config = saved_config(saved, options).model
     write_hf(options.output, config, saved.tensors("model"), text, tokenizer.eos_id)
     print(f"wrote {redact(str(saved))} to {options.output}")
     if not is_library_tokenizer(text):

@@ -41,7 +41,7 @@ def infer(argv: list[str], signals: Signals) -> None:
         raise ConfigError(Problem("--max_length", rule, "give more", str(options.max_length)))
     room = ["--max_new_tokens", str(options.max_length - used)]
     sampling = load(SamplingConfig, [], [*flags, *room]).config
-    model = load_model(saved, saved_config(saved, []), tokenizer, device)
+    model = load_model(saved, saved_config(saved, options), tokenizer, device)
     print(complete_all(model, tokenizer, [options.prompt], sampling)[0])
 
 

@@ -38,12 +38,13 @@ def launch(argv: list[str], signals: Signals) -> None:
         if redact(word) != word:
             advice = "write ${NAME} for an environment variable in its place"
             raise ConfigError(Problem(word, "would stand in the script of the job", advice))
-    loaded = load_run(options.config_path, flags)
+    loaded = load_run(options.config_path, flags, trust=options.trust)
     explained(loaded, lambda: loaded.config.trainer.batch_plan(options.nodes * num_local))
+    trust = ["--trust"] if options.trust else []
     named = {name: getattr(options, name) for name in _OPTIONS}
     named["job_name"] = named["job_name"] or "ostro"
     job = SlurmJob(
-        ["ostro", "train", "--config_path", options.config_path, *flags],
+        ["ostro", "train", "--config_path", options.config_path, *trust, *flags],
         options.nodes,
         num_local,
         on_cpu=options.gpus_per_node is None,

@@ -1,7 +1,7 @@
 """`python sample.py key=value`: text from a checkpoint, with nanoGPT's settings."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +51,8 @@ class NanoGptSampleConfig:
     """Type of the computation."""
     compile: bool = False
     """Compile the model first."""
+    imports: list[str] = field(default_factory=list)
+    """Python modules to import first."""
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(1, self, "num_samples")
@@ -98,5 +100,5 @@ def _model(config: NanoGptSampleConfig, device: torch.device) -> tuple[LmModel, 
         return model.eval(), tokenizer
     saved = open_checkpoint(f"{config.out_dir}/ckpt.pt", "out_dir")
     tokenizer = load_tokenizer(saved)
-    run = saved_config(saved, [f"--trainer.mp=p=float32,c={config.dtype}"])
+    run = saved_config(saved, None, [f"--trainer.mp=p=float32,c={config.dtype}"])
     return load_model(saved, run, tokenizer, device), tokenizer

@@ -3,7 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,16 @@ from ostro.sample import SamplingConfig, complete_all
 from ostro.secrets import redact
 from ostro.signals import Signals
 from ostro.train_lm import build_data
+from ostro.trainer import TrainerConfig
+
+MODEL = ("model", "trainer.mp", "vocab_size")
+"""What a model is made of: sections of the configuration in a checkpoint."""
+DATA = (
+    *MODEL,
+    *("data", "data_seed", "epoch", "sample_prompts", "sampling"),
+    *(f"trainer.{name.name}" for name in fields(TrainerConfig) if name.name != "tracker"),
+)
+"""What a model and its data are made of: neither the optimizer nor a tracker."""
 
 
 def train(argv: list[str], signals: Signals) -> None:
@@ -36,7 +48,7 @@ def train(argv: list[str], signals: Signals) -> None:
     parser.add_config_path()
     parser.add_argument("--dry_run", action="store_true", help="say what would happen, and stop")
     options, flags = parser.parse(argv)
-    loaded = load_run(options.config_path, flags)
+    loaded = load_run(options.config_path, flags, trust=options.trust)
     num_devices = max(find_place(os.environ).num_ranks, loaded.config.trainer.min_devices)
     dialect = NativeDialect(argv)
     start_run(loaded, signals, is_dry=options.dry_run, num_devices=num_devices, dialect=dialect)
@@ -47,7 +59,7 @@ def cache(argv: list[str], signals: Signals) -> None:
     parser = Parser("cache", "Tokenise the data of a configuration into its cache, and stop.")
     parser.add_config_path()
     options, flags = parser.parse(argv)
-    config = load_run(options.config_path, flags).config
+    config = load_run(options.config_path, flags, trust=options.trust).config
     with logging_to_terminal():
         data = build_data(config, config.data.build_tokenizer())
     for name, part in {**data.train.sources, **data.validation}.items():
@@ -73,7 +85,7 @@ def config(argv: list[str], signals: Signals) -> None:
         parser.refuse(flags)
         print(json.dumps(json_schema(TrainLmConfig), indent=2))
         return
-    print(format_tree(load_run(options.config_path, flags)))
+    print(format_tree(load_run(options.config_path, flags, trust=options.trust)))
 
 
 def diff(argv: list[str]) -> None:
@@ -82,19 +94,20 @@ def diff(argv: list[str]) -> None:
     parser = Parser("config diff", about, settings=None)
     kinds = "a configuration, a run's folder, or a checkpoint"
     parser.add_argument("runs", nargs=2, metavar="A B", help=kinds)
+    parser.add_imports()
     options, _ = parser.parse(argv)
-    (before, was), (after, now) = map(_side, options.runs)
+    (before, was), (after, now) = (_side(run, options.trust) for run in options.runs)
     changes = compare(after, now, before, was, {})
     print(redact("\n".join(map(str, changes))) or "nothing that counts is different")
 
 
-def _side(path: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _side(path: str, trust: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Settings as plain values, and what a checkpoint holds besides; a file holds nothing."""
     saved = None if path.endswith((".yaml", ".yml")) else find_latest(path)
     if saved is not None and "config.yaml" in saved.texts:
         return read_settings(saved.texts["config.yaml"], str(saved)), saved.values
     file = f"{path}/config.yaml" if Path(path).is_dir() else path
-    return public(load_run(file, []).config), {}
+    return public(load_run(file, [], trust=trust).config), {}
 
 
 def schedule(argv: list[str], signals: Signals) -> None:
@@ -105,7 +118,7 @@ def schedule(argv: list[str], signals: Signals) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="FILE", help="draw the learning rate into an image")
     options, flags = parser.parse(argv)
-    config = load_run(options.config_path, flags).config
+    config = load_run(options.config_path, flags, trust=options.trust).config
     num_steps = config.trainer.num_train_steps
     rate = config.optimizer.schedule(num_steps)
     if options.plot:
@@ -139,7 +152,7 @@ def plan(argv: list[str], signals: Signals) -> None:
     parser.add_config_path()
     parser.add_argument("--devices", type=int, metavar="N", help="devices of the run")
     options, flags = parser.parse(argv)
-    loaded = load_run(options.config_path, flags)
+    loaded = load_run(options.config_path, flags, trust=options.trust)
     num_devices = options.devices or loaded.config.trainer.min_devices
     if options.what == "step":
         lines = explained(loaded, lambda: rehearse(loaded.config, num_devices)).lines()
@@ -188,7 +201,7 @@ def sample(argv: list[str], signals: Signals) -> None:
     device = pick_device(options.device)
     saved = open_checkpoint(options.checkpoint)
     tokenizer = load_tokenizer(saved)
-    model = load_model(saved, saved_config(saved, []), tokenizer, device)
+    model = load_model(saved, saved_config(saved, options), tokenizer, device)
     for text in complete_all(model, tokenizer, options.prompt or [""], sampling):
         print(text)
 
@@ -201,9 +214,9 @@ def evaluate(argv: list[str], signals: Signals) -> None:
     options, flags = parser.parse(argv)
     saved = open_checkpoint(options.checkpoint)
     if options.config_path is None:
-        config = saved_config(saved, flags)
+        config = saved_config(saved, options, flags, DATA)
     else:
-        config = load_run(options.config_path, flags).config
+        config = load_run(options.config_path, flags, trust=options.trust).config
     device = pick_device(config.trainer.device)
     tokenizer = load_tokenizer(saved)
     model = load_model(saved, config, tokenizer, device)
@@ -232,8 +245,18 @@ def open_checkpoint(path: str, flag: str = "--checkpoint") -> Saved | SavedFile:
     return saved
 
 
-def saved_config(saved: Saved | SavedFile, flags: list[str]) -> TrainLmConfig:
-    """The configuration that was saved with a checkpoint; its `imports` are not honoured."""
+def saved_config(
+    saved: Saved | SavedFile,
+    options: Namespace | None = None,
+    flags: Sequence[str] = (),
+    sections: Sequence[str] = MODEL,
+) -> TrainLmConfig:
+    """Those sections of the configuration that was saved with a checkpoint; all else is default.
+
+    Its `imports` are honoured where the `options` say `--trust`.
+    """
     if "config.yaml" not in saved.texts:
         raise CheckpointError(f"{saved} - holds no config.yaml - it was not saved by a run")
-    return load_run(f"{saved.path}/config.yaml", flags, saved.texts["config.yaml"]).config
+    text, trust = saved.texts["config.yaml"], options is not None and options.trust
+    file = f"{saved.path}/config.yaml"
+    return load_run(file, flags, text, sections=sections, trust=trust).config

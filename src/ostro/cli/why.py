@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ostro.checkpoint import Saved, SavedFile, entries, find_latest
 from ostro.cli.arguments import Parser, load_run
-from ostro.cli.native import open_checkpoint, saved_config
+from ostro.cli.native import DATA, open_checkpoint, saved_config
 from ostro.data.text import LMData
 from ostro.distributed import pick_device
 from ostro.errors import ConfigError
@@ -27,6 +27,7 @@ def why(argv: list[str], signals: Signals) -> None:
     parser.add_config_path(required=False)
     about = "in place of the file: the folder of a run's checkpoints, or the one to compute with"
     parser.add_argument("--checkpoint", metavar="PATH", help=about)
+    parser.add_imports()
     parser.add_count("top", "show so many only", metavar="K")
     parser.add_argument("--sort", choices=["loss", "example"], default="loss", help="default: loss")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -35,10 +36,10 @@ def why(argv: list[str], signals: Signals) -> None:
         raise ConfigError("ostro why - needs a run - give --config_path FILE or --checkpoint PATH")
     given = None if options.checkpoint is None else open_checkpoint(options.checkpoint)
     if options.config_path is not None:
-        config = load_run(options.config_path, flags).config
+        config = load_run(options.config_path, flags, trust=options.trust).config
     else:
         assert given is not None, "one of the two is there"
-        config = saved_config(given, flags)
+        config = saved_config(given, options, flags, DATA)
     run_id = _run_id(config, given)
     saved, place = _weights(config, given, options.checkpoint, run_id, options.step)
     source = saved or given

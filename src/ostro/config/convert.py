@@ -34,6 +34,10 @@ class Converter:
     """All dotted names, other spellings included, for suggestions."""
     is_partial: bool = False
     """True when a file is missing: what it may hold is then not asked for."""
+    checks_defaults: bool = True
+    """False where sections were left out: a default in their place may lack what is required."""
+    hint: str = ""
+    """What to do about a type that is not known, where that may be a module not imported."""
     decided: dict[str, nodes.Node] = field(default_factory=dict)
     """Dotted path to the node that decided."""
 
@@ -41,7 +45,7 @@ class Converter:
         """The value of type `tp`, or BAD."""
         top = stack[-1]
         if isinstance(top, nodes.Default):
-            for problem in find_problems(top.value):
+            for problem in find_problems(top.value) if self.checks_defaults else ():
                 self.problems.append(self._completed(problem, top.value, path))
             return top.value
         layers = [layer for node in stack for layer in nodes.explode(node)]
@@ -162,7 +166,7 @@ class Converter:
         if name is None:
             return self._fail(place, "is required", f"choose {names}")
         if name not in known:
-            advice = did_you_mean(name, known)
+            advice = self.hint or did_you_mean(name, known)
             return self._fail(place, f"is not a known type; known: {names}", advice)
         return self._dataclass(known[name], mappings, path, registry)
 

@@ -1,7 +1,5 @@
 """Files and flags to a resolved configuration whose leaves know their origin."""
 
-import importlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from ostro.config.encode import encode
 from ostro.config.fields import dotted_names, holds_location, join, settings
 from ostro.config.files import Reader
 from ostro.config.flags import parse_flags
+from ostro.config.imports import Modules
 from ostro.errors import ConfigError, Problem
 from ostro.secrets import REDACTED, location_fault
 
@@ -50,19 +49,23 @@ def load(
     texts: Mapping[str, str] | None = None,
     aliases: Sequence[Alias] = (),
     search: Sequence[Path] = (),
+    sections: Sequence[str] | None = None,
     trusted: bool = True,
+    trust: bool = False,
 ) -> Loaded[Config]:
     """Read the files, then `layers` made elsewhere, then the flags, over the defaults of `cls`.
 
-    `texts` holds files that are no files, by name. Raises one `ConfigError` with every mistake
-    found. With `trusted=False`, and for files
-    that are URLs, modules named under `imports` are not imported, and a notice says so.
+    `texts` holds files that are no files, by name; with `sections`, dotted names, only these are
+    read of files and layers. Raises one `ConfigError` with every mistake found. Modules named under
+    `imports` are imported, but with `trusted=False` only those of flags, and never those of a file
+    behind a URL or in a checkpoint, unless `trust` says so.
     """
     problems: list[Problem] = []
     notices: list[str] = []
     names = list(dotted_names(cls))
     known = names + alias_names(aliases, names)
     reader, resolver = Reader(problems, texts), Resolver(aliases, problems, notices)
+    modules = Modules(trust, problems)
     sources = [(reader.file(name, search), trusted) for name in files]
     sources += [(layer, trusted) for layer in layers]
     sources.append((parse_flags(flags, reader, known), True))
@@ -71,17 +74,36 @@ def load(
         for layer in nodes.explode(tree):
             if not isinstance(layer, nodes.Mapping):  # a file that could not be read
                 continue
-            resolved += resolver.resolve(layer)
+            found = resolver.resolve(layer)
+            is_flags = tree is sources[-1][0]
+            resolved += (
+                found if sections is None or is_flags else [_only(n, sections) for n in found]
+            )
             if "imports" in names:
-                _import_modules(layer, is_trusted, notices, problems)
+                modules.import_named(layer, is_trusted)
     is_partial = any(tree is nodes.BAD for tree, _ in sources)
-    converter = Converter(problems, notices, known, is_partial)
+    converter = Converter(problems, notices, known, is_partial, sections is None)
+    converter.hint = modules.hint(is_saved=not trusted)
     config = converter.convert(cls, resolved, "")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     assert config is not nodes.BAD, "a value that cannot be converted leaves a problem"
     origins = {path: converter.origin_of(path) for path, _ in leaves(encode(config))}
-    return Loaded(config, origins, notices)
+    return Loaded(config, origins, notices + ([] if sections else modules.notices()))
+
+
+def _only(node: nodes.Node, sections: Sequence[str]) -> nodes.Node:
+    """The node without what is outside of these sections."""
+    if not isinstance(node, nodes.Mapping):
+        return node
+    items = {}
+    for key, child in node.items.items():
+        below = [name.removeprefix(f"{key}.") for name in sections if name.startswith(f"{key}.")]
+        if key in sections:
+            items[key] = child
+        elif below:
+            items[key] = _only(child, below)
+    return replace(node, items=items)
 
 
 def check(config: Any) -> None:
@@ -130,24 +152,3 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, child in value.items():
         yield from leaves(child, join(path, key))
-
-
-def _import_modules(
-    layer: nodes.Mapping, trusted: bool, notices: list[str], problems: list[Problem]
-) -> None:
-    """Import what `imports` names, so that it can register its choices."""
-    given = layer.items.get("imports")
-    items = given.items if isinstance(given, nodes.Sequence) else [given]
-    for index, node in enumerate(items):
-        if not isinstance(node, nodes.Scalar) or node.is_null:
-            continue
-        if not trusted or "://" in node.origin:
-            notices.append(f"imports {node.text} ({node.origin}) is not imported: not trusted")
-            continue
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        try:
-            importlib.import_module(node.text)
-        except Exception as error:  # whatever the module raises is the reason to show
-            rule = f"cannot be imported: {type(error).__name__}: {error}"
-            problems.append(Problem(f"imports.{index}", rule, "", node.text, node.origin))

@@ -28,7 +28,8 @@ def main(
     """Make `fn(config: SomeConfig)` read its argument from the command line.
 
     `main(train)()` or `@main`. Reads `--config_path FILE` and `--a.b value` from `sys.argv`;
-    `--help` lists the settings, `--debug` shows tracebacks. A mistake of the user ends with
+    `--help` lists the settings, `--debug` shows tracebacks, `--trust` imports what a file from a
+    checkpoint or a URL names under `imports`. A mistake of the user ends with
     its message and exit code 2. Called with arguments, the function is as it was.
     """
     if fn is None:
@@ -45,9 +46,10 @@ def main(
             print(help_text(cls))
             raise SystemExit(0)
         try:
-            files, flags = _split([word for word in words if word != "--debug"])
+            trust = "--trust" in words
+            files, flags = _split([word for word in words if word not in ("--debug", "--trust")])
             folders = script_folders() if search is None else search
-            loaded = load(cls, files, flags, aliases=aliases, search=folders)
+            loaded = load(cls, files, flags, aliases=aliases, search=folders, trust=trust)
             for notice in loaded.notices:
                 print(notice, file=sys.stderr)
             return fn(loaded.config)
