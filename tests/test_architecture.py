@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"secrets"},
     {"errors", "units", "axes", "phases"},
-    {"config", "cluster", "pickles", "shapes"},
+    {"config", "cluster", "compiled", "pickles", "shapes"},
     {"meeting", "native"},
     {
         "nn",

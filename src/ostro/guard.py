@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from ostro.compiled import unusable_cache
 from ostro.errors import OstroError
 from ostro.meeting import LostRankError, Meeting, last_words
 from ostro.secrets import redact
@@ -26,6 +27,7 @@ def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
     Meanwhile nothing that Python writes to standard error shows a credential, be it a warning, a
     library's log or the traceback of a thread.
     """
+    unusable_cache()  # before anything imports all of torch
     with contextlib.redirect_stderr(_Redacting(sys.stderr)):
         return _guarded(command, debug)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.callback import callback_handler
 
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Checkpointer, State, checkpoint_bytes, require_budget
@@ -376,6 +375,8 @@ class Session:
 def compilation_marked(lock: threading.Lock) -> Iterator[None]:
     """Mark when torch compiles something, and go back to the phase before when it has; holding the
     lock, which a thread that leaves in the middle of it never gives back."""
+    from torch._dynamo.callback import callback_handler  # makes folders at import
+
     before = place().phase
 
     def begin(_: object) -> None:

@@ -15,6 +15,7 @@ from ostro.agreement import Fact, agreeing, facts_of_data, require_agreement
 from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
 from ostro.commands import Dialect, NativeDialect
+from ostro.compiled import unusable_cache
 from ostro.config import check, dump_yaml, public
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
@@ -77,6 +78,7 @@ def run(
     Raises an `OstroError` for what the user can mend and `Interrupted` when stopped by a
     signal, with a checkpoint of the last whole update in place.
     """
+    unusable_cache()  # before anything imports all of torch
     config = with_hf_model(config)
     check(config)
     dialect = dialect or NativeDialect()

@@ -13,14 +13,15 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ostro.compiled import compiled_file
 
 log = logging.getLogger("ostro")
 _FLAGS = "-O3 -march=native -std=c++20 -fopenmp -shared -fPIC -w"
@@ -81,41 +82,39 @@ def _library() -> ctypes.CDLL | str:
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU has no bfloat16 instructions"
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]
-    try:
-        library = ctypes.CDLL(str(_made(compiler)))
-    except FileNotFoundError:
+    if shutil.which(compiler[0]) is None:
         return f"there is no C++ compiler ({compiler[0]}): install one such as g++"
+    try:
+        with compiled_file(_name(compiler), partial(_compile, compiler)) as path:
+            return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         log.debug("%s", error.stderr)
         return f"{compiler[0]} could not compile them: {error.stderr.strip().splitlines()[-1:]}"
     except OSError as error:
         return str(error)
-    return library
 
 
-def _made(compiler: list[str]) -> Path:
-    """The compiled library, kept for this source, compiler, torch and machine."""
-    folder, lib = Path(__file__).parent, Path(torch.__file__).parent / "lib"
-    sources = sorted(folder.glob("*.cpp"))
+def _sources() -> list[Path]:
+    return sorted(Path(__file__).parent.glob("*.cpp"))
+
+
+def _name(compiler: list[str]) -> str:
+    """One for each source, compiler, torch and processor."""
     asked = [*compiler, "--version"]
     version = subprocess.run(asked, capture_output=True, check=True, text=True).stdout
     known = [f"{version}{torch.__version__}{_FLAGS}".encode(), _processor()]
-    known += [path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))]]
-    name = hashlib.sha256(b"\0".join(known)).hexdigest()[:24]
-    home = os.environ.get("OSTRO_CACHE_HOME", "~/.cache/ostro")
-    caches = Path(home).expanduser() / "compiled"
-    made = caches / f"kernels-{name}.so"
-    if made.exists():
-        return made
-    caches.mkdir(parents=True, exist_ok=True)
-    log.info("compiling kernels for this CPU into %s (once)", caches)
-    with tempfile.TemporaryDirectory(dir=caches) as scratch:
-        out = Path(scratch, "kernels.so")
-        command = [*compiler, *_FLAGS.split(), *map(str, sources), "-o", str(out)]
-        command += [f"-L{lib}", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
-        subprocess.run(command, capture_output=True, check=True, text=True)
-        out.replace(made)  # other processes see it whole or not at all
-    return made
+    headers = sorted(Path(__file__).parent.glob("*.h"))
+    known += [path.read_bytes() for path in [*_sources(), *headers]]
+    digest = hashlib.sha256(b"\0".join(known)).hexdigest()
+    return f"kernels-{digest[:24]}"
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    log.info("compiling kernels for this CPU (once)")
+    lib = Path(torch.__file__).parent / "lib"
+    command = [*compiler, *_FLAGS.split(), *map(str, _sources()), "-o", str(path)]
+    command += [f"-L{lib}", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+    subprocess.run(command, capture_output=True, check=True, text=True)
 
 
 def _processor() -> bytes:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from ostro import native
 from ostro.nn.collectives import Group, gather_sequence
@@ -148,6 +147,8 @@ class CausalAttention(nn.Module):
                 found.append(_attend_up_to_end(asked, keys, values, self.scale, self.upcast))
                 continue
             else:
+                from torch.nn.attention.bias import causal_lower_right  # makes folders at import
+
                 seen = causal_lower_right(size, end)  # CUDA's kernels know it; others make a mask
             found.append(causal_attention(asked, keys, values, mask=seen, **settings))
         return torch.cat(found, 2)

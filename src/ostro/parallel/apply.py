@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ostro.axes import DATA, MODEL, VOCAB, AxisMapping
+from ostro.compiled import code_folder
 from ostro.models.lm_model import LmModel
 from ostro.nn import Embedding, Linear, axes_of
 from ostro.nn.attention import CausalAttention
@@ -47,8 +48,8 @@ def shard(
 
 def compile_blocks(model: LmModel) -> None:
     """Compile each block by itself; the first one's code serves all, and later runs."""
-    home = os.path.expanduser(os.environ.get("OSTRO_CACHE_HOME", "~/.cache/ostro"))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{home}/compiled")
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(code_folder())
     for block in model.blocks:
         block.compile()
 

@@ -17,6 +17,7 @@ from ostro.checkpoint import (
     find_latest,
     which_checkpoint,
 )
+from ostro.compiled import unusable_cache
 from ostro.distributed import World
 from ostro.errors import CheckpointError, ConfigError, Problem
 from ostro.models.lm_model import LmConfig, LmModel, initialize
@@ -151,12 +152,18 @@ def _part(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile finds the C++ compiler it needs; says so where it does not."""
+    """Whether torch.compile finds what it needs, a C++ compiler and folders that it can write to;
+    says so where it does not."""
     names = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
-    if any(name and shutil.which(name) for name in names):
-        return True
-    log.warning("trainer.compile: no C++ compiler here, so nothing is compiled - install g++")
-    return False
+    if not any(name and shutil.which(name) for name in names):
+        log.warning("trainer.compile: no C++ compiler here, so nothing is compiled - install g++")
+        return False
+    if fault := unusable_cache():
+        log.warning(
+            f"trainer.compile: {fault}, so nothing is compiled - correct the variable, or unset it"
+        )
+        return False
+    return True
 
 
 def find_start(trainer: TrainerConfig, checkpointer: Checkpointer, world: World) -> Decision:
