@@ -16,7 +16,8 @@ from ostro.checkpoint import find_latest
 from ostro.cli.arguments import load_run
 from ostro.cli.main import run_command
 from ostro.config import check
-from ostro.data.tokenizer_config import BpeTokenizer
+from ostro.data.tokenizer import tokenizer_from_text
+from ostro.data.tokenizer_config import BpeTokenizer, PretrainedTokenizer
 from ostro.errors import CheckpointError, ConfigError
 from ostro.hf import (
     from_hf,
@@ -29,6 +30,8 @@ from ostro.hf import (
     write_hf,
 )
 from ostro.models import Gpt2Config, LlamaConfig
+from ostro.native import decoder
+from ostro.nn import ACTIVATIONS
 from ostro.nn.rotary import (
     DefaultRotaryConfig,
     LinearRotaryConfig,
@@ -482,3 +485,129 @@ def test_export_from_the_command_line(tmp_path):
     told = ostro("export", "--help")
     assert told.returncode == 0 and "--output DIR" in told.stdout
     assert "--trainer" not in told.stdout
+
+
+def write_tokenizer(folder):
+    """A tokenizer with a beginning, an end, padding, a chat template and a token of its own."""
+    from tokenizers import AddedToken, processors
+
+    inner = BpeTokenizer(vocab_size=280).learn([lambda: iter(["the cat sat on a mat"])]).inner
+    inner.add_special_tokens(["<s>", "</s>", "<pad>", "<|turn|>"])
+    inner.add_tokens([AddedToken("zebra", single_word=True, normalized=False)])
+    begin = ("<s>", inner.token_to_id("<s>"))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    folder.mkdir()
+    inner.save(str(folder / "tokenizer.json"))
+    files = {
+        "tokenizer_config": {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": {"__type": "AddedToken", "content": "<s>"},
+            "add_bos_token": True,
+            "pad_token": "<pad>",
+            "unk_token": None,
+            "chat_template": "{{ messages[0].content }}<|turn|>",
+        },
+        "special_tokens_map": {"eos_token": {"content": "</s>", "lstrip": False}},
+        "generation_config": {"eos_token_id": [inner.token_to_id("</s>"), 7], "top_p": 0.5},
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return PretrainedTokenizer(str(folder)).build()
+
+
+def test_names_and_ids_of_tokens_come_back(tmp_path):
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    source = write_tokenizer(tmp_path / "source")
+    saved = tokenizer_from_text(source.to_text(), source.eos_id, "a checkpoint")
+    assert saved.fingerprint == source.fingerprint
+    folder = tmp_path / "out"
+    write_hf(str(folder), GPT2, weights_of(model_of(GPT2)), saved.to_text(), saved.eos_id)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    names = (theirs.bos_token, theirs.eos_token, theirs.pad_token, theirs.unk_token)
+    assert names == ("<s>", "</s>", "<pad>", None)
+    assert theirs.chat_template == "{{ messages[0].content }}<|turn|>"
+    assert theirs.tokenize("zebra zebras") == ["zebra", *theirs.tokenize(" zebras")]
+    text = "the cat <|turn|> zebra"
+    assert theirs(text).input_ids == source.encode_prompt(text)
+    ids = [source.inner.token_to_id(name) for name in ("<s>", "</s>", "<pad>")]
+    config = AutoConfig.from_pretrained(folder)
+    assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == ids
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == [ids[1], 7] and generation.pad_token_id == ids[2]
+    again = PretrainedTokenizer(str(folder)).build()
+    assert (again.eos_id, again.fingerprint) == (source.eos_id, source.fingerprint)
+
+
+def test_without_files_of_its_own_the_template_names_the_beginning(tmp_path):
+    source = write_tokenizer(tmp_path / "source")
+    weights = weights_of(model_of(GPT2))
+    text = source.inner.to_str()
+    write_hf(str(tmp_path / "a"), GPT2, weights, text, source.eos_id)
+    config = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
+    plain = BpeTokenizer(vocab_size=280).learn([lambda: iter(["the cat"])])
+    write_hf(str(tmp_path / "b"), GPT2, weights, plain.to_text(), plain.eos_id)
+    config = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert config["bos_token"] == config["eos_token"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("config", [GPT2, MODELS["llama tied"]], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_tied_weights_under_either_name(config, prefixed):
+    weights = weights_of(model_of(config))
+    theirs = to_hf(config, weights)
+    name = next(name for name in theirs if name.endswith(("wte.weight", "embed_tokens.weight")))
+    if not prefixed:
+        theirs = {key.partition(".")[2]: value for key, value in theirs.items()}
+        name = name.partition(".")[2]
+    head_only = {key: value for key, value in theirs.items() if key != name}
+    head_only["lm_head.weight"] = theirs[name]
+    for each in (theirs, head_only, {**theirs, "lm_head.weight": theirs[name]}):
+        found = from_hf(config, each)
+        assert all(torch.equal(found[key], weights[key]) for key in weights)
+    untied = replace(LLAMA, tie_word_embeddings=False)
+    lost = {**to_hf(untied, weights_of(model_of(untied)))}
+    del lost["model.embed_tokens.weight"]
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is missing"):
+        from_hf(untied, lost)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("pattern", ["weights_{}.part", "a/b-{}.part", "model {}+x.bin"])
+def test_an_index_may_name_any_files(tmp_path, pickled, pattern):
+    weights = {name: t.contiguous() for name, t in to_hf(GPT2, weights_of(model_of(GPT2))).items()}
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(GPT2, VOCAB, None)))
+    where = {name: pattern.format(number % 3) for number, name in enumerate(weights)}
+    for file in set(where.values()):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        part = {name: weights[name] for name in weights if where[name] == file}
+        torch.save(part, tmp_path / file) if pickled else save_file(part, tmp_path / file)
+    name = "pytorch_model.bin.index.json" if pickled else "model.safetensors.index.json"
+    (tmp_path / name).write_text(json.dumps({"weight_map": where}))
+    _, found = read_hf(str(tmp_path))
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+    for outside in ("../x.safetensors", "/x", "a/../../x", ".hidden", ""):
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(CheckpointError, match="no weight_map"):
+            read_hf(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_transformers_by_name(name):
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-6, 6, 301)
+    torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), atol=2e-6, rtol=1e-5)
+    assert name in decoder.ACTIVATIONS
+    ours = replace(GPT2, activation_function=name)
+    config, _ = lm_config(hf_config(ours, VOCAB, None))
+    assert config.activation_function == name
+
+
+def test_two_names_of_one_activation_are_no_difference(tmp_path):
+    ours = replace(GPT2, activation_function="gelu_pytorch_tanh")
+    folder = str(written(tmp_path / "gpt2", ours))
+    read_weights(folder, GPT2, VOCAB)
+    with pytest.raises(CheckpointError, match="activation_function = gelu, there it is gelu_py"):
+        read_weights(folder, replace(GPT2, activation_function="gelu"), VOCAB)

@@ -14,39 +14,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from torch import Tensor
 
 from ostro.checkpoint.single_file import read_file
 from ostro.checkpoint.storage import flush_folder
 from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
+from ostro.data.tokenizer import LibraryTokenizer, tokenizer_from_text
 from ostro.errors import CheckpointError
 from ostro.hf.layout import differences, from_hf, refuse, to_hf
 from ostro.hf.settings import hf_config, lm_config, setting_differences
+from ostro.hf.tokenizer_files import generation_ids, token_ids, tokenizer_files
 from ostro.models import LmConfig
 from ostro.secrets import local_path
-from ostro.shapes import FILE_NAME, has_shape, read_object
+from ostro.shapes import has_shape, read_object
 
 _log = logging.getLogger("ostro.hf")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLED = "pytorch_model.bin"
+_PICKLED, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_SHARD = re.compile(r"\w[\w .+=@-]*(/\w[\w .+=@-]*)*")
+"""How an index may name files: within its folder."""
 
 
 def read_hf(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights of a local folder, or of `organisation/name[@revision]` on the hub.
 
     Nothing but `config.json` and safetensors is fetched. A local folder that has only
-    `pytorch_model.bin` is read by torch's loader of plain weights.
+    `pytorch_model.bin`, or its shards, is read by torch's loader of plain weights.
     """
-    patterns = ["config.json", _WEIGHTS, _INDEX, "model-*.safetensors"]
-    folder = _folder(name, patterns)
+    folder = _folder(name, ["config.json", _WEIGHTS, _INDEX])
     config = _json(folder / "config.json")
     if (path := folder / _WEIGHTS).exists():
-        return config, read_tensors(str(path), str(path))
+        return config, _read_weights(path)
     if (path := folder / _INDEX).exists():
+        _folder(name, sorted(set(_weight_map(path).values())))
         return config, _read_shards(path)
     if (path := folder / _PICKLED).exists():
         return config, _read_pickled(path)
+    if (path := folder / _PICKLED_INDEX).exists():
+        return config, _read_shards(path)
     raise CheckpointError(f"{name} - has neither {_WEIGHTS} nor {_INDEX} - give another model")
 
 
@@ -75,15 +80,25 @@ def _json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} - cannot be read: {error.strerror}") from error
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _weight_map(index: Path) -> dict[str, str]:
     where = _json(index).get("weight_map")
-    if not has_shape(where, {re.compile(".*"): FILE_NAME}):
+    if not has_shape(where, {re.compile(".*"): _SHARD}):
         raise CheckpointError(f"{index} - is damaged: it has no weight_map of names to files")
+    return where
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    where = _weight_map(index)
+    read = _read_weights if index.name == _INDEX else _read_pickled
     found: dict[str, Tensor] = {}
     for file in sorted(set(where.values())):
-        found |= read_tensors(str(index.parent / file), str(index.parent / file))
+        found |= read(index.parent / file)
     refuse(differences(found, where), f"the files do not hold what {index} says")
     return found
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    return read_tensors(str(path), str(path))
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
@@ -148,17 +163,12 @@ def write_hf(
     weights = to_hf(config, tensors)
     texts = {"config.json": hf_config(config, len(tensors["token_embedding.weight"]), eos_id)}
     if tokenizer is not None and is_library_tokenizer(tokenizer):
-        inner = tokenizers.Tokenizer.from_str(tokenizer)
-        eos = None if eos_id is None else inner.id_to_token(eos_id)
-        texts |= {
-            "tokenizer.json": json.loads(tokenizer),
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": config.seq_len,
-                "bos_token": eos,
-                "eos_token": eos,
-            },
-        }
+        built = tokenizer_from_text(tokenizer, eos_id, "the tokenizer")
+        assert isinstance(built, LibraryTokenizer), "others have no model"
+        texts |= tokenizer_files(built, config.seq_len)
+        ids = token_ids(built, texts["tokenizer_config.json"])
+        texts["config.json"] |= ids
+        texts["generation_config.json"] = generation_ids(built, ids)
     work = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
         work.mkdir(parents=True)

@@ -131,6 +131,8 @@ def from_hf(config: LmConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     }
     names = {name for parameter in parameters for name in parameter.theirs}
     wrong = []
+    if "lm_head.weight" not in names and embedding not in found and "lm_head.weight" in found:
+        found[embedding] = found.pop("lm_head.weight")  # tied, and saved under that name alone
     # A tied head is saved a second time by some, as the biases are that transformers always has.
     is_again = "lm_head.weight" in found.keys() - names and embedding in found
     if is_again and not torch.equal(found.pop("lm_head.weight"), found[embedding]):

@@ -8,6 +8,7 @@ from typing import Any
 from ostro.config import check
 from ostro.errors import CheckpointError, ConfigError
 from ostro.models import Gpt2Config, LlamaConfig, LmConfig
+from ostro.nn import ACTIVATIONS
 from ostro.nn.rotary import RotaryConfig
 
 # Our fields -> theirs, with the value that transformers takes where config.json names none.
@@ -108,6 +109,9 @@ def setting_differences(ours: LmConfig, theirs: LmConfig) -> list[str]:
     if type(ours) is not type(theirs):
         return [f"it is a {type(theirs).__name__}, model.type gives a {type(ours).__name__}"]
     names = [item.name for item in fields(ours) if item.name not in _FREE]
+    activations = {ACTIVATIONS[each.activation_function] for each in (ours, theirs)}
+    if len(activations) == 1:  # several names for one function
+        names.remove("activation_function")
     return [
         f"model.{name} = {getattr(ours, name)}, there it is {getattr(theirs, name)}"
         for name in names

@@ -54,7 +54,8 @@ class Gpt2Config(LmConfig):
     layer_norm_epsilon: float = 1e-5
     """Added to the variance in LayerNorm."""
     activation_function: str = "gelu_new"
-    """relu, silu, swish, gelu, gelu_new (tanh approximation), quick_gelu or tanh."""
+    """relu, silu, swish, gelu, gelu_new (tanh approximation), quick_gelu or tanh; also the other
+    names that transformers has for these: gelu_python, gelu_pytorch_tanh, gelu_fast ..."""
     scale_attn_by_inverse_layer_idx: bool = False
     """Also divide attention logits by the layer's index + 1."""
     upcast_attn: bool = False

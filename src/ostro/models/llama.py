@@ -49,7 +49,8 @@ class LlamaConfig(LmConfig):
     head_dim: int | None = None
     """Width of a head. Null: `hidden_dim` / `num_heads`."""
     activation_function: str = "silu"
-    """relu, silu, swish, gelu, gelu_new (tanh approximation), quick_gelu or tanh."""
+    """relu, silu, swish, gelu, gelu_new (tanh approximation), quick_gelu or tanh; also the other
+    names that transformers has for these: gelu_python, gelu_pytorch_tanh, gelu_fast ..."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; projections back into the residual stream get
     this divided by sqrt(2 `num_layers`)."""

@@ -15,8 +15,15 @@ _SIZES = [
     "is_bf16", "num_layers", "embed", "kv_heads", "group", "head_size", "mlp", "vocab",
     "capacity", "rms", "activation",
 ]  # fmt: skip
-ACTIVATIONS = {"relu": 0, "silu": 1, "swish": 1, "gelu": 2, "gelu_new": 3, "quick_gelu": 4,
-               "tanh": 5}  # fmt: skip
+_BY_NUMBER = [
+    ("relu",),
+    ("silu", "swish"),
+    ("gelu", "gelu_python"),
+    ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+    ("quick_gelu",),
+    ("tanh",),
+]
+ACTIVATIONS = {name: number for number, names in enumerate(_BY_NUMBER) for name in names}
 
 
 class _Layer(ctypes.Structure):

@@ -24,8 +24,14 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
+    "gelu_python": F.gelu,
     "gelu_new": gelu_new,
+    "gelu_pytorch_tanh": gelu_new,
+    "gelu_python_tanh": gelu_new,
+    "gelu_fast": gelu_new,
+    "gelu_accurate": gelu_new,
     "quick_gelu": quick_gelu,
     "tanh": torch.tanh,
 }
-"""`gelu` is exact, `gelu_new` its tanh approximation (GPT-2); `swish` is another name of `silu`."""
+"""`gelu` is exact, `gelu_new` its tanh approximation (GPT-2). Several names stand for one function,
+as in transformers, so that the name in a `config.json` is kept."""
