@@ -48,6 +48,26 @@ def test_a_run_id_of_the_environment_that_names_no_folder(tmp_path, monkeypatch,
     assert said in capsys.readouterr().err
 
 
+RUINED = {"optimizer": {"learning_rate": 1e30, "warmup": 0, "lr_schedule": "constant"}}
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_last_update_that_ruins_the_weights_is_not_saved(tmp_path, capsys, evaluates):
+    """Its own loss and gradient are finite; only the next forward pass shows it."""
+    trainer = {"num_train_steps": 3, "steps_per_eval": 3 if evaluates else None}
+    train(write_config(tmp_path, trainer=trainer))
+    path = write_config(tmp_path, trainer=trainer | {"num_train_steps": 4}, **RUINED)
+    capsys.readouterr()
+    assert run_command(["train", "--config_path", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "error: step 3: the weights that this update made give a loss that is not" in said
+    assert "these weights are not saved, older checkpoints stay" in said
+    assert math.isfinite(read_metrics(tmp_path)[3]), "of the weights before"
+    assert [p.name for p in (tmp_path / "checkpoints" / "tiny").glob("step-*")] == ["step-2"]
+    train(path, "--trainer.crash_on_nan", "false")
+    assert (tmp_path / "checkpoints" / "tiny" / "step-3").exists(), "where that was asked for"
+
+
 def test_a_run_leaves_metrics_log_config_and_checkpoint(tmp_path, capsys):
     train(write_config(tmp_path))
     losses = read_metrics(tmp_path)

@@ -102,6 +102,7 @@ class Session:
         self._stager, self._snapshot = Stager(), None
         self._eval_metrics: dict[str, float] = {}
         self._improved: bool | None = None
+        self._ruined: int | None = None  # the step whose update left weights of no use
         saving = config.trainer.checkpointer
         # DeepSpeed's folders have no size before they are written.
         if saving.keep_bytes is not None and config.trainer.deepspeed is None:
@@ -249,7 +250,7 @@ class Session:
         # It may find that the weights stopped changing earlier, or a spike.
         with contextlib.suppress(TrainingDivergedError), self._rolling_back():
             self.trainer.flush()
-        if self.state.step > self._first_step:
+        if self.state.step > self._first_step and self._ruined != self.state.step - 1:
             self.save(self.state.step - 1, interrupted=True)
         num_steps = self.config.trainer.num_train_steps
         log.info("stopped after %d of %d steps", self.state.step, num_steps)
@@ -328,6 +329,7 @@ class Session:
         if due is None:
             return
         self.trainer.flush()  # all ranks together: it may find a spike
+        self._require_usable(step)
         if self.state.recovery.suspects and due.kind == "temporary":
             # It would replace a good one, to which the run may have to go back.
             log.warning("step %d: not saved, its loss may be the beginning of a spike", step)
@@ -342,6 +344,16 @@ class Session:
         finally:
             if self.world.is_first:
                 shutil.rmtree(shards, ignore_errors=True)
+
+    def _require_usable(self, step: int) -> None:
+        """Raise `TrainingDivergedError` before weights are saved that nothing can come of."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # which leaves while the main one is in the model
+        try:
+            self.trainer.require_usable(step)
+        except TrainingDivergedError:
+            self._ruined = step
+            raise
 
     def _report_save(self, *, wait: bool, must: bool = False) -> None:
         """Say what became of a save if that is known, or once it is."""

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,6 +11,7 @@ import torch
 from ostro.callbacks import Callback, StepInfo
 from ostro.data.sequences import Batch
 from ostro.errors import OstroError
+from ostro.models.lm_model import inference
 from ostro.optim import Schedule
 from ostro.phases import mark
 from ostro.recover import Spike, StepRange
@@ -24,8 +26,10 @@ log = logging.getLogger("ostro")
 class TrainingDivergedError(OstroError):
     """The loss or the gradient was not finite, or spiked, and the run was told to act on that."""
 
-    def __init__(self, spike: Spike, windows: Sequence[StepRange] = ()):
-        """`windows`: what roll-backs left out before, if no more of them are allowed."""
+    def __init__(self, spike: Spike, windows: Sequence[StepRange] = (), *, is_made: bool = False):
+        """`windows`: what roll-backs left out before, if no more of them are allowed. `is_made`:
+        the update itself was finite, and what it has made of the weights is not usable.
+        """
         self.spike = spike
         advice = "lower optimizer.learning_rate, lengthen optimizer.warmup"
         if windows:
@@ -34,6 +38,9 @@ class TrainingDivergedError(OstroError):
                 f"training diverged again after {len(windows)} roll-backs that left out {left_out}"
             )
             advice += ", or raise trainer.recover.max_rollbacks"
+        elif is_made:
+            what = "training diverged; these weights are not saved, older checkpoints stay"
+            advice += ", or set trainer.recover: {}"
         else:
             what = "training diverged; the weights are those before this update"
             advice += ", set optimizer.skip_bad_steps: true or trainer.recover: {}, or go on"
@@ -75,6 +82,7 @@ class Trainer:
         self.poll = poll
         self.before_update = before_update
         self._pending: list[tuple[int, dict[str, torch.Tensor] | None]] = []
+        self._last_micro: Batch | None = None
         self._restart_clock()
 
     def train_step(self, step: int, batch: Batch) -> dict[str, torch.Tensor]:
@@ -97,6 +105,7 @@ class Trainer:
             self.state.seed_dropout(step, number, engine.world.context_rank)
             micro = batch.rows(start, start + micro_size).to(device)
             loss += engine.backward(micro, num_targets, is_last=index == len(starts) - 1)
+            self._last_micro = micro
         mark("update")
         self.before_update()
         return engine.update(loss, self.schedule(step), self.max_grad_norm)
@@ -165,6 +174,22 @@ class Trainer:
             if self.config.recover is None:
                 self.state.step = spike.step  # later updates were masked too
             raise TrainingDivergedError(spike)
+
+    def require_usable(self, step: int) -> None:
+        """Raise `TrainingDivergedError` where the update that was made last has ruined the weights.
+
+        Its own loss and gradient were finite: that shows in the next forward pass only, and there
+        is none after the last update. All ranks call it, each with a micro-batch it has seen.
+        """
+        micro = self._last_micro
+        if micro is None or not self.config.crash_on_nan:
+            return
+        with inference(self.state.model), torch.compiler.set_stance("force_eager"):
+            loss = self.state.model(micro.tokens, micro.targets, segments=micro.segments)
+        is_bad = torch.tensor(not math.isfinite(loss.item()), dtype=torch.int32)
+        if int(self.engine.world.sum_all(is_bad)):
+            reason = "the weights that this update made give a loss that is not finite"
+            raise TrainingDivergedError(Spike(step, reason), is_made=True)
 
     def _read(self, figures: dict[int, dict[str, torch.Tensor]]) -> dict[int, dict[str, float]]:
         """Figures by step as numbers: the first rank's on all, which have to decide alike."""
