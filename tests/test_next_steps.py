@@ -170,6 +170,13 @@ def test_passes_over_the_data_decide(tmp_path, dialect):
     assert place.last_step == 2 * last + 1, out
 
 
+def test_the_documents_of_a_batch_that_diverged(tmp_path):
+    place = Place(tmp_path, "native", "--optimizer.learning_rate", "1e30")
+    out = place.type(place.first, code=2)
+    (command,) = re.findall(r"See the documents of that batch with: (.*)$", out, re.M)
+    assert "examples of 16 tokens" in place.type(command)
+
+
 def test_torchrun_is_part_of_the_advice(tmp_path):
     place = Place(tmp_path, "nanogpt")
     words = [*torchrun_words(2, *place.first[1:])]

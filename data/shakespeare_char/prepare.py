@@ -50,9 +50,7 @@ def main() -> None:
     report(
         args.out_dir,
         counts,
-        "python train.py dataset={dataset} n_layer=6 n_head=6 n_embd=384 block_size=256 "
-        "batch_size=64 gradient_accumulation_steps=1 dropout=0.2 learning_rate=1e-3 min_lr=1e-4 "
-        "max_iters=5000 lr_decay_iters=5000 warmup_iters=100 beta2=0.99 eval_interval=250",
+        "python train.py config/train_shakespeare_char.py dataset={dataset}",
     )
 
 

@@ -213,6 +213,11 @@ class NativeDialect(Dialect):
         words = ("--checkpoint", run.checkpoints, "--prompt", prompt)
         return CommandLine((*self._ostro, "sample"), words)
 
+    def why(self, run: RunFacts, step: int) -> CommandLine:
+        """`ostro why`: the documents of a batch, and the loss of each."""
+        words = ("--step", str(step), "--config_path", run.config_path)
+        return CommandLine((*self._ostro, "why"), words)
+
 
 class Names:
     """Native names of settings, and those of another command line for them."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ostro.commands import Dialect, RunFacts
+from ostro.commands import Dialect, NativeDialect, RunFacts
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
 from ostro.lm_config import TrainLmConfig, trackers
@@ -48,6 +48,12 @@ class NextSteps:
             return f"Resume with: {self.dialect.resume(self.facts)}"
         again = self.dialect.again(self.facts)
         return f"nothing was saved since it started. Start again with: {again}"
+
+    def report_batch(self, step: int) -> None:
+        """Log how to see the documents of a batch, where its data is made of documents."""
+        if self.config.data.sampling != "windows":
+            command = NativeDialect().why(self.facts, step)
+            log.info("See the documents of that batch with: %s", command)
 
     def report(self, metrics: Mapping[str, float], has_checkpoint: bool) -> None:
         """Log where everything lies and what to type next."""

@@ -96,6 +96,11 @@ class Throughput:
             "throughput/total_gflops": 3 * self.flops_per_token * total_tokens / 1e9,
         }
 
+    def least_seconds(self, num_examples: int) -> float:
+        """The time that training on so many examples takes at the peak of all devices."""
+        flops = 3 * self.flops_per_token * self.seq_len * num_examples
+        return flops / (self.peak.flops * self.num_devices)
+
     def summary(self) -> dict[str, float | str]:
         """Facts that do not change during a run."""
         return {

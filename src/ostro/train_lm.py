@@ -6,6 +6,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -55,10 +56,11 @@ from ostro.trainer import (
     lay_out,
     restore,
 )
-from ostro.units import format_bytes, format_count
+from ostro.units import format_bytes, format_count, format_duration
 
 log = logging.getLogger("ostro")
 
+_LONG = 1800  # seconds, of a run on a CPU
 _CONFIG = "config.yaml"  # the resolved configuration; running it again resumes the run
 
 
@@ -128,6 +130,8 @@ def _fit(session: Session, ending: NextSteps, on_ready: Callable[[Session], None
     except (Interrupted, TrainingDivergedError) as stop:
         go_on = session.signals.go_on()
         log.info("%s", go_on)
+        if isinstance(stop, TrainingDivergedError):
+            ending.report_batch(stop.spike.step)
         if isinstance(stop, Interrupted):
             stop.go_on = go_on
         raise
@@ -386,3 +390,13 @@ def _announce(
     for warning in config.optimizer.schedule(config.trainer.num_train_steps).warnings:
         log.warning("%s", warning)
     log.info("%s peak: %.0f GFLOP/s (%s)", peak.kind, peak.flops / 1e9, peak.source)
+    num_steps = config.trainer.num_train_steps
+    left = plan.schedule.offset(num_steps) - plan.schedule.offset(state.step)
+    seconds = throughput.least_seconds(left)
+    if peak.kind == "cpu" and seconds > _LONG and not config.trainer.eval_only:
+        least = format_duration(timedelta(minutes=round(seconds / 60)))
+        log.warning(
+            f"on this CPU the run takes more than {least}: that is its arithmetic at the peak;"
+            " lower trainer.num_train_steps, model.num_layers, model.hidden_dim or model.seq_len,"
+            " or train on a GPU"
+        )

@@ -178,6 +178,10 @@ def test_sample_takes_several_prompts(tmp_path, capsys):
     assert run_command(words) == 0
     assert capsys.readouterr().out == first
     assert "temperature" in fails(capsys, *words[:-1], "-1")
+    words[-2:] = ["--sampling.temperature=0", "--num_samples", "2"]
+    assert run_command(words) == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(first.splitlines() * 2)
+    assert "num_samples = 0" in fails(capsys, *words[:-1], "0")
 
 
 @pytest.mark.cli

@@ -481,7 +481,8 @@ def test_a_folder_called_scratch_means_nothing(tmp_path, monkeypatch):
 
 def test_sample_script(trained):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), "num_samples=2", "max_new_tokens=5", "start=fox"],
+        [sys.executable, str(ROOT / "sample.py"), "num_samples=2", "--sampling.max_new_tokens=5",
+         "start=fox"],
         cwd=trained, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -49,6 +49,19 @@ def test_stable_phase_table():
     ]
 
 
+def test_wsd_is_a_linear_decay_of_a_fifth():
+    linear = schedule(1000, "linear", learning_rate=1e-3, warmup=100, decay=0.2)
+    found = schedule(1000, "wsd", learning_rate=1e-3, warmup=100)
+    assert [found(step) for step in range(1000)] == [linear(step) for step in range(1000)]
+    assert found.phases == linear.phases and found.warnings == ()
+    given = schedule(1000, "wsd", learning_rate=1e-3, warmup=100, decay=50)
+    assert given.phases[-1].start == 950
+    cycles = schedule(1000, "wsd", learning_rate=1e-3, warmup=100, cycles=2)
+    assert [(p.kind, p.num_steps) for p in cycles.phases if p.kind == "decay"] == [
+        ("decay", 100)
+    ] * 2
+
+
 def test_rewarmup_table():
     found = schedule(
         1000,

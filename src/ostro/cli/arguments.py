@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -42,8 +43,12 @@ class Parser(argparse.ArgumentParser):
         self.description = description
         self.settings = settings
         self._least: dict[str, int] = {}
+        self._words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
+        file = next((word for word in self._words if word.endswith((".yaml", ".yml"))), None)
+        if file and "required: --config_path" in message:
+            message = f"a file needs its flag - write --config_path {shlex.quote(file)}"
         raise ConfigError(f"{self.prog} - {message} - `{self.prog} --help` lists the options")
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -55,6 +60,7 @@ class Parser(argparse.ArgumentParser):
                 print("\nsettings, as flags or in a file:\n")
                 print(help_text(self.settings))
             sys.exit(0)
+        self._words = argv
         options, flags = self.parse_known_args(argv)
         wrong = [
             Problem(f"--{name}", f"must be at least {least}", value=str(value))
@@ -104,6 +110,13 @@ class Parser(argparse.ArgumentParser):
         """`--name N`, a whole number that is not below `least`."""
         self.add_argument(f"--{name}", type=int, default=default, metavar=metavar, help=about)
         self._least[name] = least
+
+
+def sampling_flags(flags: Sequence[str]) -> list[str]:
+    """Settings of sampling as flags of their own: `--sampling.top_k 5`, as in a run's
+    configuration, is `--top_k 5`."""
+    prefix = "--sampling."
+    return [f"--{f.removeprefix(prefix)}" if f.startswith(prefix) else f for f in flags]
 
 
 def load_run(

@@ -11,6 +11,7 @@ import torch
 from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import explained, speaking, start_run
 from ostro.cli.nanogpt import split_native
+from ostro.cli.recognise import recognising
 from ostro.cluster import find_place
 from ostro.commands import STARTED_AS
 from ostro.config import Loaded, help_text, load, script_folders
@@ -39,7 +40,8 @@ def train(argv: list[str], signals: Signals, environ: Mapping[str, str] = os.env
         return
     is_dry = "--dry_run" in argv
     words = [word for word in argv if word != "--dry_run"]
-    loaded, made, (num_local, num_nodes) = load_gpt3(words, environ)
+    with recognising(words, "gpt3 model", "gpt3 training"):
+        loaded, made, (num_local, num_nodes) = load_gpt3(words, environ)
     dialect = Gpt3Dialect(words, made)
     total = num_local * num_nodes
     if total > find_place(environ).num_ranks and not is_dry:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ostro.checkpoint import Saved, SavedFile
-from ostro.cli.arguments import Parser
+from ostro.cli.arguments import Parser, sampling_flags
 from ostro.cli.benchmark import add_benchmark_options, score
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.config import load
@@ -40,7 +40,7 @@ def infer(argv: list[str], signals: Signals) -> None:
         rule = f"leaves no room after the prompt's {used} tokens"
         raise ConfigError(Problem("--max_length", rule, "give more", str(options.max_length)))
     room = ["--max_new_tokens", str(options.max_length - used)]
-    sampling = load(SamplingConfig, [], [*flags, *room]).config
+    sampling = load(SamplingConfig, [], [*sampling_flags(flags), *room]).config
     model = load_model(saved, saved_config(saved, options), tokenizer, device)
     print(complete_all(model, tokenizer, [options.prompt], sampling)[0])
 

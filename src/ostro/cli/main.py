@@ -10,6 +10,7 @@ from ostro.cli.export import export
 from ostro.cli.launch import launch
 from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, train
 from ostro.cli.plot import plot
+from ostro.cli.recognise import recognising
 from ostro.cli.why import why
 from ostro.errors import ConfigError, did_you_mean
 from ostro.guard import guarded, leave_after
@@ -76,7 +77,10 @@ def _dispatch(name: str, argv: list[str], signals: Signals) -> None:
     if command is None:
         advice = did_you_mean(name, COMMANDS) or "`ostro --help` lists them"
         raise ConfigError(f"ostro {name} - no such command - {advice}")
-    command(argv, signals)
+    if (name, argv[:1]) == ("config", ["translate"]):  # it takes the files of others
+        return command(argv, signals)
+    with recognising(argv, "native"):
+        command(argv, signals)
 
 
 if __name__ == "__main__":

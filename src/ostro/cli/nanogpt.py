@@ -13,8 +13,9 @@ from ostro.checkpoint import read_file
 from ostro.checkpoint.single_file import INTERRUPTED, NANOGPT
 from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import speaking, start_run
+from ostro.cli.recognise import recognising
 from ostro.cluster import find_place
-from ostro.commands import grouped
+from ostro.commands import CommandLine, grouped, typed_program
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.config.nodes import Mapping as Layer
 from ostro.config.nodes import from_plain
@@ -44,7 +45,10 @@ def train(argv: list[str], signals: Signals) -> None:
         return
     is_dry = "--dry_run" in argv
     words = [word for word in argv if word != "--dry_run"]
-    loaded, made = load_nanogpt(words)
+    with recognising(words, "nanogpt"):
+        loaded, made = load_nanogpt(words)
+    if not is_dry:
+        require_data(made)
     num_ranks = find_place(os.environ).num_ranks
     notices = [*made.notices, *loaded.notices]
     start_run(
@@ -63,7 +67,7 @@ def load_nanogpt(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translatio
     search = script_folders()
     defaults = [nanogpt.DEFAULT_FILE] if _exists(nanogpt.DEFAULT_FILE, search) else []
     yaml_files = [name for name in files if not name.endswith(".py")]
-    layers = [read_python(name) for name in files if name.endswith(".py")]
+    layers = [read_python(name, search) for name in files if name.endswith(".py")]
     loaded = load(
         nanogpt.NanoGptConfig, [*defaults, *yaml_files], flags, layers=layers, search=search
     )
@@ -107,8 +111,40 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     return files, flags, native
 
 
-def read_python(path: str) -> Layer:
-    """A nanoGPT config file, as data: assignments of literals and arithmetic; never executed."""
+def require_data(made: Translation) -> None:
+    """Refuse a `dataset` whose token files are not there, and say what makes them."""
+    config = made.loaded.config
+    folder, search = Path("data") / config.dataset, script_folders()
+    if (folder / "train.bin").exists():
+        return
+    scripts = [place / folder / "prepare.py" for place in [Path(), *search]]
+    script = next((path for path in scripts if path.exists()), None)
+    if script is None:
+        names = {path.parent.name for place in [Path(), *search]
+                 for pattern in ("*/prepare.py", "*/train.bin")
+                 for path in (place / "data").glob(pattern)}  # fmt: skip
+        known = f"there is data for {', '.join(sorted(names))}" if names else ""
+        advice = did_you_mean(config.dataset, names) or known
+    else:
+        where = () if script.parent == folder else ("--out_dir", str(folder))
+        command = CommandLine((typed_program(["python", "train.py"])[0], str(script)), where)
+        advice = f"make it with: {command}"
+    rule, origin = f"there is no {folder}/train.bin", made.loaded.origins["dataset"]
+    raise ConfigError(Problem("dataset", rule, advice, config.dataset, origin))
+
+
+def read_python(path: str, search: Sequence[Path] = ()) -> Layer:
+    """A nanoGPT config file, as data: assignments of literals and arithmetic; never executed.
+
+    It is looked up here and then in `search`.
+    """
+    places = [folder / path for folder in [Path(), *search]]
+    path = str(next((place for place in places if place.exists()), path))
+    if not Path(path).exists():
+        names = [str(file) for place in places for file in place.parent.glob("*.py")]
+        names = [os.path.relpath(name) for name in names]
+        looked = f"no such file; looked for {', '.join(map(str, dict.fromkeys(places)))}"
+        raise ConfigError(Problem(path, looked, did_you_mean(path, names)))
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
     except (OSError, SyntaxError, ValueError) as error:

@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 
+from ostro.cli.arguments import sampling_flags
 from ostro.cli.nanogpt import read_python, split
 from ostro.cli.native import open_checkpoint, saved_config
-from ostro.config import help_text, load
+from ostro.cli.recognise import recognising
+from ostro.config import help_text, load, script_folders
 from ostro.data.tokenizer import Tokenizer
 from ostro.data.tokenizer_config import Gpt2Tokenizer
 from ostro.dialects.nanogpt import GPT2_SIZES
@@ -66,10 +68,8 @@ def sample(argv: list[str], signals: Signals) -> None:
         print(_USAGE)
         print(help_text(NanoGptSampleConfig))
         return
-    files, flags, _ = split(argv)
-    layers = [read_python(name) for name in files if name.endswith(".py")]
-    names = [name for name in files if not name.endswith(".py")]
-    config = load(NanoGptSampleConfig, names, flags, layers=layers).config
+    with recognising(argv, "nanogpt"):
+        config = _load(argv)
     sampling = SamplingConfig(config.max_new_tokens, config.temperature, config.top_k)
     model, tokenizer = _model(config, pick_device(config.device))
     if config.compile:
@@ -78,6 +78,16 @@ def sample(argv: list[str], signals: Signals) -> None:
     for text in complete_all(model, tokenizer, prompts, replace(sampling, seed=config.seed)):
         print(text)
         print("---------------")
+
+
+def _load(argv: list[str]) -> NanoGptSampleConfig:
+    """The settings; of native ones those that a run's configuration has for sampling."""
+    files, flags, native = split(argv)
+    search = script_folders()
+    layers = [read_python(name, search) for name in files if name.endswith(".py")]
+    names = [name for name in files if not name.endswith(".py")]
+    flags += sampling_flags(native)
+    return load(NanoGptSampleConfig, names, flags, layers=layers, search=search).config
 
 
 def _start(config: NanoGptSampleConfig) -> str:

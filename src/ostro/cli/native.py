@@ -11,7 +11,7 @@ from typing import Any
 
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, SavedFile, find_latest, read_settings
-from ostro.cli.arguments import Parser, explained, load_run, start_run
+from ostro.cli.arguments import Parser, explained, load_run, sampling_flags, start_run
 from ostro.cli.plot import pyplot_for, save_figure
 from ostro.cli.translate import translate
 from ostro.cluster import find_place
@@ -195,14 +195,16 @@ def sample(argv: list[str], signals: Signals) -> None:
     parser = Parser("sample", "Let a checkpoint go on with one or more texts.", SamplingConfig)
     parser.add_checkpoint()
     parser.add_argument("--prompt", action="append", help="text to go on with; may be repeated")
+    parser.add_count("num_samples", "texts to write for each prompt; default 1", default=1)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     options, flags = parser.parse(argv)
-    sampling = load(SamplingConfig, [], flags).config
+    sampling = load(SamplingConfig, [], sampling_flags(flags)).config
+    prompts = [prompt for prompt in options.prompt or [""] for _ in range(options.num_samples)]
     device = pick_device(options.device)
     saved = open_checkpoint(options.checkpoint)
     tokenizer = load_tokenizer(saved)
     model = load_model(saved, saved_config(saved, options), tokenizer, device)
-    for text in complete_all(model, tokenizer, options.prompt or [""], sampling):
+    for text in complete_all(model, tokenizer, prompts, sampling):
         print(text)
 
 

@@ -208,8 +208,8 @@ class CacheDir:
         ledger = read_json(folder / LEDGER, shape)
         if ledger is None and must_exist:
             raise DataError(
-                f"{folder} - holds no finished cache - make it with: ostro cache --config_path"
-                " FILE, or correct data.cache_dir"
+                f"{folder} - holds no finished cache - make it with `ostro cache` and the"
+                " same configuration, or correct data.cache_dir"
             )
         try:
             files = list_files()

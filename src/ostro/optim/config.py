@@ -48,7 +48,8 @@ class OptimizerConfig(Choice, ABC):
     `1.0` the whole cycle."""
     decay: int | float | None = None
     """Length of each cycle's decay: steps, or a fraction of the cycle; null = all that the
-    warm-up leaves. What neither takes is spent at the peak, between them."""
+    warm-up leaves (with `lr_schedule: wsd` 0.2). What neither takes is spent at the peak, between
+    them."""
     rewarmup: int | float = 0.0
     """Climb from the previous cycle's end back to the peak, in all cycles but the first; 0 jumps
     to the peak."""
@@ -58,8 +59,9 @@ class OptimizerConfig(Choice, ABC):
     """Length of the cycles: steps, a fraction of the run, or a list of lengths in steps. The last
     cycle takes what is left. Not together with `cycles`."""
     lr_schedule: LrScheduleConfig = field(default_factory=CosineSchedule)
-    """Shape of the decay: constant, linear, cosine, inv_sqrt or inv, or a mapping such as
-    `{type: inv_sqrt, timescale: 2000}`."""
+    """Shape of the decay: constant, linear, cosine, inv_sqrt, inv or wsd, or a mapping such as
+    `{type: inv_sqrt, timescale: 2000}`. wsd is linear, and takes the last fifth of the cycle where
+    `decay` is null."""
     warmup_offset: Literal[0, 1] = 0
     """0: the first update has learning rate 0. 1: it has peak / (warmup + 1), as in nanoGPT."""
     schedule_steps: int | None = None
@@ -167,7 +169,7 @@ class OptimizerConfig(Choice, ABC):
             minimum=self.learning_rate * self.min_lr_ratio,
             shape=self.lr_schedule,
             warmup=self.warmup,
-            decay=self.decay,
+            decay=self.lr_schedule.default_decay if self.decay is None else self.decay,
             rewarmup=self.rewarmup,
             warmup_offset=self.warmup_offset,
         )

@@ -25,6 +25,8 @@ class LrScheduleConfig(Choice, ABC):
     default_type: ClassVar[str | None] = "cosine"
     needs_minimum: ClassVar[bool] = False
     """True where the formula has no meaning for a minimum of 0."""
+    default_decay: ClassVar[float | None] = None
+    """The part of a cycle that decays where `decay` is null; None: all that the warm-up leaves."""
 
     @abstractmethod
     def decayed(self, step: int, num_steps: int, warmup: int, peak: float, minimum: float) -> float:
@@ -50,8 +52,25 @@ class LinearSchedule(LrScheduleConfig):
     """A straight line from the peak to the minimum."""
 
     def decayed(self, step: int, num_steps: int, warmup: int, peak: float, minimum: float) -> float:
-        left = 1 - min(step, num_steps) / num_steps
-        return peak * left + minimum * (1 - left)  # exact at both ends
+        return _on_a_line(step, num_steps, peak, minimum)
+
+
+@LrScheduleConfig.register_subclass("wsd")
+@dataclass(frozen=True)
+class WsdSchedule(LrScheduleConfig):
+    """Warm-up, stable, decay: at the peak, then a straight line to the minimum in the last fifth
+    of the cycle, or as long as `decay` says.
+    """
+
+    default_decay: ClassVar[float | None] = 0.2
+
+    def decayed(self, step: int, num_steps: int, warmup: int, peak: float, minimum: float) -> float:
+        return _on_a_line(step, num_steps, peak, minimum)
+
+
+def _on_a_line(step: int, num_steps: int, peak: float, minimum: float) -> float:
+    left = 1 - min(step, num_steps) / num_steps
+    return peak * left + minimum * (1 - left)  # exact at both ends
 
 
 @LrScheduleConfig.register_subclass("cosine")

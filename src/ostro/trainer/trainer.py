@@ -45,8 +45,7 @@ class TrainingDivergedError(OstroError):
             what = "training diverged; the weights are those before this update"
             advice += ", set optimizer.skip_bad_steps: true or trainer.recover: {}, or go on"
             advice += " regardless with trainer.crash_on_nan: false"
-        why = f"`ostro why --step {spike.step}` names the documents of that batch"
-        super().__init__(f"step {spike.step}: {spike.reason} - {what} - {advice}; {why}")
+        super().__init__(f"step {spike.step}: {spike.reason} - {what} - {advice}")
 
 
 class Trainer:
