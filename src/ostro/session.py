@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ostro.callbacks import StepInfo, is_due
-from ostro.checkpoint import Checkpointer, State, checkpoint_bytes, require_budget
+from ostro.checkpoint import Checkpointer, Decision, State, checkpoint_bytes, require_budget
 from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.storage import PARTIAL
 from ostro.config import dump_yaml
@@ -53,8 +53,13 @@ log = logging.getLogger("ostro")
 _LOOK = 1.0  # seconds between two looks at whether another rank has got a signal
 
 
-def load_first_weights(config: TrainLmConfig, state: TrainState, tokenizer: Tokenizer) -> None:
-    """The weights that a run starts from without a checkpoint, if they are not random ones."""
+def load_first_weights(
+    config: TrainLmConfig, state: TrainState, tokenizer: Tokenizer, start: Decision
+) -> None:
+    """The weights that a run starts from at step 0, if they are not random ones."""
+    if start.saved is not None:
+        load_weights(state.model, start.saved.tensors("model"), str(start.saved))
+        return
     where = config.initialize_from_hf
     if where is not None:
         log.info("starting from the weights of %s", where)
@@ -208,10 +213,10 @@ class Session:
         trainer = dataclasses.replace(self.config.trainer, load_checkpoint=None)
         start = find_start(trainer, self.checkpointer, self.world)
         begin_again(self.state, self.config.optimizer, trainer)
-        if start.saved is None:
-            load_first_weights(self.config, self.state, self.tokenizer)
+        if start.resumed is None:
+            load_first_weights(self.config, self.state, self.tokenizer, start)
         else:
-            restore(trainer, self.engine, start.saved)
+            restore(trainer, self.engine, start.resumed)
 
     def snapshot_if_due(self, info: StepInfo) -> None:
         """Copy the state into the CPU's memory, to go back to."""

@@ -33,7 +33,7 @@ def has_shape(value: Any, shape: Any) -> bool:
     """Whether a JSON value is of a type, a text that matches a pattern, a list of values of the
     shape in `[shape]`, of just those in a tuple, or an object with these keys and maybe others;
     with a pattern for a key all keys match it, and all values have its shape."""
-    if isinstance(shape, Mapping):
+    if isinstance(shape, dict):
         if not isinstance(value, dict):
             return False
         if len(shape) == 1 and isinstance(pattern := next(iter(shape)), re.Pattern):

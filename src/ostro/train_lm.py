@@ -188,22 +188,22 @@ def build_session(
         trainer.id, run_name(config), in_folders=trainer.deepspeed is not None
     )
     start = find_start(trainer, checkpointer, world)
-    config = choose_settings(config, plan, world, mesh, num_tokens, start.saved, signals)
+    config = choose_settings(config, plan, world, mesh, num_tokens, start.resumed, signals)
     if config.trainer.compile != trainer.compile:
         model = build_model(config.model, config.trainer, num_tokens, mesh)
     trainer = config.trainer
     if config.epoch:
         origins = {**origins, "trainer.num_train_steps": "epoch"}
     record = contract.record(world, num_tokens, tokenizer.fingerprint, data.contents, origins)
-    if start.saved is not None:
-        keep_contract(start.saved, config, record, origins, world, spoken)
+    if start.resumed is not None:
+        keep_contract(start.resumed, config, record, origins, world, spoken)
     state = allocate(model, config.optimizer, trainer, world.device)
     throughput = _throughput(config, num_tokens, world)
-    if start.saved is None:
-        load_first_weights(config, state, tokenizer)
+    if start.resumed is None:
+        load_first_weights(config, state, tokenizer, start)
     engine = make_engine(state)
-    if start.saved is not None:
-        restore(trainer, engine, start.saved, config.epoch)
+    if start.resumed is not None:
+        restore(trainer, engine, start.resumed, config.epoch)
     _announce(config, plan, state, throughput)
     return Session(
         config=config,

@@ -2,14 +2,17 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from checkpoint_states import small_state
 
-from ostro.checkpoint import find_latest, scan, which_checkpoint, write
-from ostro.checkpoint.single_file import point_to
+from ostro.checkpoint import discovery, entries, find_latest, scan, storage, which_checkpoint, write
+from ostro.checkpoint.discovery import Search
+from ostro.checkpoint.single_file import FORMATS, point_to, write_file
+from ostro.checkpoint.stamp import Stamp
 from ostro.errors import CheckpointError
 
 
@@ -84,8 +87,10 @@ def test_a_damaged_newest_one_is_named_and_skipped(tmp_path, caplog, damage):
     assert f"{path}/{name}" in caplog.text
     caplog.clear()
     shutil.rmtree(f"{run}/step-10")
-    assert found(run) is None
-    assert f"{path}/{name}" in caplog.text
+    with pytest.raises(CheckpointError) as error:
+        found(run)
+    assert f"{run} - holds 1 checkpoint, and it cannot be used" in str(error.value)
+    assert f"{path}/{name}" in str(error.value)
 
 
 def test_a_path_that_is_no_folder_is_looked_up_as_a_run_name(folder):
@@ -121,7 +126,7 @@ OWN, PATH, INIT = "runs/me", "runs/other", "runs/start"
 
 def decide(there, **settings):
     found = {place: f"{place}/step-9" for place in there}
-    with patch("ostro.checkpoint.discovery.find_latest", lambda place, world: found.get(place)):
+    with patch("ostro.checkpoint.decision.search", lambda place, world: Search(found.get(place))):
         return which_checkpoint(OWN, **settings)
 
 
@@ -207,3 +212,154 @@ def test_a_file_that_points_nowhere(tmp_path, text):
     path.write_text(text)
     with pytest.raises(CheckpointError, match=r"latest_checkpoint\.pt.*damaged"):
         find_latest(str(path))
+
+
+# Files
+
+
+def save_file(folder, name, step, timestamp=0.0, stamped=True, **values):
+    """A checkpoint file; without a stamp it is what an older ostro wrote."""
+    state = small_state(step)
+    values = {"step": step + 1, **values} | ({"timestamp": timestamp} if timestamp else {})
+    content = FORMATS["file"].pack(replace(state, values=values))
+    path = Path(folder) / name
+    write_file(path, content, Stamp(step, timestamp) if stamped else None)
+    return str(path)
+
+
+def turn_back(folder):
+    """The newest file of the run gets the oldest time, as a copy may leave them."""
+    for age, name in enumerate(sorted(os.listdir(folder), key=lambda n: -int(n[5:-3]))):
+        os.utime(folder / name, (2e9 + age, 2e9 + age))
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+@pytest.mark.parametrize("timestamp", [0.0, 1e9])
+def test_of_files_the_newest_is_that_by_what_is_in_them(tmp_path, stamped, timestamp):
+    for step in (9, 10, 20, 15):
+        time = timestamp and timestamp + step
+        save_file(tmp_path, f"step_{step}.pt", step, time, stamped)
+    turn_back(tmp_path)
+    assert find_latest(str(tmp_path)).step == 20
+    assert [entry.step for entry in entries(str(tmp_path))] == [20, 15, 10, 9]
+
+
+def test_of_files_the_later_saved_wins_over_the_higher_step(tmp_path):
+    save_file(tmp_path, "step_20.pt", 20, 1000.0)
+    save_file(tmp_path, "step_10.pt", 10, 2000.0)
+    save_file(tmp_path, "step_30.pt", 30, stamped=False)  # before times were written down
+    assert [entry.step for entry in entries(str(tmp_path))] == [10, 20, 30]
+
+
+def test_a_stamp_that_was_altered_does_not_count(tmp_path):
+    path = Path(save_file(tmp_path, "step_20.pt", 20, 1000.0))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'{"step": 20, ', b'{"step": 99, '))
+    assert path.read_bytes() != data
+    assert Stamp.read(path) is None
+    assert entries(str(tmp_path))[0].step == 20
+
+
+def test_the_pointer_counts_where_the_file_it_was_is_gone(tmp_path):
+    for step in (10, 20):
+        point_to(Path(save_file(tmp_path, f"step_{step}.pt", step, 1000.0 + step)))
+    assert len(entries(str(tmp_path))) == 2
+    os.remove(tmp_path / "step_20.pt")
+    assert find_latest(str(tmp_path)).path == str(tmp_path / "latest_checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("best", "interrupted", "newest"),
+    [
+        ((20, 1000.0), (30, 2000.0), "ckpt_interrupted.pt"),
+        ((20, 3000.0), (30, 2000.0), "ckpt.pt"),
+        ((40, 0.0), (30, 2000.0), "ckpt.pt"),  # nanoGPT went on, which writes down no time
+        ((20, 0.0), (30, 2000.0), "ckpt_interrupted.pt"),
+    ],
+)
+def test_of_nanogpts_two_files_the_newer_is_taken(tmp_path, best, interrupted, newest):
+    os.utime(save_file(tmp_path, "ckpt.pt", *best), (1e9, 1e9))
+    os.utime(save_file(tmp_path, "ckpt_interrupted.pt", *interrupted), (1e9, 1e9))
+    assert find_latest(str(tmp_path)).path == str(tmp_path / newest)
+
+
+# Checkpoints that cannot be used
+
+
+def damage(folder, name="optimizer.safetensors"):
+    for step in sorted(os.listdir(folder)):
+        if os.path.exists(f"{folder}/{step}/{name}"):
+            os.remove(f"{folder}/{step}/{name}")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops(tmp_path):
+    own = str(tmp_path / "me")
+    for step in (10, 20):
+        save(own, step, timestamp=1000 + step)
+    damage(own)
+    with pytest.raises(CheckpointError) as error:
+        which_checkpoint(own, elsewhere="--trainer.id me-2")
+    message = str(error.value)
+    for step in (10, 20):
+        assert f"{own}/step-{step}/optimizer.safetensors - is missing" in message
+    assert f"--trainer.id me-2 --trainer.initialize_from {own}/step-20" in message
+    assert f"delete {own} first" in message
+    with pytest.raises(CheckpointError, match="none of them can be resumed"):
+        which_checkpoint(str(tmp_path / "other"), load_checkpoint_path=own)
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "model.safetensors", "values.json"])
+def test_no_weights_are_offered_that_are_not_intact(tmp_path, name):
+    own = str(tmp_path / "me")
+    save(own, 10)
+    damage(own, name)
+    with pytest.raises(CheckpointError, match=rf"step-10/{name} - is missing") as error:
+        which_checkpoint(own)
+    assert "initialize_from" not in str(error.value)
+    with pytest.raises(CheckpointError, match=rf"{name} - is missing(.|\n)*no weights are intact"):
+        which_checkpoint(str(tmp_path / "other"), initialize_from=own)
+
+
+def test_weights_without_the_rest_are_found_where_they_do(folder):
+    save(folder, 10, timestamp=1000)
+    path = save(folder, 20, timestamp=2000)
+    fs, root = storage.locate(path)
+    fs.rm_file(f"{root}/optimizer.safetensors")
+    assert found(folder) == 10
+    newest = find_latest(folder, weights=True)
+    assert newest.path == path
+    assert newest.groups == ["model", "state"]
+    assert newest.tensors("model")
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors - is missing"):
+        newest.tensors("optimizer")
+
+
+def test_initialize_from_takes_weights_where_there_is_no_more(tmp_path):
+    other, own = str(tmp_path / "other"), str(tmp_path / "me")
+    path = save(other, 10)
+    assert not which_checkpoint(own, initialize_from=other).weights_only
+    damage(other)
+    decision = which_checkpoint(own, initialize_from=other)
+    assert decision.weights_only
+    assert decision.resumed is None
+    assert "initialising from the weights of" in decision.message
+    assert f"{path}/optimizer.safetensors - is missing" in decision.message
+    # What would be saved over its source begins elsewhere.
+    with pytest.raises(CheckpointError, match=r"--trainer\.id b"):
+        which_checkpoint(
+            other, initialize_from=path, load_checkpoint=False, elsewhere="--trainer.id b"
+        )
+
+
+def test_a_start_reads_markers_and_opens_one_checkpoint(tmp_path, monkeypatch):
+    for step in range(1, 40):
+        save(str(tmp_path), step, timestamp=1000 + step)
+    read, opened = [], []
+    real_read, real_load = storage._read, discovery.load
+    monkeypatch.setattr(storage, "_read", lambda path: read.append(path) or real_read(path))
+    monkeypatch.setattr(
+        discovery, "load", lambda path, **how: opened.append(path) or real_load(path, **how)
+    )
+    assert found(str(tmp_path)) == 39
+    assert opened == [f"{tmp_path}/step-39"]
+    assert len([path for path in read if "step-" in path]) == 39

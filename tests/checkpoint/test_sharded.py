@@ -103,7 +103,9 @@ def test_a_missing_shard_is_named(copy):
     os.remove(copy / "optimizer-00002-of-00004.safetensors")
     with pytest.raises(CheckpointError, match=r"optimizer-00002-of-00004\.safetensors - is miss"):
         load(str(copy))
-    assert find_latest(str(copy)) is None
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        find_latest(str(copy))
+    assert find_latest(str(copy), weights=True).groups == ["model"]
 
 
 def test_a_flipped_byte_is_named_when_its_shard_is_read(copy):

@@ -492,3 +492,25 @@ def test_sample_script(trained):
         cwd=trained, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "did you mean num_samples?" in done.stderr
+
+
+def test_weights_without_an_optimizer_sample_and_do_not_resume(trained, tmp_path):
+    content = torch.load(trained / "out" / "ckpt.pt", weights_only=True)
+    make_data(tmp_path)
+    (tmp_path / "out").mkdir()
+    for key in ("optimizer", "iter_num", "best_val_loss"):
+        del content[key]
+    torch.save(content, tmp_path / "out" / "ckpt.pt")
+    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "num_samples=1", "max_new_tokens=5", "start=fox"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    refused = train(tmp_path, *SMALL, "init_from=resume", code=2).stderr
+    assert "out/ckpt.pt - holds no optimizer state" in refused
+    assert "--trainer.initialize_from out/ckpt.pt" in refused
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+    flags = refused.partition("from these weights alone, with ")[2].splitlines()[0].split()
+    done = train(tmp_path, *SMALL, "init_from=resume", *flags)
+    assert "initialising from the weights of out/ckpt.pt" in done.stdout

@@ -9,15 +9,15 @@ from ostro.checkpoint.checkpointer import (
     require_budget,
 )
 from ostro.checkpoint.compare import average, differences
+from ostro.checkpoint.decision import Decision, which_checkpoint
 from ostro.checkpoint.discovery import (
-    Decision,
     delete,
     entries,
     find_latest,
+    look,
     open_entry,
     scan,
     verified,
-    which_checkpoint,
 )
 from ostro.checkpoint.lock import alone_in
 from ostro.checkpoint.metadata import Metadata, read_settings

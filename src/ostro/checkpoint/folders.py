@@ -1,6 +1,8 @@
 """The folder of a run's checkpoints, a folder or a file each, tidied up as newer ones come."""
 
+import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,11 +11,12 @@ from pathlib import Path
 from torch.distributed import ProcessGroup
 
 from ostro.checkpoint import single_file, storage
-from ostro.checkpoint.discovery import entries, scan
+from ostro.checkpoint.discovery import entries, look
 from ostro.checkpoint.policy import Kind
 from ostro.checkpoint.saved import read_metadata
 from ostro.checkpoint.sharded import full_tensors, on_first
-from ostro.checkpoint.store import STEP, State, step_folder, write
+from ostro.checkpoint.stamp import Stamp
+from ostro.checkpoint.store import State, step_folder, write
 from ostro.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -91,33 +94,70 @@ class FolderStore:
 
     def _tidy_up(self) -> list[str]:
         """Look at what earlier attempts of this run left; the temporary checkpoints among it."""
-        try:
-            for name in storage.names(self.folder):
-                self._tidy_remains(name)
-        except OSError as error:
-            _log.warning("could not tidy up %s: %s", self.folder, error)
-        found = scan(self.folder)
+        tidy_up(self.folder)
+        found = look(self.folder).folders
         self._newest = max((metadata.timestamp for _, metadata in found), default=0.0)
         if not self.delete_old:
             return []
         return [p for p, m in found if m.is_temporary and m.run_id == self.run_id]
 
-    def _tidy_remains(self, name: str) -> None:
-        """Delete a half-written folder; put back a checkpoint whose successor never came."""
-        path = f"{self.folder}/{name}"
-        original = f"{self.folder}/{name.removeprefix(storage.ASIDE).rpartition('-')[0]}"
-        if name.startswith(storage.ASIDE) and _is_complete(path) and not _is_complete(original):
-            if storage.is_folder(original):
-                storage.remove(original)
-            storage.move(path, original)
-        elif name.startswith((storage.ASIDE, storage.PARTIAL)) or _is_begun(path):
-            storage.remove(path)
+
+def tidy_up(folder: str) -> None:
+    """Delete what attempts that were killed left half-written, and put back what they replaced.
+
+    What is not called as ours are stays, and what cannot be deleted keeps nothing else.
+    """
+    try:
+        names = storage.names(folder)
+    except (CheckpointError, OSError) as error:
+        _log.warning("could not tidy up %s: %s", folder, error)
+        return
+    with contextlib.suppress(CheckpointError, OSError):
+        storage.abort_uploads(folder, lambda name: bool(_STEP_OR_REMAINS.fullmatch(name)))
+    for name in names:
+        path = f"{folder}/{name}"
+        try:
+            if _REMAINS.fullmatch(name):
+                _tidy(folder, name)
+            elif _is_begun(path):
+                storage.remove(path)
+        except (CheckpointError, OSError) as error:
+            _log.warning("could not tidy up %s: %s", path, error)
+
+
+_REMAINS = re.compile(
+    r"\.(tmp|old|new)-(deleted-(\.old-)?)?(shards-\d+|step-\d+"
+    r"|(step_\d+|ckpt|ckpt_interrupted|latest_checkpoint)\.pt)(-\d+)*"
+)
+"""What a save calls the folders and files that it writes, replaces, and deletes."""
+_STEP_OR_REMAINS = re.compile(f"{storage.STEP.pattern}|{_REMAINS.pattern}")
+
+
+def _tidy(folder: str, name: str) -> None:
+    path = f"{folder}/{name}"
+    original = f"{folder}/{name[len(storage.ASIDE) :].rpartition('-')[0]}"
+    if name.startswith(storage.ASIDE) and _is_complete(path) and not _is_complete(original):
+        if storage.is_folder(original) and storage.is_local(original):
+            storage.remove(original)
+        storage.move(path, original)
+    elif name.startswith(storage.NEW) and _is_complete(path) and _is_newer(path, original):
+        storage.move(path, original)
+    else:
+        storage.remove(path)
+
+
+def _is_newer(path: str, original: str) -> bool:
+    if not _is_complete(original):
+        return True
+    return read_metadata(path).timestamp > read_metadata(original).timestamp
 
 
 def _is_begun(path: str) -> bool:
     """Whether this is a step on an object store whose upload never came to its marker."""
-    is_remote_step = not storage.is_local(path) and STEP.fullmatch(path.rpartition("/")[2])
-    return bool(is_remote_step) and storage.MARKER not in storage.names(path)
+    if storage.is_local(path) or not storage.STEP.fullmatch(path.rpartition("/")[2]):
+        return False
+    names = storage.names(path)
+    return storage.BEGUN in names and storage.MARKER not in names
 
 
 def _is_complete(path: str) -> bool:
@@ -138,17 +178,20 @@ class FileStore:
     only_best: bool = False  # what is not the best so far must not replace it
     delete_old: bool = True
     make_room: MakeRoom = lambda need, step: None
+    _newest: float = 0.0  # commit time of the newest checkpoint in the folder
     _temporaries: dict[str, bool] | None = None  # whether each was the best so far
 
     def prepare(self) -> None:
         if self._temporaries is not None:
             return
         self._temporaries = {}
-        for left in Path(self.folder).expanduser().glob(f"{storage.PARTIAL}*.pt-*"):
-            left.unlink(missing_ok=True)
+        tidy_up(self.folder)
+        found = look(self.folder)
+        ages = [age.timestamp for _, age in (*found.files, *found.folders)]
+        self._newest = max(ages, default=0.0)
         if self.format_name == "file" and self.delete_old:
-            found = [e for e in entries(self.folder) if e.run_id == self.run_id]
-            self._temporaries = {e.path: e.is_best for e in found if e.is_temporary}
+            own = [(file, stamp) for file, stamp in found.files if stamp.run_id == self.run_id]
+            self._temporaries = {file: stamp.is_best for file, stamp in own if stamp.is_temporary}
 
     def point(self) -> None:
         """Make `latest_checkpoint.pt` the newest of the files that are there."""
@@ -168,19 +211,23 @@ class FileStore:
 
     def _save(self, state: State, step: int, kind: Kind, best: bool) -> str:
         folder = Path(self.folder).expanduser()
+        # Later than what is there, whatever this machine's clock says: newest wins on resume.
+        self._newest = max(time.time(), self._newest + 1e-3)
+        marks = {"run_id": self.run_id, "is_temporary": kind == "temporary", "is_best": best}
+        stamp = Stamp(step, self._newest, **marks)
+        state = replace(state, values={**state.values, **marks, "timestamp": self._newest})
         if self.format_name == "nanogpt":
             content = single_file.FORMATS[self.format_name].pack(state)
             aside = self.only_best and not best
             path = folder / (single_file.INTERRUPTED if aside else single_file.NANOGPT)
-            single_file.write_file(path, content)
+            single_file.write_file(path, content, stamp)
             if not aside:
                 (folder / single_file.INTERRUPTED).unlink(missing_ok=True)
             return str(path)
-        marks = {"run_id": self.run_id, "is_temporary": kind == "temporary", "is_best": best}
-        content = single_file.FORMATS["file"].pack(replace(state, values={**state.values, **marks}))
+        content = single_file.FORMATS["file"].pack(state)
         self.make_room(single_file.space_for(content), step)
         path = folder / f"step_{step}.pt"
-        single_file.write_file(path, content)
+        single_file.write_file(path, content, stamp)
         single_file.point_to(path)
         self._drop_superseded(str(path), best)
         if kind == "temporary":

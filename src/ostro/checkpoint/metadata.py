@@ -21,7 +21,7 @@ SHARDS = "shards.json"
 """Where the pieces of tensors lie that several ranks saved."""
 _CHECKSUM = b',\n  "sha256": "'
 """Stands between the text and the checksum of all that comes before it; since format 3."""
-_YEAR_9999 = 253_370_764_800  # later ones cannot be written as a date
+YEAR_9999 = 253_370_764_800  # later ones cannot be written as a date
 _LONGEST_NUMBER = 100  # characters
 _RECORD = {"bytes": int, "sha256": re.compile(r"[0-9a-f]{64}")}
 
@@ -113,6 +113,6 @@ def parse_metadata(data: bytes, where: str) -> Metadata:
         raise CheckpointError(f"{where} - is damaged: not what ostro writes there")
     files = {name: FileRecord(r["bytes"], r["sha256"]) for name, r in value["files"].items()}
     numbers = [value["step"], *(record.bytes for record in files.values())]
-    if min(numbers) < 0 or not 0 <= value["timestamp"] < _YEAR_9999:
+    if min(numbers) < 0 or not 0 <= value["timestamp"] < YEAR_9999:
         raise CheckpointError(f"{where} - is damaged: step, timestamp or a size is out of range")
     return Metadata(**{name: value[name] for name in _FIELDS}, files=files)

@@ -3,10 +3,8 @@
 import hashlib
 import os
 import re
-import shutil
 import stat
-import tempfile
-import weakref
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ostro.checkpoint import storage
+from ostro.checkpoint.downloads import Downloads
 from ostro.checkpoint.metadata import SHARDS, VALUES, Metadata, parse_metadata
 from ostro.checkpoint.pieces import Piece, Stored, whole
 from ostro.checkpoint.sharded import SUFFIX, Index
@@ -22,17 +21,25 @@ from ostro.checkpoint.tiling import tiles
 from ostro.errors import CheckpointError
 from ostro.shapes import has_shape, read_object
 
+WEIGHTS = "model"
+"""The group of tensors that generation and evaluation need."""
+_FETCHES = 2
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 class Saved:
-    """A complete checkpoint that was opened: metadata and small files; tensors on request."""
+    """A checkpoint that was opened: metadata and small files; tensors on request.
 
-    def __init__(self, path: str, metadata: Metadata):
+    `faults`: files that are missing or cut short, and what is wrong with them. None of them
+    belongs to the weights.
+    """
+
+    def __init__(self, path: str, metadata: Metadata, faults: Mapping[str, str] | None = None):
         self.path = path
         self.metadata = metadata
+        self._faults = {group_of(name): fault for name, fault in (faults or {}).items()}
         self._verified: dict[str, str] = {}  # file name -> local path
-        self._downloads: str | None = None
+        self._downloads: Downloads | None = None
         self._opened: dict[str, dict[str, Tensor]] = {}  # file name -> tensors, mapped
         small = [name for name in metadata.files if not name.endswith(SUFFIX)]
         contents = {name: self._read(name) for name in small}
@@ -53,9 +60,17 @@ class Saved:
         return self.metadata.step
 
     @property
+    def lacks(self) -> str:
+        """Why a run cannot resume from it, empty if it can: it holds the weights in any case."""
+        if self._faults:
+            return next(iter(self._faults.values()))
+        is_whole = "optimizer" in self.groups or bool(self.values.get("deepspeed"))
+        return "" if is_whole else f"{self.path} - holds no optimizer state"
+
+    @property
     def groups(self) -> list[str]:
         """The groups of tensors that it holds."""
-        return list(self._tensor_files)
+        return [group for group in self._tensor_files if group not in self._faults]
 
     @property
     def _tensor_files(self) -> dict[str, list[str]]:
@@ -63,7 +78,7 @@ class Saved:
         files: dict[str, list[str]] = {}
         for name in sorted(self.metadata.files):
             if name.endswith(SUFFIX):
-                files.setdefault(_NUMBER.sub("", name.removesuffix(SUFFIX)), []).append(name)
+                files.setdefault(group_of(name), []).append(name)
         return files
 
     def tensors(self, group: str) -> dict[str, Tensor]:
@@ -72,6 +87,8 @@ class Saved:
 
     def stored(self, group: str) -> dict[str, Stored]:
         """The tensors of one group, not read yet; files are compared when they are read."""
+        if group in self._faults:
+            raise CheckpointError(self._faults[group])
         files = self._tensor_files.get(group, [])
         if not files:
             found = ", ".join(self.groups) or "none"
@@ -115,14 +132,16 @@ class Saved:
             self._opened[file] = read_tensors(path, f"{self.path}/{file}")
         return self._opened[file]
 
-    def verify(self, rank: int = 0, num_ranks: int = 1) -> None:
+    def verify(self, rank: int = 0, num_ranks: int = 1, groups: Sequence[str] = ()) -> None:
         """Compare every file with its checksum; `CheckpointError` names the first that differs.
 
         Each of several ranks takes its share: the files it wrote, where their number is the same.
+        `groups`: compare only these groups of tensors.
         """
-        for files in self._tensor_files.values():  # the others were compared when they were read
-            for file in files[rank::num_ranks]:
-                self._verified_file(file)
+        for group, files in self._tensor_files.items():  # others were compared when they were read
+            if not groups or group in groups:
+                for file in files[rank::num_ranks]:
+                    self._verified_file(file)
 
     def _read(self, name: str) -> bytes:
         return Path(self._verified_file(name)).read_bytes()
@@ -132,51 +151,85 @@ class Saved:
         if name in self._verified:
             return self._verified[name]
         url = f"{self.path}/{name}"
-        fs, path = storage.locate(url)
+        is_local = storage.is_local(url)
         try:
-            if not storage.is_local(url):
-                if self._downloads is None:
-                    self._downloads = tempfile.mkdtemp(prefix="ostro-checkpoint-")
-                    weakref.finalize(self, shutil.rmtree, self._downloads, ignore_errors=True)
-                remote, path = path, os.path.join(self._downloads, name)
-                fs.get_file(remote, path)
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            # What went wrong on the way is not wrong over there.
+            for _ in range(1 if is_local else _FETCHES):
+                path = storage.locate(url)[1] if is_local else self._fetched(name, url)
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest == self.metadata.files[name].sha256:
+                    self._verified[name] = path
+                    return path
         except OSError as error:
             raise CheckpointError(f"{url} - cannot be read: {error}") from error
-        if digest != self.metadata.files[name].sha256:
-            raise CheckpointError(f"{url} - is damaged: its content differs from its checksum")
-        self._verified[name] = path
+        raise CheckpointError(f"{url} - is damaged: its content differs from its checksum")
+
+    def _fetched(self, name: str, url: str) -> str:
+        fs, remote = storage.locate(url)
+        if self._downloads is None:
+            self._downloads = Downloads()
+        path = f"{self._downloads.folder}/{name}"
+        storage.call(url, lambda: fs.get_file(remote, path))
         return path
+
+
+def group_of(file: str) -> str:
+    """The group whose tensors a file holds; a file of another kind is a group of its own."""
+    return _NUMBER.sub("", file.removesuffix(SUFFIX)) if file.endswith(SUFFIX) else file
 
 
 def read_metadata(path: str) -> Metadata:
     """The metadata of a checkpoint folder, after its files' sizes were compared with it."""
+    metadata = _read_marker(path)
+    for fault in _faults(path, metadata).values():
+        raise CheckpointError(fault)
+    return metadata
+
+
+def _read_marker(path: str) -> Metadata:
     fs, root = storage.locate(path)
     marker = f"{path}/{storage.MARKER}"
     try:
         if storage.is_local(path):
             _require_plain(os.lstat(f"{root}/{storage.MARKER}").st_mode, marker)
-        data = fs.cat_file(f"{root}/{storage.MARKER}")
+        data = storage.call(path, lambda: fs.cat_file(f"{root}/{storage.MARKER}"))
     except (FileNotFoundError, NotADirectoryError):
         there = storage.is_folder(path)
         what = f"has no {storage.MARKER}: it is not a complete checkpoint" if there else "not found"
         raise CheckpointError(f"{path} - {what}") from None
     except OSError as error:
         raise CheckpointError(f"{marker} - cannot be read: {error}") from error
-    metadata = parse_metadata(data, marker)
+    return parse_metadata(data, marker)
+
+
+def _faults(path: str, metadata: Metadata) -> dict[str, str]:
+    """The files that are missing or of another size than recorded, and what to say of each."""
+    fs, root = storage.locate(path)
     fs.invalidate_cache()  # another rank or machine may have written there
-    entries = {e["name"].rpartition("/")[2]: e for e in fs.ls(root, detail=True)}
+    listed = storage.call(path, lambda: fs.ls(root, detail=True))
+    sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed}
+    found = {}
     for name, record in metadata.files.items():
-        if name not in entries:
-            raise CheckpointError(f"{path}/{name} - is missing from the checkpoint")
-        if storage.is_local(path):
-            _require_plain(os.lstat(f"{root}/{name}").st_mode, f"{path}/{name}")
-        size = entries[name]["size"]
-        if size != record.bytes:
+        size = sizes.get(name)
+        if size is None:
+            found[name] = f"{path}/{name} - is missing from the checkpoint"
+        elif fault := _not_plain(f"{root}/{name}", f"{path}/{name}"):
+            found[name] = fault
+        elif size != record.bytes:
             fault = f"it has {size} bytes instead of {record.bytes}"
-            raise CheckpointError(f"{path}/{name} - is damaged: {fault}")
-    return metadata
+            found[name] = f"{path}/{name} - is damaged: {fault}"
+    return found
+
+
+def _not_plain(path: str, shown: str) -> str:
+    """What is wrong with a local file that is a link or no file at all, empty for others."""
+    try:
+        if storage.is_local(shown):
+            _require_plain(os.lstat(path).st_mode, shown)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _require_plain(mode: int, where: str) -> None:
@@ -187,11 +240,17 @@ def _require_plain(mode: int, where: str) -> None:
         raise CheckpointError(f"{where} - is {what}, which is not followed - {advice}")
 
 
-def load(path: str) -> Saved:
+def load(path: str, *, weights: bool = False) -> Saved:
     """Open the checkpoint in a folder (a path or an fsspec URL).
 
     Sizes and small files are checked here, tensors by checksum when they are asked for. Every
     way in which a folder is not a checkpoint is a `CheckpointError` naming file and fault.
+    `weights`: the other groups of tensors may be missing or cut short.
     """
     path = path.rstrip("/") or path
-    return Saved(path, read_metadata(path))
+    metadata = _read_marker(path)
+    faults = _faults(path, metadata)
+    for name, fault in faults.items():
+        if not weights or not name.endswith(SUFFIX) or group_of(name) == WEIGHTS:
+            raise CheckpointError(fault)
+    return Saved(path, metadata, faults)

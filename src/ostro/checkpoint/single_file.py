@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -26,7 +27,9 @@ from torch import Tensor
 
 from ostro.checkpoint import storage
 from ostro.checkpoint.archive import check_archive
+from ostro.checkpoint.metadata import YEAR_9999
 from ostro.checkpoint.pieces import Stored, whole
+from ostro.checkpoint.stamp import Stamp
 from ostro.checkpoint.store import State
 from ostro.errors import CheckpointError
 from ostro.phases import mark
@@ -36,6 +39,8 @@ LATEST = "latest_checkpoint.pt"
 NANOGPT = "ckpt.pt"
 INTERRUPTED = "ckpt_interrupted.pt"
 """Beside a `ckpt.pt` that holds the best weights: where the run was when it was stopped."""
+WANTED = re.compile(r"ckpt\.pt|ckpt_interrupted\.pt|step_.*\.pt|latest_checkpoint\.pt")
+"""What a checkpoint file may be called where a folder is searched."""
 _RESERVE = 1 << 20  # bytes of a file beside its tensors, generously
 
 
@@ -94,8 +99,8 @@ def pointed_folder(path: Path) -> str | None:
     return str(path.parent / named["folder"])
 
 
-def write_file(path: Path, content: Mapping[str, Any]) -> None:
-    """Save a mapping of tensors and plain values atomically.
+def write_file(path: Path, content: Mapping[str, Any], stamp: Stamp | None = None) -> None:
+    """Save a mapping of tensors and plain values atomically, with a stamp at its end.
 
     Raises `CheckpointError` where the disk is too small, fills up, or refuses; the file that was
     there is untouched then.
@@ -107,6 +112,9 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
         with open(new, "wb") as file:
             mark("save")
             torch.save(content, file)
+            if stamp is not None:
+                file.flush()
+                stamp.write(new)
             file.flush()
             os.fsync(file.fileno())
         mark("commit")
@@ -167,15 +175,21 @@ def read_file(path: Path, *, check: bool = True) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SavedFile:
-    """A checkpoint in one file, opened. As `store.Saved`: `values`, `texts`, `tensors(group)`."""
+    """A checkpoint in one file, opened. As `saved.Saved`: `values`, `texts`, `tensors(group)`."""
 
     path: str
     values: Mapping[str, Any]  # what is no tensor
     texts: Mapping[str, str]  # by name
     by_group: Mapping[str, Mapping[str, Tensor]]
+    timestamp: float = 0.0  # when it was saved, in seconds since 1970; 0: the file does not say
 
     def __str__(self) -> str:
         return self.path
+
+    @property
+    def lacks(self) -> str:
+        """Why a run cannot resume from it, empty if it can: it holds the weights in any case."""
+        return "" if "optimizer" in self.by_group else f"{self.path} - holds no optimizer state"
 
     @property
     def step(self) -> int:
@@ -209,9 +223,26 @@ def load_file(path: str | Path, *, check: bool = True) -> SavedFile:
             state = file_format.unpack(content, str(path))
             if not _is_state(state):
                 raise CheckpointError(f"{path} - is damaged: its parts are not of the right types")
-            return SavedFile(str(path), state.values, state.texts, state.tensors)
+            values = dict(state.values)
+            time = values.pop("timestamp", 0.0)
+            time = time if isinstance(time, float) and 0 <= time < YEAR_9999 else 0.0
+            return SavedFile(str(path), values, state.texts, state.tensors, time)
     found = ", ".join(map(str, list(content)[:8]))
     raise CheckpointError(f"{path} - is no checkpoint of ostro or nanoGPT: it holds {found}")
+
+
+def read_stamp(path: str) -> Stamp:
+    """Step and commit time of a checkpoint file, from its end where they stand there too."""
+    try:
+        stamp = Stamp.read(Path(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} - cannot be read: {error}") from error
+    if stamp is not None:
+        return stamp
+    saved = load_file(path, check=False)
+    marks = {name: bool(saved.values.get(name)) for name in ("is_temporary", "is_best")}
+    run_id = str(saved.values.get("run_id", ""))
+    return Stamp(saved.step, saved.timestamp, run_id=run_id, **marks)
 
 
 def _is_state(state: State) -> bool:
@@ -224,12 +255,3 @@ def _is_state(state: State) -> bool:
         and all(isinstance(text, str) for pair in texts.items() for text in pair)
         and all(isinstance(tensor, Tensor) for group in groups for tensor in group.values())
     )
-
-
-def files_below(path: str) -> list[tuple[float, str]]:
-    """Time and path of the checkpoint files at or below a folder; none where it is not local."""
-    if not storage.is_local(path):
-        return []
-    root = Path(path).expanduser()
-    found = [file for name in (NANOGPT, INTERRUPTED, "step_*.pt") for file in root.rglob(name)]
-    return [(file.stat().st_mtime, str(file)) for file in found if file.is_file()]

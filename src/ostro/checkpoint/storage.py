@@ -6,28 +6,53 @@ Locally a folder is put in place by one rename. An object store has no rename: t
 
 import contextlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from ostro.checkpoint.patience import Result, patiently
 from ostro.errors import CheckpointError
 from ostro.secrets import with_secrets
 from ostro.units import format_bytes
 
 MARKER = "metadata.json"
+STEP = re.compile(r"step-\d+")
+"""What the folder of a checkpoint is called."""
 PARTIAL = ".tmp-"  # a folder being written or deleted: never a checkpoint
 ASIDE = ".old-"  # a complete checkpoint being replaced by another of the same step
+NEW = ".new-"  # on an object store: what will replace another, found once its marker is there
+BEGUN = "uploading.json"
+"""On an object store: beside the files of a checkpoint whose marker has not been uploaded yet."""
+_AT_ONCE = 64  # requests to an object store
 
 
 def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system and the path in it that a path or URL names."""
     try:
-        return fsspec.url_to_fs(with_secrets(url))
+        return fsspec.url_to_fs(with_secrets(url), **_options(url))
     except (ValueError, ImportError, OSError) as error:
         raise CheckpointError(f"{url} - cannot be opened: {error}") from error
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Retrying is up to us, and a server that hangs is noticed; unless the user has set that."""
+    scheme = url.partition("://")[0]
+    if scheme not in ("s3", "s3a") or "config_kwargs" in fsspec.config.conf.get(scheme, {}):
+        return {}
+    limits = {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 0}}
+    return {"config_kwargs": limits}
+
+
+def call(url: str, work: Callable[[], Result], patience: float | None = None) -> Result:
+    """What `work` returns; made again where a store, not a local disk, fails for the moment."""
+    return work() if is_local(url) else patiently(url, work, patience)
 
 
 def is_local(url: str) -> bool:
@@ -39,33 +64,96 @@ def is_folder(url: str) -> bool:
     """Whether there is a folder; an object store has one where a file lies below the name."""
     fs, path = locate(url)
     fs.invalidate_cache()  # another rank or machine may have written there
-    return bool(fs.isdir(path))
+    return bool(call(url, lambda: fs.isdir(path)))
 
 
-def below(url: str) -> Iterator[str]:
-    """Every folder at or below `url` that holds a `metadata.json`, as paths that start with it.
+@dataclass
+class Tree:
+    """What a look at or below a folder found."""
+
+    markers: list[tuple[str, bytes | OSError]] = field(default_factory=list)
+    """Folders that hold a `metadata.json`, and what that holds."""
+    unmarked: list[str] = field(default_factory=list)
+    """Folders called `step-<k>` that hold files, but none of that name."""
+    files: list[str] = field(default_factory=list)
+    """Files in other folders whose names were asked for; local ones only."""
+
+
+def look(url: str, wanted: re.Pattern[str] = re.compile(r"(?!)")) -> Tree:
+    """Read every marker at or below `url`; paths in the answer start with it.
 
     Follows symbolic links, visits no folder twice, and looks for nothing inside a checkpoint.
     """
     fs, path = locate(url)
-    if not isinstance(fs, LocalFileSystem):
-        fs.invalidate_cache()  # another machine may have written there
-        with contextlib.suppress(FileNotFoundError):
-            for name in fs.find(path):
-                folder, _, file = name.rpartition("/")
-                if file == MARKER and not folder.rpartition("/")[2].startswith(PARTIAL):
-                    yield url.rstrip("/") + folder[len(path.rstrip("/")) :]
-        return
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen or MARKER in files:
-            folders.clear()
-        else:
-            folders[:] = [name for name in folders if not name.startswith(PARTIAL)]
-        if real not in seen and MARKER in files:
-            yield os.path.join(url, os.path.relpath(folder, path)) if folder != path else url
-        seen.add(real)
+    return _look_here(url, path, wanted) if isinstance(fs, LocalFileSystem) else _look_there(url)
+
+
+def _look_here(url: str, path: str, wanted: re.Pattern[str]) -> Tree:
+    tree, seen, ahead = Tree(), set(), [("", path)]
+    while ahead:
+        below, folder = ahead.pop()
+        shown = f"{url.rstrip('/')}/{below}" if below else url
+        try:
+            about = os.stat(folder)
+            if (about.st_dev, about.st_ino) in seen:
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            tree.markers.append((shown, _read(f"{folder}/{MARKER}")))
+            continue
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # not a checkpoint
+        except OSError as error:
+            tree.markers.append((shown, error))
+            continue
+        with contextlib.suppress(OSError), os.scandir(folder) as found:
+            entries = list(found)
+            folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(PARTIAL)]
+            ahead += [(f"{below}/{n}" if below else n, f"{folder}/{n}") for n in folders]
+            tree.files += [
+                f"{shown}/{e.name}" for e in entries if wanted.fullmatch(e.name) and e.is_file()
+            ]
+            if STEP.fullmatch(folder.rpartition("/")[2]) and len(folders) < len(entries):
+                tree.unmarked.append(shown)
+    return tree
+
+
+def _read(path: str) -> bytes:
+    if not stat.S_ISREG(os.lstat(path).st_mode):  # a pipe would be waited for
+        raise OSError("is no regular file")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _look_there(url: str) -> Tree:
+    """One listing, then many markers at a time: each answer of a store takes its while."""
+    fs, root = locate(url)
+    fs.invalidate_cache()  # another machine may have written there
+    root = root.rstrip("/")
+    try:
+        files = call(url, lambda: fs.find(root))
+    except FileNotFoundError:
+        return Tree()
+    folders: dict[str, set[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        if not folder.rpartition("/")[2].startswith(PARTIAL):
+            folders.setdefault(folder, set()).add(name)
+    shown = {folder: url.rstrip("/") + folder[len(root) :] for folder in folders}
+    marked = [folder for folder, names in sorted(folders.items()) if MARKER in names]
+    steps = [f for f in sorted(folders) if STEP.fullmatch(f.rpartition("/")[2])]
+
+    def read(folder: str) -> bytes | OSError:
+        try:
+            return call(shown[folder], lambda: fs.cat_file(f"{folder}/{MARKER}"))
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor(_AT_ONCE, "markers") as pool:
+        contents = list(zip(marked, pool.map(read, marked), strict=True))
+    return Tree(
+        [(shown[f], data) for f, data in contents if not isinstance(data, FileNotFoundError)],
+        [shown[f] for f in steps if not folders[f] & {MARKER, BEGUN}],
+    )
 
 
 def names(url: str) -> list[str]:
@@ -73,7 +161,8 @@ def names(url: str) -> list[str]:
     fs, path = locate(url)
     fs.invalidate_cache()
     try:
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in fs.ls(path, detail=False))
+        found = call(url, lambda: fs.ls(path, detail=False))
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -81,16 +170,19 @@ def names(url: str) -> list[str]:
 def size(url: str) -> int:
     """The bytes of a file, or of all files in a folder."""
     fs, path = locate(url)
-    return int(fs.du(path))
+    return int(call(url, lambda: fs.du(path)))
 
 
-def remove(url: str) -> None:
-    """Delete a folder so that it stops being a checkpoint before any of its files goes."""
+def remove(url: str, patience: float | None = None) -> None:
+    """Delete a file, or a folder so that it is no checkpoint before any of its files goes."""
     fs, path = locate(url)
     if not isinstance(fs, LocalFileSystem):
+        remove_file(f"{url}/{MARKER}", patience)
         with contextlib.suppress(FileNotFoundError):
-            fs.rm_file(f"{path}/{MARKER}")
-        fs.rm(path, recursive=True)
+            call(url, lambda: fs.rm(path, recursive=True), patience)
+        return
+    if not os.path.isdir(path):
+        os.unlink(path)
         return
     parent, name = os.path.split(path)
     if not name.startswith(PARTIAL):
@@ -100,14 +192,48 @@ def remove(url: str) -> None:
     shutil.rmtree(path)
 
 
+def remove_file(url: str, patience: float | None = None) -> None:
+    """Delete a file on an object store, if it is there."""
+    fs, path = locate(url)
+    with contextlib.suppress(FileNotFoundError):
+        call(url, lambda: fs.rm_file(path), patience)
+
+
 def move(source: str, target: str) -> None:
-    """Rename a folder; an object store copies, then deletes, so that one of both is complete."""
+    """Put a checkpoint in the place of another: locally by a rename, where none may be.
+
+    An object store copies. What is replaced stops being a checkpoint first, and `source` stops
+    last: at any moment one of both is complete.
+    """
     fs, path = locate(source)
     if isinstance(fs, LocalFileSystem):
         os.rename(path, locate(target)[1])
         flush_folder(os.path.dirname(target))
-    else:
-        fs.mv(path, locate(target)[1], recursive=True)
+        return
+    to = locate(target)[1]
+    new = [name for name in names(source) if name != BEGUN]
+    old = set(names(target))
+    remove_file(f"{target}/{MARKER}")
+    for name in sorted(new, key=lambda name: name == MARKER):
+        call(target, lambda name=name: fs.cp_file(f"{path}/{name}", f"{to}/{name}"))
+    for name in old - set(new):
+        remove_file(f"{target}/{name}")
+    remove(source)
+
+
+def abort_uploads(url: str, is_ours: Callable[[str], bool]) -> None:
+    """Give up what dead processes uploaded of files in folders of these names, where a store
+    keeps such parts, invisible and for ever."""
+    fs, path = locate(url)
+    if not hasattr(fs, "list_multipart_uploads"):
+        return
+    bucket, prefix, _ = fs.split_path(path)
+    for upload in call(url, lambda: fs.list_multipart_uploads(bucket)):
+        key = upload["Key"]
+        folder, _, _ = key.removeprefix(f"{prefix}/").rpartition("/")
+        if key.startswith(f"{prefix}/") and is_ours(folder):
+            with contextlib.suppress(FileNotFoundError):
+                call(url, lambda key=key, i=upload["UploadId"]: fs.abort_mpu(bucket, key, i))
 
 
 def start_flush(file: Any, start: int, length: int) -> None:

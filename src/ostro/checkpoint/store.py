@@ -18,7 +18,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,8 @@ from pathlib import Path
 from time import time
 from typing import Any
 
+import fsspec
+from fsspec.spec import AbstractBufferedFile
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_rank
 
@@ -40,8 +41,6 @@ from ostro.errors import CheckpointError
 from ostro.phases import mark
 from ostro.shapes import FILE_NAME
 
-STEP = re.compile(r"step-\d+")
-"""What the folder of a checkpoint is called."""
 _UNHASHED = 4  # pieces of a file that may be written before their checksum is made
 
 
@@ -122,6 +121,26 @@ def write(
     return save.metadata
 
 
+@contextlib.contextmanager
+def _opened(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[Any]:
+    """A file to write. What fails is given up: closing it would upload the part that is there."""
+    file = fs.open(path, "wb")
+    try:
+        yield file
+        file.close()
+    except BaseException as error:
+        had_parts = getattr(file, "mpu", None) is not None
+        if isinstance(file, AbstractBufferedFile):
+            with contextlib.suppress(Exception):
+                file.discard()
+            file.closed = True
+        else:
+            file.close()
+        if had_parts and isinstance(error, FileNotFoundError):  # the answer to "complete" was lost
+            raise ConnectionError(f"an upload in parts is gone: {error}") from error
+        raise
+
+
 class _Save:
     """One checkpoint being written. The first rank begins, commits, and cleans up."""
 
@@ -139,6 +158,7 @@ class _Save:
         self._is_alone = group is None
         self._target = step_folder(folder, marks.step)
         self._work = self._aside = ""  # not begun
+        self._is_whole = False
 
     def begin(self) -> str:
         """Make the folder that is written to."""
@@ -151,12 +171,15 @@ class _Save:
             self._aside = f"{self._folder.rstrip('/')}/{storage.ASIDE}{name}-{os.getpid()}"
             # A store has no rename, and needs none where nothing is replaced: the marker is last.
             is_direct = not self._is_local and not storage.is_folder(self._target)
-            partial = self._aside.replace(storage.ASIDE, storage.PARTIAL)
+            kind = storage.PARTIAL if self._is_local else storage.NEW
+            partial = self._aside.replace(storage.ASIDE, kind)
             self._work = self._target if is_direct else partial
+            if storage.is_folder(self._work):
+                storage.remove(self._work)
             fs, path = storage.locate(self._work)
-            if fs.isdir(path):
-                fs.rm(path, recursive=True)
-            fs.makedirs(path, exist_ok=True)
+            storage.call(self._work, lambda: fs.makedirs(path, exist_ok=True))
+            if not self._is_local:
+                _write_file(f"{self._work}/{storage.BEGUN}", b"{}\n")
             return self._work
 
     def write_file(self, url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
@@ -179,23 +202,30 @@ class _Save:
             metadata = replace(self._marks, files=files)
             mark("commit")
             self.write_file(f"{work}/{storage.MARKER}", metadata.to_json().encode())
+            self._is_whole = not self._is_local  # found from now on, wherever it is
             if work != self._target:
                 storage.flush_folder(work)
-                if storage.is_folder(self._target):
+                if self._is_local and storage.is_folder(self._target):
                     storage.move(self._target, self._aside)
                 mark("commit")
                 storage.move(work, self._target)  # the commit
         mark("commit")
         self.metadata = metadata
-        with contextlib.suppress(OSError):  # committed all the same; the next attempt tidies up
-            if storage.is_folder(self._aside):
+        with contextlib.suppress(OSError, CheckpointError):  # committed; the next one tidies up
+            if not self._is_local:
+                storage.remove_file(f"{self._target}/{storage.BEGUN}", patience=5)
+            elif storage.is_folder(self._aside):
                 storage.remove(self._aside)
 
     def undo(self) -> None:
         """Remove what was begun, and put back what it was to replace."""
-        if not self._work or self.metadata is not None:
+        if not self._work or self._is_whole or self.metadata is not None:
             return
-        with contextlib.suppress(OSError):  # the first error matters; the next save tidies up
+        # The first error matters; the next save tidies up.
+        with contextlib.suppress(OSError, CheckpointError):
+            if not self._is_local:
+                storage.remove(self._work, patience=5)
+                return
             if storage.is_folder(self._work):
                 storage.remove(self._work)
             if storage.is_folder(self._aside) and not storage.is_folder(self._target):
@@ -241,12 +271,16 @@ def _at_once(works: Sequence[Callable[[], FileRecord]]) -> list[FileRecord]:
 
 def _write_file(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
     """Write one file, flushed to the disk, and say what was written."""
+    return storage.call(url, lambda: _write_once(url, content))
+
+
+def _write_once(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
     fs, path = storage.locate(url)
     digest, size = hashlib.sha256(), 0
     pieces = [content] if isinstance(content, bytes) else tensor_pieces(content)
     hashed: deque[Future[None]] = deque()
     # The checksum takes as long as writing: another thread makes it meanwhile.
-    with ThreadPoolExecutor(1, "checksum") as hasher, fs.open(path, "wb") as file:
+    with ThreadPoolExecutor(1, "checksum") as hasher, _opened(fs, path) as file:
         for piece in pieces:
             mark("save")
             hashed.append(hasher.submit(digest.update, piece))

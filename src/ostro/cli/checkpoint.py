@@ -58,18 +58,25 @@ def _verify(argv: Sequence[str]) -> None:
     parser.add_imports()
     parser.add_argument("path", metavar="PATH")
     path = parser.parse(argv)[0].path
-    num_found = num_damaged = 0
-    for place, fault in checkpoints.verified(path):
-        num_found += 1
-        num_damaged += fault is not None
-        line = f"intact   {place}" if fault is None else f"damaged  {fault}"
+    verdicts = []
+    for verdict in checkpoints.verified(path):
+        verdicts.append(verdict)
+        line = f"intact   {verdict.path}"
+        if verdict.fault:
+            line = f"damaged  {verdict.fault}"
+            if verdict.has_weights:
+                line = f"weights  {verdict.fault}; the weights are intact"
         print(redact(line), flush=True)
-    if not num_found:
+    if not verdicts:
         raise _nothing(path)
-    if num_damaged:
+    damaged = [verdict for verdict in verdicts if verdict.fault]
+    num_weights = sum(verdict.has_weights for verdict in damaged)
+    if damaged:
+        usable = "sample, eval, export, benchmark and trainer.initialize_from take its weights"
+        among = f", {num_weights} of them with intact weights ({usable})" if num_weights else ""
         raise CheckpointError(
-            f"{path} - {num_damaged} of {num_found} checkpoints are damaged - a run skips these;"
-            " delete them, or copy them here again"
+            f"{path} - {len(damaged)} of {len(verdicts)} checkpoints are damaged{among} - a run"
+            " skips these when it resumes; delete them, or copy them here again"
         )
 
 

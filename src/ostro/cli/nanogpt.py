@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ostro.checkpoint import read_file
+from ostro.checkpoint import look, read_file
 from ostro.checkpoint.single_file import INTERRUPTED, NANOGPT
 from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import speaking, start_run
@@ -187,12 +187,16 @@ def saved_arguments(config: nanogpt.NanoGptConfig) -> Mapping[str, Any] | None:
     """The architecture in `out_dir/ckpt.pt`, where the run goes on from it."""
     if config.init_from != "resume":
         return None
-    paths = [Path(local_path(config.out_dir)) / name for name in (NANOGPT, INTERRUPTED)]
-    path = next((path for path in paths if path.exists()), None)
+    folder = local_path(config.out_dir)
+    paths = [Path(folder) / name for name in (NANOGPT, INTERRUPTED)]
+    there = [str(path) for path in paths if path.exists()]
+    # As the run will choose: by the time and the step in them.
+    newest = [path for path in look(folder).newest_first if path in there]
+    path = next(iter([*newest, *there]), None)
     if path is None:
         advice = "check out_dir, or start with init_from=scratch"
         raise CheckpointError(f"init_from = resume - there is no {paths[0]} - {advice}")
-    content = read_file(path, check=False)
+    content = read_file(Path(path), check=False)
     if not nanogpt_file.NanoGptFormat().fits(content):
         raise CheckpointError(f"{path} - is no checkpoint that nanoGPT wrote: it has no model_args")
     return content["model_args"] | nanogpt_file.own_settings(content, str(path))

@@ -103,7 +103,7 @@ def diff(argv: list[str]) -> None:
 
 def _side(path: str, trust: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Settings as plain values, and what a checkpoint holds besides; a file holds nothing."""
-    saved = None if path.endswith((".yaml", ".yml")) else find_latest(path)
+    saved = None if path.endswith((".yaml", ".yml")) else find_latest(path, weights=True)
     if saved is not None and "config.yaml" in saved.texts:
         return read_settings(saved.texts["config.yaml"], str(saved)), saved.values
     file = f"{path}/config.yaml" if Path(path).is_dir() else path
@@ -237,8 +237,8 @@ def evaluate(argv: list[str], signals: Signals) -> None:
 
 
 def open_checkpoint(path: str, flag: str = "--checkpoint") -> Saved | SavedFile:
-    """The newest intact checkpoint at or below `path`, which `flag` gave."""
-    saved = find_latest(path)
+    """The newest checkpoint at or below `path`, which `flag` gave, whose weights are intact."""
+    saved = find_latest(path, weights=True)
     if saved is None:
         raise CheckpointError(
             f"{flag} {path} - no complete checkpoint there or below -"

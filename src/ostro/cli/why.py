@@ -94,7 +94,7 @@ def _weights(
     else:
         return None, "a run without trainer.id"
     own = [entry for entry in entries(place) if (entry.run_id or run_id) == run_id]
-    earlier = (find_latest(entry.path) for entry in own if entry.step < step)
+    earlier = (find_latest(entry.path, weights=True) for entry in own if entry.step < step)
     return next((saved for saved in earlier if saved is not None), None), place
 
 

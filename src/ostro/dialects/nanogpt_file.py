@@ -68,25 +68,25 @@ class NanoGptFormat:
             parameters = {p.theirs[0]: p for p in gpt2_parameters(_model(model))}
             weights = _our_weights(content["model"], parameters, where)
             own = content.get("ostro") or {}
+            # A file without an optimizer is there for its weights: it need not say more.
+            lenient = {} if "optimizer" in content else {"best_val_loss": 1e9, "iter_num": 0}
+            content = {"config": {}, **lenient, **content}
             best = content["best_val_loss"]
             values = dict(own.get("values") or {}) | {
                 "step": int(content["iter_num"]),
                 "best_eval_loss": None if float(best) >= 1e9 else float(best),
                 "is_foreign": not own,
             }
-            optimizer = _our_optimizer(
-                content["optimizer"], weights, {p.ours: p for p in parameters.values()}
-            )
+            groups = {"model": weights, "state": dict(own.get("state") or {})}
+            if "optimizer" in content:
+                by_name = {p.ours: p for p in parameters.values()}
+                groups["optimizer"] = _our_optimizer(content["optimizer"], weights, by_name)
             texts = own.get("texts") or _texts(content)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{where} - is no checkpoint that nanoGPT wrote: {type(error).__name__}: {error}"
             ) from error
-        return State(
-            {"model": weights, "optimizer": optimizer, "state": dict(own.get("state") or {})},
-            values,
-            texts,
-        )
+        return State(groups, values, texts)
 
     def fits(self, content: Mapping[str, Any]) -> bool:
         """nanoGPT's files have `model_args`."""

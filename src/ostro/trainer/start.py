@@ -17,6 +17,7 @@ from ostro.checkpoint import (
     find_latest,
     which_checkpoint,
 )
+from ostro.checkpoint.storage import is_folder
 from ostro.compiled import unusable_cache
 from ostro.distributed import World
 from ostro.errors import CheckpointError, ConfigError, Problem
@@ -174,6 +175,7 @@ def find_start(trainer: TrainerConfig, checkpointer: Checkpointer, world: World)
         load_checkpoint=trainer.load_checkpoint,
         load_checkpoint_path=trainer.load_checkpoint_path,
         initialize_from=trainer.initialize_from,
+        elsewhere=_elsewhere(trainer),
     )
     own = checkpointer.folder
     if trainer.recover and trainer.load_checkpoint is False and find_latest(own, world):
@@ -185,6 +187,19 @@ def find_start(trainer: TrainerConfig, checkpointer: Checkpointer, world: World)
         log.warning("%s", warning)
     log.info("%s", decision.message)
     return decision
+
+
+def _elsewhere(trainer: TrainerConfig) -> str:
+    """The flags with which the same command saves into a folder that is not there yet."""
+    saving, run_id, number = trainer.checkpointer, str(trainer.id), 2
+    depends = saving.folder("a") != saving.folder("b")
+    own = saving.folder(run_id).rstrip("/")
+    while is_folder(saving.folder(f"{run_id}-{number}") if depends else f"{own}-{number}"):
+        number += 1
+    flag = f"--trainer.id {run_id}-{number}"
+    if not depends:
+        flag = f"--trainer.checkpointer.base_path {own}-{number}/."
+    return f"{flag} --trainer.load_checkpoint null" if trainer.load_checkpoint else flag
 
 
 def restore(
