@@ -291,6 +291,7 @@ def test_what_was_uploaded_of_one_that_never_became_complete_goes():
     run = Run("memory://begun")
     fs, path = fsspec.url_to_fs(run.folder)
     fs.pipe_file(f"{path}/step-9/model.safetensors", b"half")
+    fs.pipe_file(f"{path}/step-9/{storage.BEGUN}", b"{}")
     fs.pipe_file(f"{path}/notes/mine.txt", b"not a checkpoint")
     run.step(10, force=True)
     assert storage.names(run.folder) == ["notes", "step-10"]

@@ -34,11 +34,11 @@ class CheckpointerConfig:
     the id is appended as one more folder, unless the path ends with `/.`."""
     save_interval: timedelta | None = timedelta(minutes=15)
     """Time after which a temporary checkpoint is saved, replaced by the next save. Null: none."""
+    keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(10_000)])
+    """Which steps to keep for good, as intervals with increasing `until`. Empty: the last only."""
     save_every: int | None = None
     """Steps after which a temporary checkpoint is saved, whatever time has passed. Null: by time
     alone."""
-    keep: list[CheckpointInterval] = field(default_factory=lambda: [CheckpointInterval(10_000)])
-    """Which steps to keep for good, as intervals with increasing `until`. Empty: the last only."""
     keep_bytes: ByteSize | None = None
     """The most that all checkpoints of the run may take, such as `200GB`, the one being written
     included: others are deleted before it is written, temporary ones first, then permanent ones so

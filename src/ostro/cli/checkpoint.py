@@ -72,8 +72,8 @@ def _verify(argv: Sequence[str]) -> None:
     damaged = [verdict for verdict in verdicts if verdict.fault]
     num_weights = sum(verdict.has_weights for verdict in damaged)
     if damaged:
-        usable = "sample, eval, export, benchmark and trainer.initialize_from take its weights"
-        among = f", {num_weights} of them with intact weights ({usable})" if num_weights else ""
+        usable = "sample, eval, export, benchmark and trainer.initialize_from take those"
+        among = f", all but the weights of {num_weights} ({usable})" if num_weights else ""
         raise CheckpointError(
             f"{path} - {len(damaged)} of {len(verdicts)} checkpoints are damaged{among} - a run"
             " skips these when it resumes; delete them, or copy them here again"
