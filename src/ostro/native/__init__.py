@@ -375,6 +375,8 @@ def adamw(optimizer: torch.optim.Optimizer, grad_scale: Tensor | None) -> bool:
     for group in optimizer.param_groups:
         params = [p for p in group["params"] if p.grad is not None]
         state = [optimizer.state[p] for p in params]
+        if not all(state):  # one of the user's own, before the first step
+            return False
         own = [[each[key] for each in state] for key in ("exp_avg", "exp_avg_sq", "step")]
         tensors = [params, *own, [p.grad for p in params]]
         if (

@@ -6,6 +6,7 @@ attributes of a parameter do not survive `deepcopy`, `Module.to` or FSDP.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,15 @@ import torch
 from torch import nn
 
 from ostro.axes import ParameterAxes
+from ostro.errors import ConfigError, Problem
 from ostro.nn.collectives import local
+
+_ADVICE = (
+    "use Linear, Embedding, LayerNorm or RMSNorm of ostro.nn, or give the module that owns it"
+    ' parameter_axes = {{"{key}": ParameterAxes(outs, ins)}} (ostro.axes), by which it is'
+    " sharded and decays or not, and parameter_fill ="
+    ' {{"{key}": Fill(mean, deviation)}} (ostro.nn.init)'
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,25 @@ def axes_of(model: nn.Module) -> dict[str, ParameterAxes]:
         for prefix, module in model.named_modules()
         for name, axes in getattr(module, "parameter_axes", {}).items()
     }
+    _require_described(model, found)
     return {name: found[name] for name, _ in model.named_parameters()}
+
+
+def _require_described(model: nn.Module, axes: Mapping[str, ParameterAxes]) -> None:
+    """`ConfigError` where a module says too little of what it owns: it comes from elsewhere."""
+    for prefix, module in model.named_modules():
+        fills = getattr(module, "parameter_fill", {})
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            kind, key = type(module).__name__, name.rpartition(".")[2]
+            if name not in axes or key not in fills:
+                rule = f"parameter {name} of a {kind} has no axis names or no first values"
+                raise ConfigError(Problem("model.type", rule, _ADVICE.format(key=key)))
+            if len(axes[name].names) != parameter.ndim:
+                rule = f"parameter {name} has {parameter.ndim} dims and axes {axes[name].names}"
+                raise ConfigError(Problem("model.type", rule, "name the axis of each dim"))
+        for name, _ in module.named_buffers(prefix, recurse=False):
+            rule = f"{name} is a buffer, which is neither filled nor saved"
+            raise ConfigError(Problem("model.type", rule, "compute it where it is used"))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ostro import native
 
@@ -75,20 +75,6 @@ def apply_update(
         optimizer.step()
     finally:  # they belong to this step only
         del optimizer.grad_scale, optimizer.found_inf
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """The optimizer's own tensors under `<parameter name>.<what>`, for checkpoints: to be read,
-    or written in place.
-    """
-    return {
-        f"{name}.{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
-    }
 
 
 class LossScaler:

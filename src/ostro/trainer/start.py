@@ -24,7 +24,7 @@ from ostro.errors import CheckpointError, ConfigError, Problem
 from ostro.models.lm_model import LmConfig, LmModel, initialize
 from ostro.nn import axes_of
 from ostro.nn.collectives import local
-from ostro.optim import LossScaler, OptimizerConfig
+from ostro.optim import LossScaler, OptimizerConfig, has_state, require_resumable
 from ostro.parallel import Mesh, arrange, compile_blocks, shard
 from ostro.recover import Recovery
 from ostro.trainer.config import BatchPlan, TrainerConfig
@@ -136,10 +136,13 @@ def _fresh(
     axes, skip_step = axes_of(model), optimizer.skip_step
     named = {name: (p, axes[name]) for name, p in parameters.items()}
     split = {name: p for name, p in model.named_parameters() if p is not parameters[name]}
+    built = optimizer.build(named, split)
+    if trainer.deepspeed is None and not has_state(built):  # one of the user's own
+        require_resumable(optimizer, named)
     # DeepSpeed scales by itself.
     scales = trainer.mp.compute == "float16" and trainer.deepspeed is None
     return {
-        "optimizer": optimizer.build(named, split),
+        "optimizer": built,
         "skip_step": skip_step.build(device) if skip_step else None,
         "loss_scaler": LossScaler(device) if scales else None,
         "recovery": Recovery(trainer.recover, trainer.skip_steps),

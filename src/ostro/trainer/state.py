@@ -14,7 +14,14 @@ from ostro.checkpoint import Saved, SavedFile, State, Stored, copy_into, whole
 from ostro.errors import CheckpointError
 from ostro.models.lm_model import LmModel
 from ostro.nn.collectives import local
-from ostro.optim import LossScaler, SkipStep, optimizer_tensors
+from ostro.optim import (
+    LossScaler,
+    SkipStep,
+    has_state,
+    make_state,
+    optimizer_tensors,
+    take_numbers,
+)
 from ostro.recover import Recovery
 
 
@@ -136,7 +143,7 @@ class TrainState:
         found = optimizer_tensors(self.optimizer, self.parameters)
         for name, parameter in self.model.named_parameters():
             if isinstance(parameter, DTensor):
-                for key in self.optimizer.state[self.parameters[name]]:
+                for key in self.optimizer.state.get(self.parameters[name], {}):
                     own = found.get(f"{name}.{key}")
                     if own is not None and own.shape == self.parameters[name].shape:
                         found[f"{name}.{key}"] = split_like(parameter, own)
@@ -158,17 +165,24 @@ class TrainState:
 
     def load(self, saved: Saved | SavedFile) -> None:
         """Take over the state of a checkpoint; `CheckpointError` when it does not fit."""
+        stored = {what: saved.stored(what) for what in ("model", "optimizer")}
+        if stored["optimizer"] and not has_state(self.optimizer):
+            make_state(self.optimizer)
         own = self.tensors()
-        for what in ("model", "optimizer"):
-            _copy(saved.stored(what), own[what], str(saved), what)
+        for what, source in stored.items():
+            _copy(source, own[what], str(saved), what)
+        take_numbers(self.optimizer, self.parameters, own["optimizer"])
         self._load_rest(saved.tensors("state"), saved.values)
 
     def restore(self, snapshot: State) -> None:
         """Take over a copy that was made of this very state."""
+        if not snapshot.tensors["optimizer"]:  # of before the first step, which makes the state
+            self.optimizer.state.clear()
         own = self.tensors()
         for what in ("model", "optimizer"):
             for name, target in own[what].items():
                 local(target).copy_(local(snapshot.tensors[what][name]))
+        take_numbers(self.optimizer, self.parameters, own["optimizer"])
         self._load_rest(snapshot.tensors["state"], snapshot.values)
 
     def _load_rest(self, state: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
