@@ -44,6 +44,10 @@ def changes(before, after) -> list[Change]:
     [
         ([], [], {}),
         ([], ["--trainer.id", "x", "--trainer.load_checkpoint_path", "y"], {}),
+        ([], ["--trainer.num_train_steps", "9"], {"trainer.num_train_steps": "warn"}),
+        (["--optimizer.schedule_steps", "6"],
+         ["--optimizer.schedule_steps", "6", "--trainer.num_train_steps", "9"],
+         {"trainer.num_train_steps": "accept"}),
         ([], ["--vocab_size", "257"], {}),  # as many rows as null came to
         ([], ["--trainer.log_interval", "3"], {"trainer.log_interval": "accept"}),
         ([], ["--data.cache_dir", "x"], {"data.cache_dir": "accept"}),

@@ -154,6 +154,8 @@ class RunFacts:
     """The folder of its checkpoints."""
     never_loads: bool = False
     """Whether it was told to load no checkpoint."""
+    imports: tuple[str, ...] = ()
+    """Modules of the user's own, which a command that reads a checkpoint has to be told of."""
     is_complete: bool = True
     """Whether the resolved configuration holds every value; credentials are left out of it."""
 
@@ -211,7 +213,8 @@ class NativeDialect(Dialect):
     def sample(self, run: RunFacts, prompt: str) -> CommandLine:
         """`ostro sample`, in one process."""
         words = ("--checkpoint", run.checkpoints, "--prompt", prompt)
-        return CommandLine((*self._ostro, "sample"), words)
+        own = [word for module in run.imports for word in ("--imports", module)]
+        return CommandLine((*self._ostro, "sample"), (*words, *own))
 
     def why(self, run: RunFacts, step: int) -> CommandLine:
         """`ostro why`: the documents of a batch, and the loss of each."""

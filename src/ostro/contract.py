@@ -34,6 +34,10 @@ _ORDER = "the coming batches differ from those that the run would have seen"
 _UPDATES = "takes effect from the next step on"
 _OTHER_MODEL = "the weights were trained as parts of another model"
 _NO_NUMBERS = "changes no loss"
+_LENGTH = (
+    "the learning-rate schedule is recomputed for the new length; set optimizer.schedule_steps to"
+    " keep the old one"
+)
 _AT_THE_START = "counts when a run starts from scratch"
 
 # By setting or the section it is in; the longest that fits counts.
@@ -64,11 +68,7 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     "imports": ("warn", "modules of your own may do anything, and are not compared"),
     "trainer": ("accept", _NO_NUMBERS),
     "trainer.seed": ("warn", "the order of the data and dropout go on with another seed"),
-    "trainer.num_train_steps": (
-        "warn",
-        "the learning-rate schedule is recomputed for the new length; set optimizer.schedule_steps"
-        " to keep the old one",
-    ),
+    "trainer.num_train_steps": ("warn", _LENGTH),
     "trainer.train_batch_size": ("warn", _ORDER),
     "trainer.crash_on_nan": ("warn", _UPDATES),
     "trainer.skip_steps": ("warn", _UPDATES),
@@ -179,6 +179,8 @@ def compare(
         # Null, or the number that null came to: the rows in use are the same.
         found = [difference for difference in found if difference[0] != "vocab_size"]
     trainers = [settings.get("trainer", {}) for settings in (encode(config), saved_config)]
+    optimizers = [settings.get("optimizer", {}) for settings in (encode(config), saved_config)]
+    lengths = [optimizer.get("schedule_steps") for optimizer in optimizers]
     policies = trainers[0].get("resume_policy", {})
     is_deterministic = all(trainer.get("deterministic_reduction") for trainer in trainers)
     changes = []
@@ -188,6 +190,8 @@ def compare(
         policy, why = _policy(key, policies)
         if is_deterministic and why is _SUMS:
             policy, why = "accept", "trainer.deterministic_reduction takes sums in one order"
+        if why is _LENGTH and lengths[0] == lengths[1] is not None:
+            policy, why = "accept", "optimizer.schedule_steps keeps the learning-rate schedule"
         origin = origins.get(key, "")
         is_default = bool(origin) and _is_default(origin)
         if policy == "refuse" and (value is _NO_SETTING or (was is _NO_SETTING and is_default)):
@@ -209,8 +213,8 @@ def report(changes: Iterable[Change], where: str, spoken: Callable[[str], str] =
     for change in changes:
         if change.policy == "refuse":
             refused.append(change)
-        elif spoken(str(change)) not in said:
-            said.add(spoken(str(change)))
+        elif (difference := spoken(f"{change.key}: {change.what}")) not in said:
+            said.add(difference)
             log.log(logging.WARNING if change.policy == "warn" else logging.INFO, "%s", change)
     if refused:
         lines = "\n".join(dict.fromkeys(f"  {change}" for change in refused))

@@ -39,6 +39,7 @@ class NextSteps:
             str(self.config_path),
             self.checkpoints,
             never_loads=trainer.load_checkpoint is False,
+            imports=tuple(self.config.imports),
             is_complete=REDACTED not in self.config_path.read_text(encoding="utf-8"),
         )
 
