@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from ostro import decode, native
-from ostro.data.tokenizer import Tokenizer
+from ostro.data.tokenizer import LibraryTokenizer, Tokenizer
 from ostro.models import Gpt2Config, LlamaConfig, initialize
 from ostro.sample import SamplingConfig, choose, complete_all, generate
 
@@ -225,3 +226,17 @@ def test_complete_goes_on_with_text():
 def test_impossible_settings_are_named(change, setting):
     assert [problem.setting for problem in SamplingConfig(**change).problems()] == [setting]
     assert not list(SamplingConfig().problems())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("AB CD", "AB CD EF"), ("AB CD ", "AB CD EF"), ("AB CD\n", "AB CD\nEF")],
+)
+def test_text_follows_a_prompt_with_one_space(monkeypatch, prompt, expected):
+    """A decoder that puts a space before each word, whatever stood there."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"AB": 0, "CD": 1, "EF": 2}, "AB"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    monkeypatch.setattr("ostro.sample.generate", lambda model, prompts, **_: [[2]])
+    tokenizer = LibraryTokenizer(inner)
+    tokenizer.eos_id = 0
+    assert complete_all(None, tokenizer, [prompt], SamplingConfig()) == [expected]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 _CUT = re.compile(
-    r"(?<=\S)(?= \S)"  # before the space of a word
+    r"(?= \S)"  # before the space of a word
     r"|(?<=\S)\n(?=[A-Za-z0-9])"  # behind a line
     r"|[\u3002\uff0c\uff01\uff1f](?=[^\W_])"  # behind the punctuation of texts without spaces
 )
