@@ -68,6 +68,14 @@ def at_least(least: int, config: object, *names: str, advice: str = "") -> Itera
             yield Problem(name, f"must be at least {least}", advice)
 
 
+def seed_problems(config: object, *names: str) -> Iterator[Problem]:
+    """A problem for each of these fields that is no seed: torch takes 64 bits, without a sign."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1 << 64:
+            yield Problem(name, "must be between 0 and 2**64 - 1", "any such number will do")
+
+
 class ConfigError(OstroError):
     """One or more mistakes in a configuration, each a `Problem`."""
 

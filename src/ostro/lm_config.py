@@ -14,7 +14,7 @@ from ostro.config.fields import dotted_names
 from ostro.contract import policy_problems
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
-from ostro.errors import ConfigError, Problem, at_least
+from ostro.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.hf import read_model
 from ostro.meeting import remembered
 from ostro.models import Gpt2Config
@@ -37,9 +37,10 @@ class TrainLmConfig:
     """How long, on what device, in which precision; logging, saving, resuming."""
     model: LmConfig = field(default_factory=Gpt2Config)
     """The architecture; `type` picks the family."""
-    initialize_from_hf: Location | None = None
+    initialize_from_hf: Location | bool | None = None
     """Start from the weights of a Hugging Face model, with a fresh optimizer at step 0: a folder,
-    or `organisation/name[@revision]` on the hub. Checkpoints of the run come first."""
+    or `organisation/name[@revision]` on the hub; true is the model that the family is known by,
+    such as openai-community/gpt2. Checkpoints of the run come first."""
     use_hf_model_config: bool = False
     """Take the model section from that model, all but `gradient_checkpointing`."""
     optimizer: OptimizerConfig = field(default_factory=AdamConfig)
@@ -59,13 +60,17 @@ class TrainLmConfig:
     """Python modules to import first: they may register models, optimizers, trackers, sources."""
 
     def problems(self) -> Iterator[Problem]:
+        yield from seed_problems(self, "data_seed")
         yield from at_least(1, self, "vocab_size", advice="null takes the tokenizer's")
         if self.epoch < 0:
             yield Problem("epoch", "must not be negative", "0 goes on until num_train_steps")
-        if self.initialize_from_hf is not None and self.trainer.initialize_from is not None:
+        if self.initialize_from_hf and self.trainer.initialize_from is not None:
             rule = "trainer.initialize_from is set too"
             yield Problem("initialize_from_hf", rule, "remove one of the two")
-        if self.use_hf_model_config and self.initialize_from_hf is None:
+        if self.initialize_from_hf is True and self.model.reference_checkpoint is None:
+            rule = "is true, and the model's type has no checkpoint that it is known by"
+            yield Problem("initialize_from_hf", rule, "name a folder, or organisation/name")
+        if self.use_hf_model_config and not self.initialize_from_hf:
             yield Problem("use_hf_model_config", "needs initialize_from_hf", "name the model there")
         if self.trainer.checkpointer.format == "nanogpt" and type(self.optimizer) is not AdamConfig:
             rule = "a ckpt.pt of nanoGPT's holds AdamW's moments"
@@ -125,8 +130,11 @@ def _continued(trainer: TrainerConfig) -> str | None:
 
 
 def with_hf_model(config: TrainLmConfig) -> TrainLmConfig:
-    """`use_hf_model_config` carried out."""
-    if not config.use_hf_model_config or config.initialize_from_hf is None:
+    """`use_hf_model_config` carried out, and `initialize_from_hf: true` made a name."""
+    if isinstance(config.initialize_from_hf, bool):
+        name = config.model.reference_checkpoint if config.initialize_from_hf else None
+        config = dataclasses.replace(config, initialize_from_hf=name)
+    if not config.use_hf_model_config or not isinstance(config.initialize_from_hf, str):
         return config
     checkpointing = getattr(config.model, "gradient_checkpointing", True)
     model = read_model(config.initialize_from_hf, checkpointing)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ostro.data.tokenizer import Tokenizer
 from ostro.decode import decoder_of, in_compute_dtype
-from ostro.errors import Problem
+from ostro.errors import Problem, seed_problems
 from ostro.models.lm_model import LmModel, inference
 from ostro.native.decoder import Decoder
 from ostro.nn import KeyValueCache
@@ -33,6 +33,7 @@ class SamplingConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Values that cannot be sampled with."""
+        yield from seed_problems(self, "seed")
         if self.max_new_tokens < 1:
             yield Problem("max_new_tokens", "must be positive")
         if not 0 <= self.temperature < float("inf"):
@@ -111,7 +112,9 @@ def generate(
     the device at every token, and calls `poll` before it.
     """
     assert all(prompts), "a prompt has at least one token"
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    generators = [
+        torch.Generator().manual_seed((seed + row) % (1 << 64)) for row in range(len(prompts))
+    ]
     device = next(model.parameters()).device
     with inference(model), in_compute_dtype(model):
         rows = _Rows(model, prompts, max_new_tokens, eos_id, ended)

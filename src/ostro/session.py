@@ -61,7 +61,7 @@ def load_first_weights(
         load_weights(state.model, start.saved.tensors("model"), str(start.saved))
         return
     where = config.initialize_from_hf
-    if where is not None:
+    if isinstance(where, str):
         log.info("starting from the weights of %s", where)
         weights = read_weights(where, config.model, vocab_size(config, tokenizer))
         load_weights(state.model, weights, where)

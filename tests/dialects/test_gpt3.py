@@ -202,6 +202,8 @@ def test_a_damaged_checkpoint_is_skipped_and_a_foreign_pickle_refused(folder, ca
     ("words", "environ", "parts"),
     [
         (["--sed", "3"], {}, ["sed", "did you mean seed?"]),
+        (["--seed=-1"], {}, ["seed = -1 (--seed)", "2**64 - 1"]),
+        (["--seed", str(1 << 64)], {}, ["seed = 18446744073709551616", "2**64 - 1"]),
         (["--model_size", "1.3B"], {}, ["model_size = 1.3B", "tiny.yaml"]),
         (["--gpus_per_node", "0"], {}, ["gpus_per_node = 0", "at least 1"]),
         (["--gpus_per_node", "4"], {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
@@ -236,6 +238,7 @@ def test_tasks_of_slurm_are_workers_or_start_them():
         ({"sequence_length": 64}, "context_length = 32"),
         ({"scheduler": {"eta_min": 0.5}}, "scheduler.eta_min = 0.5"),
         ({"keep_interval": 0}, "keep_interval = 0"),
+        ({"seed": -1}, "seed = -1"),
         ({"save_interval": 0}, "save_interval = 0"),
         ({"optimizer": {"type": "SGD"}}, "optimizer.type = SGD"),
         ({"optimizer": {"betas": [0.9]}}, "must be two numbers"),

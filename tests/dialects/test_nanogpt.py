@@ -324,6 +324,37 @@ def test_a_python_file_is_read_and_not_run(tmp_path):
         load_nanogpt([str(config)])
 
 
+def test_a_python_file_that_is_not_there(tmp_path, monkeypatch):
+    """The nearest name is suggested; the repository of the script counts, as for YAML."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "train_small.py").write_text("batch_size = 3\n")
+    monkeypatch.chdir(tmp_path)
+    says = r"config/trian_small\.py - no such file.* did you mean config/train_small\.py\?"
+    with pytest.raises(ConfigError, match=says):
+        load_nanogpt(["config/trian_small.py"])
+    with pytest.raises(ConfigError, match=r"nowhere/x\.py - no such file; looked for nowhere/x"):
+        load_nanogpt(["nowhere/x.py"])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(nanogpt, "script_folders", lambda: [tmp_path])
+    _, made = load_nanogpt(["config/train_small.py"])
+    assert made.loaded.config.batch_size == 3
+
+
+def test_a_learning_rate_below_the_default_of_min_lr():
+    loaded, made = load_nanogpt(["learning_rate=1e-5"])
+    assert loaded.config.optimizer.min_lr_ratio == 0.1
+    rates = loaded.config.optimizer.schedule(600_000)
+    assert rates(600_000) == pytest.approx(1e-6)
+    notice = next(line for line in made.notices if "min_lr" in line)
+    assert "min_lr = 6e-05" in notice and "learning_rate = 1e-05 (--learning_rate)" in notice
+    _, made = load_nanogpt(["learning_rate=1e-3"])
+    assert not any("min_lr" in line for line in made.notices)
+    loaded, _ = load_nanogpt(["learning_rate=0", "min_lr=0"])
+    assert loaded.config.optimizer.schedule(9)(5) == 0
+
+
 def test_effective_batch_counts_the_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     loaded, _ = load_nanogpt(["batch_size=3", "gradient_accumulation_steps=5"])
@@ -351,7 +382,15 @@ def test_the_settings_of_adamw_hold_for_muon_too(words):
         (["bach_size"], ["neither key=value", "did you mean batch_size?"]),
         (["init_from=gpt3"], ["init_from = gpt3", "gpt2-xl"]),
         (["batch_size=many"], ["batch_size = many"]),
-        (["learning_rate=1e-5"], ["min_lr = 6.0e-5", "learning_rate = 1e-05"]),
+        (
+            ["learning_rate=1e-5", "min_lr=6e-5"],
+            ["min_lr = 6e-05 (--min_lr)", "above learning_rate = 1e-05 (--learning_rate)"],
+        ),
+        (["min_lr=-1"], ["min_lr = -1"]),
+        (["seed=-1"], ["seed = -1 (--seed)", "between 0 and 2**64 - 1"]),
+        (["seed=18446744073709551616"], ["seed = 18446744073709551616", "2**64 - 1"]),
+        (["--data_seed", "-1"], ["data_seed = -1 (--data_seed)"]),
+        (["--sampling.seed=-7"], ["sampling.seed = -7"]),
         (["init_from=resume", "out_dir=/nowhere"], ["there is no /nowhere/ckpt.pt"]),
         (["--trainer.seeed=1"], ["trainer.seeed = 1", "did you mean seed?"]),
         (["optimizer.type=muon"], ["optimizer.type", "ckpt.pt", "trainer.checkpointer.format"]),

@@ -1,5 +1,7 @@
 """Schedules against tables worked out by hand from the formulas."""
 
+import math
+
 import pytest
 
 from ostro.errors import ConfigError
@@ -103,6 +105,26 @@ def test_warmup_offset():
     # nanoGPT: learning_rate * (it + 1) / (warmup_iters + 1)
     found = schedule(100, warmup=9, warmup_offset=1, learning_rate=1.0)
     assert [found(step) for step in range(10)] == [(step + 1) / 10 for step in range(9)] + [1.0]
+
+
+def nanogpts(step: int, warmup: int, decay: int, peak: float, lowest: float) -> float:
+    """nanoGPT's schedule, from its formulas."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step > decay or decay <= warmup:
+        return lowest
+    share = (step - warmup) / (decay - warmup)
+    return lowest + 0.5 * (1 + math.cos(math.pi * share)) * (peak - lowest)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 9, 10, 11, 25, 100])
+def test_the_warmup_of_nanogpt_is_never_cut(warmup):
+    """Also beyond the end of its decay, and beyond the run."""
+    settings = {"warmup": warmup, "warmup_offset": 1, "schedule_steps": 10, "learning_rate": 1.0}
+    found = schedule(50, **settings, min_lr_ratio=0.1)
+    expected = [nanogpts(step, warmup, 10, 1.0, 0.1) for step in range(60)]
+    assert [found(step) for step in range(60)] == pytest.approx(expected, rel=1e-12)
+    assert any("does not decay" in text for text in found.warnings) == (warmup >= 10)
 
 
 def test_schedule_steps():

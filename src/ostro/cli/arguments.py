@@ -146,9 +146,10 @@ def load_run(
     for notice in loaded.notices if find_place(os.environ).rank == 0 else ():
         print(f"note: {redact(notice)}", file=sys.stderr)
     config = with_hf_model(loaded.config)
-    if config is loaded.config:
-        return loaded
-    return loaded.derive(model=config.model, use_hf_model_config=False)
+    names = ("model", "use_hf_model_config", "initialize_from_hf")
+    changed = {name: getattr(config, name) for name in names}
+    changed = {k: v for k, v in changed.items() if v != getattr(loaded.config, k)}
+    return loaded.derive(**changed) if changed else loaded
 
 
 def start_run(

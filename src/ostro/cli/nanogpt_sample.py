@@ -16,7 +16,7 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.data.tokenizer_config import Gpt2Tokenizer
 from ostro.dialects.nanogpt import GPT2_SIZES
 from ostro.distributed import pick_device
-from ostro.errors import ConfigError, Problem, at_least
+from ostro.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.hf import read_model, read_weights
 from ostro.inference import load_model, load_tokenizer
 from ostro.models.lm_model import LmModel
@@ -58,6 +58,7 @@ class NanoGptSampleConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(1, self, "num_samples")
+        yield from seed_problems(self, "seed")
         if self.init_from != "resume" and self.init_from not in GPT2_SIZES:
             yield Problem("init_from", f"must be resume or one of {', '.join(GPT2_SIZES)}")
 

@@ -1,5 +1,6 @@
 """Registries: `type: name` in a configuration picks the class."""
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import draccus
@@ -23,6 +24,11 @@ class Choice(draccus.ChoiceRegistry):
     def default_choice_name(cls) -> str | None:
         """What draccus asks for; see `default_type`."""
         return cls.default_type
+
+    @classmethod
+    def implied_type(cls, keys: Collection[str]) -> str | None:
+        """The type that a mapping with these keys means where it names none; None: the default."""
+        return None
 
     @classmethod
     def from_scalar(cls, text: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any, get_args, get_origin
 
 from ostro.config import fields, nodes
+from ostro.config.foreign import ForeignSettings
 from ostro.config.merge import Stack, fold, settle
 from ostro.config.scalars import BadValue, plain, read_scalar
 from ostro.errors import Problem, did_you_mean
@@ -38,6 +39,8 @@ class Converter:
     """False where sections were left out: a default in their place may lack what is required."""
     hint: str = ""
     """What to do about a type that is not known, where that may be a module not imported."""
+    foreign: ForeignSettings = field(default_factory=ForeignSettings)
+    """Settings of other programs that may stand there."""
     decided: dict[str, nodes.Node] = field(default_factory=dict)
     """Dotted path to the node that decided."""
 
@@ -92,6 +95,8 @@ class Converter:
         dict_type = next(filter(fields.is_dict, types), None)
         scalars = [tp for tp in types if tp not in (list_type, record, dict_type, _NONE)]
         shorthand = fields.is_registry(record)
+        if getattr(record, "positional", False):
+            layers = [_by_position(record, layer) for layer in layers]
         if list_type is not None:
             items, layers = fold(list_type, layers, path)
             if items is not None:
@@ -194,14 +199,28 @@ class Converter:
             for key, node in layer.items.items():
                 if key in names or (key == "type" and nodes.written(node) == type_name):
                     continue
-                good = False
                 place = fields.join(path, key)
+                if self._is_ignored(place, node):
+                    continue
+                good = False
                 self.decided[place] = node
                 if key == "type" and type_name is not None:
                     self._fail(place, f"must be {type_name} here")
                 else:
                     self._unknown(key, names, path, type_name, registry)
         return self._build(cls, values, path) if good else nodes.BAD
+
+    def _is_ignored(self, path: str, node: nodes.Node) -> bool:
+        """Whether an unknown setting is one of another program's that does nothing here."""
+        row = self.foreign.find(path)
+        if row is None:
+            return False
+        problem = self.foreign.problem(row, path, node)
+        if problem is not None:
+            self.problems.append(problem)
+        elif notice := self.foreign.notice(row, path, node):
+            self.notices.append(notice)
+        return True
 
     def _build(self, cls: type, values: dict[str, Any], path: str) -> Any:
         try:
@@ -243,6 +262,14 @@ class Converter:
         else:
             advice = f"known here: {', '.join(names)}" if len(names) <= 12 else ""
         self._fail(place, rule, advice)
+
+
+def _by_position(cls: Any, node: nodes.Node) -> nodes.Node:
+    """`[0, {a: 1}]` as the mapping of the fields of `cls`, where it has as many."""
+    names = [item.name for item in fields.settings(cls)]
+    if not isinstance(node, nodes.Sequence) or len(node.items) != len(names):
+        return node
+    return nodes.Mapping(dict(zip(names, node.items, strict=True)), node.origin)
 
 
 def find_problems(value: Any) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from ostro.config.encode import encode
 from ostro.config.fields import dotted_names, holds_location, join, settings
 from ostro.config.files import Reader
 from ostro.config.flags import parse_flags
+from ostro.config.foreign import Foreign, ForeignSettings
 from ostro.config.imports import Modules
 from ostro.errors import ConfigError, Problem
 from ostro.secrets import REDACTED, location_fault
@@ -47,7 +48,7 @@ def load(
     *,
     layers: Sequence[nodes.Mapping] = (),
     texts: Mapping[str, str] | None = None,
-    aliases: Sequence[Alias] = (),
+    aliases: Sequence[Alias | Foreign] = (),
     search: Sequence[Path] = (),
     sections: Sequence[str] | None = None,
     trusted: bool = True,
@@ -55,6 +56,7 @@ def load(
 ) -> Loaded[Config]:
     """Read the files, then `layers` made elsewhere, then the flags, over the defaults of `cls`.
 
+    `aliases`: other spellings, and settings of other programs that may stand there without effect.
     `texts` holds files that are no files, by name; with `sections`, dotted names, only these are
     read of files and layers. Raises one `ConfigError` with every mistake found. Modules named under
     `imports` are imported, but with `trusted=False` only those of flags, and never those of a file
@@ -63,8 +65,10 @@ def load(
     problems: list[Problem] = []
     notices: list[str] = []
     names = list(dotted_names(cls))
-    known = names + alias_names(aliases, names)
-    reader, resolver = Reader(problems, texts), Resolver(aliases, problems, notices)
+    renamed = [row for row in aliases if isinstance(row, Alias)]
+    foreign = ForeignSettings([row for row in aliases if isinstance(row, Foreign)])
+    known = names + alias_names(renamed, names)
+    reader, resolver = Reader(problems, texts), Resolver(renamed, problems, notices)
     modules = Modules(trust, problems)
     sources = [(reader.file(name, search), trusted) for name in files]
     sources += [(layer, trusted) for layer in layers]
@@ -84,6 +88,7 @@ def load(
     is_partial = any(tree is nodes.BAD for tree, _ in sources)
     converter = Converter(problems, notices, known, is_partial, sections is None)
     converter.hint = modules.hint(is_saved=not trusted)
+    converter.foreign = foreign
     config = converter.convert(cls, resolved, "")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))

@@ -21,6 +21,7 @@ def settle(
     name: str | None = registry.default_choice_name()
     kept: list[nodes.Mapping] = []
     dropped: list[nodes.Mapping] = []
+    is_given = False
     for layer in stack:
         if isinstance(layer, nodes.Scalar):
             layer = nodes.from_plain(registry.from_scalar(layer.text), layer.origin)
@@ -30,8 +31,10 @@ def settle(
         if isinstance(given, nodes.Scalar):
             if name is not None and given.text != name:
                 dropped, kept = dropped + kept, []
-            name = given.text
+            name, is_given = given.text, True
         kept.append(layer)
+    if not is_given:
+        name = registry.implied_type({key for layer in kept for key in layer.items}) or name
     return name, kept, dropped
 
 

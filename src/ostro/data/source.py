@@ -8,7 +8,7 @@ import hashlib
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,11 @@ class SourceConfig(Choice):
     default_type = "urls"
 
     tags: list[str]
+
+    @classmethod
+    def implied_type(cls, keys: Collection[str]) -> str | None:
+        """A source with an `id` is a Hugging Face data set, as in the `data` section itself."""
+        return "hf" if "id" in keys else None
 
     def list_shards(self, split: str) -> list[Shard]:
         """The shards of `train` or `validation` in their order; empty when there is no such split.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -31,7 +31,9 @@ _SINGLE, _TOKENIZER = "data", "tokenizer.json"
 
 @dataclass(frozen=True)
 class WeightStage:
-    """Mixture weights from a training step on."""
+    """Mixture weights from a training step on; `[1000, {wiki: 0.5, books: 0.5}]` for short."""
+
+    positional: ClassVar[bool] = True
 
     start: int
     """First training step of the stage; 0 for the first stage."""

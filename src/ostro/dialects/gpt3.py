@@ -11,7 +11,7 @@ import torch
 from ostro.config import Loaded, encode
 from ostro.data.text import LMDatasetConfig
 from ostro.dialects.translation import Translation, ratio
-from ostro.errors import ConfigError, Problem, at_least
+from ostro.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.secrets import local_path
 
 MICRO_BATCH_TOKENS = 16_384
@@ -136,6 +136,7 @@ class Gpt3TrainingConfig:
 
     def problems(self) -> Iterator[Problem]:
         intervals = ("eval_interval", "log_interval", "save_interval", "keep_interval")
+        yield from seed_problems(self, "seed")
         yield from at_least(1, self, "max_steps", "batch_size", "micro_batch_size", *intervals)
 
 
@@ -169,6 +170,9 @@ class Gpt3Flags:
     """Train with DeepSpeed, as this JSON file says; `auto` takes the other files' values."""
     local_rank: int | None = None
     """Set by launchers."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from seed_problems(self, "seed")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from ostro.cluster import find_place
 from ostro.config import Loaded
 from ostro.dialects.translation import Translation, ratio
-from ostro.errors import ConfigError, Problem, at_least
+from ostro.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.hf import read_settings
 from ostro.secrets import Location, local_path
 
@@ -105,9 +105,8 @@ class NanoGptConfig:
         yield from at_least(1, self, *counts)
         if self.n_head > 0 and self.n_embd % self.n_head:
             yield Problem("n_embd", f"must be divisible by n_head = {self.n_head}", "change one")
-        if self.decay_lr and not 0 <= self.min_lr <= self.learning_rate:
-            rule = f"must be between 0 and learning_rate = {self.learning_rate}"
-            yield Problem("min_lr", rule, "a tenth of it is usual")
+        yield from at_least(0, self, "min_lr", "warmup_iters")
+        yield from seed_problems(self, "seed")
         if self.max_iters < 1 and not self.eval_only:
             yield Problem("max_iters", "must be at least 1", "eval_only=True only evaluates")
 
@@ -262,8 +261,24 @@ def _learning_rate(config: NanoGptConfig, made: Translation) -> None:
     made.set("optimizer.lr_schedule", "cosine", "decay_lr")
     made.set("optimizer.warmup", config.warmup_iters, "warmup_iters")
     made.set("optimizer.schedule_steps", config.lr_decay_iters, "lr_decay_iters")
-    lowest = ratio(config.min_lr, config.learning_rate)
+    lowest = ratio(_min_lr(config, made), config.learning_rate)
     made.set("optimizer.min_lr_ratio", lowest, "min_lr", "learning_rate")
+
+
+def _min_lr(config: NanoGptConfig, made: Translation) -> float:
+    """`min_lr`, or a tenth of a learning rate that somebody set below the default of it."""
+    lowest, peak = config.min_lr, config.learning_rate
+    if lowest <= peak:
+        return lowest
+    origins = made.loaded.origins
+    said = f"learning_rate = {peak} ({origins['learning_rate']})"
+    if not made.is_default("min_lr", DEFAULT_FILE):
+        rule, advice = f"must not be above {said}", "a tenth of it is usual"
+        raise ConfigError(Problem("min_lr", rule, advice, str(lowest), origins["min_lr"]))
+    above = f"min_lr = {lowest} ({origins['min_lr']}) is above {said}"
+    lowest = ratio(peak, 10)
+    made.notices.append(f"{above}; using a tenth of it, {lowest}")
+    return lowest
 
 
 def _device(config: NanoGptConfig, made: Translation) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from ostro.nn import (
 @dataclass(frozen=True)
 class Gpt2Config(LmConfig):
     """GPT-2 in any size; the defaults are GPT-2 small (124M parameters)."""
+
+    reference_checkpoint: ClassVar[str | None] = "openai-community/gpt2"
 
     seq_len: int = 1024
     """Tokens per sequence, also the number of learned positions."""

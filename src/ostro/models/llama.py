@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ from ostro.nn.rotary import DefaultRotaryConfig
 @dataclass(frozen=True)
 class LlamaConfig(LmConfig):
     """Llama in any size; the defaults are Llama 2 7B."""
+
+    reference_checkpoint: ClassVar[str | None] = "NousResearch/Llama-2-7b-hf"
 
     seq_len: int = 2048
     """Tokens per sequence."""

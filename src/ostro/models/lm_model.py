@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ class LmConfig(Choice):
     """The architecture of a language model; `type` picks the family."""
 
     default_type = "gpt2"
+    reference_checkpoint: ClassVar[str | None] = None
+    """The model of the Hugging Face hub that `initialize_from_hf: true` means."""
 
     seq_len: int
 

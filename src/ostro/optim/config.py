@@ -63,7 +63,8 @@ class OptimizerConfig(Choice, ABC):
     `{type: inv_sqrt, timescale: 2000}`. wsd is linear, and takes the last fifth of the cycle where
     `decay` is null."""
     warmup_offset: Literal[0, 1] = 0
-    """0: the first update has learning rate 0. 1: it has peak / (warmup + 1), as in nanoGPT."""
+    """0: the first update has learning rate 0. 1: it has peak / (warmup + 1), as in nanoGPT, and a
+    warm-up longer than the schedule is not cut to it."""
     schedule_steps: int | None = None
     """Steps that the schedule is laid out for; null = the steps of the run. A longer run stays at
     the end of the last phase, a shorter one never gets there."""

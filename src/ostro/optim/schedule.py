@@ -117,7 +117,8 @@ class InvSchedule(LrScheduleConfig):
         return max(peak * min(1.0, 1 / ((peak / minimum - 1) * progress + 1)), minimum)
 
 
-PhaseKind = Literal["warmup", "rewarmup", "stable", "decay"]
+PhaseKind = Literal["warmup", "rewarmup", "stable", "decay", "end"]
+"""end: where the decay would have ended, after a warm-up that is longer than the schedule."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ class Schedule:
         since = step - phase.start
         if phase.kind == "stable":
             return self.peak
+        if phase.kind == "end":
+            return phase.first
         if phase.kind == "decay":
             return self.shape.decayed(
                 since, phase.num_steps, phase.cycle_warmup, self.peak, self.minimum
@@ -207,8 +210,17 @@ def make_schedule(
     """Lay out the phases of every cycle. An `int` is steps, a `float` a fraction of its cycle.
 
     A warm-up longer than its cycle is cut to the cycle, then a decay to what is left of it, with
-    a warning.
+    a warning. Not so with `warmup_offset` 1, nanoGPT's warm-up: it takes its time, and where
+    nothing is left to decay in, the learning rate falls behind it to where that would have ended.
     """
+    wanted = resolve_steps(warmup, boundaries[-1])
+    if warmup_offset and len(boundaries) == 2 and wanted >= boundaries[-1]:
+        climb = Phase("warmup", 0, wanted, 0.0, wanted)
+        left = f"the warm-up takes {wanted} steps, and the schedule ends at {boundaries[-1]}: "
+        warning = left + "the learning rate does not decay, it drops"
+        lowest = shape.decayed(1, 1, wanted, peak, minimum)
+        end = Phase("end", wanted, wanted + 1, lowest, wanted)
+        return Schedule(peak, minimum, shape, warmup_offset, (climb, end), (warning,))
     phases: list[Phase] = []
     cut: list[str] = []
     flat: list[int] = []

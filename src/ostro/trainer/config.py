@@ -23,7 +23,7 @@ from ostro.checkpoint import CheckpointerConfig
 from ostro.contract import Policy
 from ostro.data.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
-from ostro.errors import ConfigError, Problem, did_you_mean
+from ostro.errors import ConfigError, Problem, did_you_mean, seed_problems
 from ostro.recover import RecoverConfig, StepRange
 from ostro.secrets import Location
 from ostro.tracker import TrackerConfig, WandbConfig
@@ -155,6 +155,7 @@ class TrainerConfig:
     """The cluster that tokenises a corpus when a run spans hosts."""
 
     def problems(self) -> Iterator[Problem]:
+        yield from seed_problems(self, "seed")
         axes = ("model_axis_size", "context_axis_size", "replica_axis_size")
         for name in ("num_train_steps", "log_interval", *axes):
             if getattr(self, name) < 1:
