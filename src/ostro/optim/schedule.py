@@ -213,14 +213,10 @@ def make_schedule(
     a warning. Not so with `warmup_offset` 1, nanoGPT's warm-up: it takes its time, and where
     nothing is left to decay in, the learning rate falls behind it to where that would have ended.
     """
-    wanted = resolve_steps(warmup, boundaries[-1])
-    if warmup_offset and len(boundaries) == 2 and wanted >= boundaries[-1]:
-        climb = Phase("warmup", 0, wanted, 0.0, wanted)
-        left = f"the warm-up takes {wanted} steps, and the schedule ends at {boundaries[-1]}: "
-        warning = left + "the learning rate does not decay, it drops"
-        lowest = shape.decayed(1, 1, wanted, peak, minimum)
-        end = Phase("end", wanted, wanted + 1, lowest, wanted)
-        return Schedule(peak, minimum, shape, warmup_offset, (climb, end), (warning,))
+    whole = resolve_steps(warmup, boundaries[-1])
+    if warmup_offset and len(boundaries) == 2 and whole >= boundaries[-1]:
+        lowest = shape.decayed(1, 1, whole, peak, minimum)
+        return Schedule(peak, minimum, shape, warmup_offset, *_uncut(whole, boundaries[-1], lowest))
     phases: list[Phase] = []
     cut: list[str] = []
     flat: list[int] = []
@@ -259,6 +255,14 @@ def make_schedule(
 
     warnings = _warnings(cut, flat, num_cycles=len(boundaries) - 1)
     return Schedule(peak, minimum, shape, warmup_offset, tuple(phases), warnings)
+
+
+def _uncut(warmup: int, num_steps: int, lowest: float) -> tuple[tuple[Phase, ...], tuple[str, ...]]:
+    """The phases of a warm-up that takes as long as the schedule or longer, and a warning."""
+    climb = Phase("warmup", 0, warmup, 0.0, warmup)
+    end = Phase("end", warmup, warmup + 1, lowest, warmup)
+    left = f"the warm-up takes {warmup} steps, and the schedule ends at {num_steps}: "
+    return (climb, end), (left + "the learning rate does not decay, it drops",)
 
 
 def _warnings(cut: list[str], flat: list[int], num_cycles: int) -> tuple[str, ...]:
