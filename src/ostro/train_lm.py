@@ -306,10 +306,11 @@ def build_data(
     world: World | None = None,
     *,
     must_exist: bool = False,
+    verify: bool = False,
 ) -> LMData:
     """Training and validation data; says every few seconds how far tokenising has come.
 
-    `must_exist`: from finished caches only.
+    `must_exist`: from finished caches only. `verify`: all of them is compared with its checksums.
     """
     reported = time.monotonic()
 
@@ -329,6 +330,7 @@ def build_data(
             progress=progress,
             ray_address=address,
             must_exist=must_exist,
+            verify=verify,
         )
 
 

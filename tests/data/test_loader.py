@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from ostro.data.loader import Loader
+from ostro.data.mapped import LARGE
 from ostro.data.mixture import BatchSchedule
 from ostro.data.permutation import derive_key, shuffled
 from ostro.data.sequences import IGNORE, EvalData, TrainData, cut
-from ostro.data.store import _LARGE, TokenStore
+from ostro.data.store import TokenStore
 from ostro.errors import ConfigError, DataError
 
 
@@ -79,7 +80,7 @@ def test_places_do_not_depend_on_what_was_asked_before(shuffle):
 def test_a_large_file_is_mapped_for_random_reads(tmp_path):
     path = tmp_path / "large.bin"
     with open(path, "wb") as file:
-        file.truncate(_LARGE + 2)
+        file.truncate(LARGE + 2)
     large = TokenStore.open([path], "uint16")
     large.expect_random()
     flags, is_ours = "", False

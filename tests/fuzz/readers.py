@@ -34,6 +34,7 @@ from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
 from ostro.cli.aliases import NATIVE
 from ostro.config import check, dump_yaml, load, loading
 from ostro.data import cache, meta
+from ostro.data.fingerprints import read_files
 from ostro.data.source import TokensSource, UrlsSource
 from ostro.data.store import CacheDir
 from ostro.data.text import LMDatasetConfig
@@ -291,7 +292,7 @@ def ledger_target(folder: Path) -> Target:
     cache.open_cache(request, CacheDir(str(home)))
     ledger, kept = home / "train" / "ledger.json", folder / "kept"
     shutil.copytree(home / "train", kept)
-    key = request.key(source.list_shards("train"))
+    key = request.key(read_files(home / "train", source.list_shards("train")))
     writer = cache._Writer(request, _empty(folder / "notes"), key)
     writer.commit()
     writer.commit_quietly()

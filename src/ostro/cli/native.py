@@ -58,10 +58,14 @@ def cache(argv: list[str], signals: Signals) -> None:
     """`ostro cache`: tokenise the data of a configuration, and stop."""
     parser = Parser("cache", "Tokenise the data of a configuration into its cache, and stop.")
     parser.add_config_path()
+    about = "compare all of a finished cache with its checksums; build nothing"
+    parser.add_argument("--verify", action="store_true", help=about)
     options, flags = parser.parse(argv)
     config = load_run(options.config_path, flags, trust=options.trust).config
+    verify = options.verify
     with logging_to_terminal():
-        data = build_data(config, config.data.build_tokenizer())
+        tokenizer = config.data.build_tokenizer(must_exist=verify)
+        data = build_data(config, tokenizer, must_exist=verify, verify=verify)
     for name, part in {**data.train.sources, **data.validation}.items():
         windows = getattr(part, "windows", part)
         print(f"{name}: {windows.num_tokens} tokens, {windows.num_windows} windows")

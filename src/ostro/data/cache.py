@@ -2,7 +2,8 @@
 
 Documents are encoded in parallel and written by one writer in their own order, so the files do
 not depend on the number of workers. About every hundredth of the corpus the position is noted, and
-every second the files are synced; after a kill the build goes on from the last note.
+every second the files are synced; after a kill the build goes on from the last note. Source files
+are hashed as they are read.
 """
 
 import hashlib
@@ -13,29 +14,30 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from ostro.data import checksums
+from ostro.data.cache_request import CacheRequest
 from ostro.data.documents import ROW, DocumentIndex, Documents, TokenFiles
 from ostro.data.encode import Encoded, Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard
-from ostro.data.source import SourceConfig
-from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, write_json
-from ostro.data.tokenizer import SpecialTokens, Tokenizer
+from ostro.data.fingerprints import file_list, require_as_listed
+from ostro.data.identity import Stamps
+from ostro.data.store import LEDGER, CacheDir, TokenStore, write_json
 from ostro.errors import DataError
-from ostro.secrets import redact, redacted
+from ostro.secrets import redact
 from ostro.shapes import FILE_NAME, has_shape
 
 logger = logging.getLogger("ostro.data")
 
-FORMAT = 1
 _PROGRESS, _TOKENS, _QUARANTINE = "progress.jsonl", "tokens-00000.bin", "quarantine.jsonl"
-_INDEX = "documents.bin"
+_INDEX, _PRINTS = "documents.bin", "sources.jsonl"
 _SYNC_SECONDS = 1.0
 FILES = [(str, int, str)]
 """How a ledger lists what was read: name, size, fingerprint."""
@@ -45,89 +47,12 @@ _LEDGER = {
 }  # fmt: skip
 _NOTE = {
     "key": str, "position": (int, int), "documents": int, "bad_records": int,
-    "files": dict.fromkeys((_TOKENS, _INDEX, _QUARANTINE), (int, int, int)),
+    "files": dict.fromkeys((_TOKENS, _INDEX, _QUARANTINE, _PRINTS), (int, int, int)),
     "special_tokens": {re.compile(".*", re.DOTALL): int},
 }  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 """Called with (name, done, total), in stored bytes; total 0 where unknown."""
-
-
-@dataclass(frozen=True)
-class CacheRequest:
-    """One split of one source, and how to turn it into tokens."""
-
-    name: str
-    """Name for messages and the folder within the cache directory: `train`, `books/train`."""
-    source: SourceConfig
-    split: str
-    tokenizer: Tokenizer
-    enforce_eos: bool = True
-    special_tokens: SpecialTokens = "text"
-    on_bad_record: Literal["error", "skip"] = "error"
-    rebuild: bool = False
-    num_workers: int | None = None
-    ray_address: str | None = None
-    """Ray cluster that encodes in place of local workers."""
-    must_exist: bool = False
-    """Open a finished cache, and build none."""
-
-    @property
-    def eos_id(self) -> int | None:
-        return self.tokenizer.eos_id if self.enforce_eos else None
-
-    @property
-    def missing_end(self) -> str | None:
-        """Why documents cannot be ended although they should be."""
-        if not self.enforce_eos or self.tokenizer.eos_id is not None:
-            return None
-        return (
-            f"{self.name}: data.enforce_eos = true - {self.tokenizer.no_end()}, or"
-            " data.enforce_eos: false to let documents follow each other without an end"
-        )
-
-    @property
-    def dtype(self) -> str:
-        return "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
-
-    def key(self, shards: list[Shard] | None) -> dict[str, Any]:
-        """What the cache's content depends on; without the files if they cannot be reached."""
-        tokenizer = {"vocab_size": self.tokenizer.vocab_size, "eos_id": self.tokenizer.eos_id,
-                     "fingerprint": self.tokenizer.fingerprint}  # fmt: skip
-        key = {"format": FORMAT, "source": self.source.settings(self.split),
-               "places": redacted(self.source.places(self.split)), "tokenizer": tokenizer,
-               "enforce_eos": self.enforce_eos}  # fmt: skip
-        if self._has_special_text:
-            key["special_tokens"] = "text"
-        return key if shards is None else {**key, "files": file_list(shards)}
-
-    @property
-    def _has_special_text(self) -> bool:
-        """Whether the key notes it; caches without the note were made by parsing, as all once."""
-        return self.special_tokens == "text" and bool(self.tokenizer.special_tokens)
-
-    def fits(self, folder: Path, ledger: dict, shards: list[Shard] | None) -> bool:
-        """Whether a finished cache is the requested one; False only if it may be rebuilt."""
-        bad = ledger["bad_records"] if self.on_bad_record == "error" else 0
-        more = [f"on_bad_record: {bad} bad records were left out"] if bad else []
-        was, now = dict(ledger["key"]), self.key(shards)
-        modes = [key.pop("special_tokens", "parse") for key in (was, now)]
-        if len(set(modes)) > 1 and was.get("tokenizer") == now["tokenizer"]:
-            more.append(self._other_special_tokens())
-        return fits(folder, was, now, self.rebuild, more)
-
-    def _other_special_tokens(self) -> str:
-        was = "parse" if self._has_special_text else "text"
-        note = ", as all caches of earlier versions" if was == "parse" else ""
-        return (
-            f"special_tokens: built with {was}{note}, the configuration has {self.special_tokens}"
-            f" - data.special_tokens: {was} keeps this cache"
-        )
-
-
-def file_list(shards: list[Shard]) -> list[list]:
-    """Shards as a ledger records them."""
-    return [[redact(shard.name), shard.size, shard.fingerprint] for shard in shards]
 
 
 @dataclass(frozen=True)
@@ -137,6 +62,8 @@ class Cache:
     folder: Path
     store: TokenStore
     documents: Documents
+    files: list[list]
+    """Name, size and fingerprint of each file it was made from."""
     num_documents: int
     num_bad_records: int
     fingerprint: str
@@ -166,10 +93,10 @@ def open_cache(request: CacheRequest, where: CacheDir, progress: Progress | None
     )
     if request.missing_end:
         logger.warning("%s", request.missing_end)
-    return _opened(folder, ledger)
+    return _opened(folder, ledger, request)
 
 
-def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:
+def _opened(folder: Path, ledger: dict[str, Any], request: CacheRequest) -> Cache:
     size = np.dtype(ledger["dtype"]).itemsize
     paths = {str(folder / shard["file"]): shard["tokens"] for shard in ledger["shards"]}
     sizes = {path: tokens * size for path, tokens in paths.items()}
@@ -180,18 +107,39 @@ def _opened(folder: Path, ledger: dict[str, Any]) -> Cache:
             raise DataError(
                 f"{path} - is missing or has the wrong size, the cache is damaged - delete {folder}"
             )
+    has_checksums = checksums.verify(folder, ledger, whole=request.verify)
     key = {k: v for k, v in ledger["key"].items() if k != "places"}
     names = [file[0] for file in key["files"]]
     key["files"] = [file[1:] for file in key["files"]]
-    store = TokenStore.open(list(paths), ledger["dtype"])
+    advice = f"the cache is damaged: delete {folder}, and it is built again at the next start"
+    num_ids = request.tokenizer.vocab_size
+    store = TokenStore.open(list(paths), ledger["dtype"], num_ids, advice)
+    if request.verify:
+        _verify_ids(request.name, store, num_ids, has_checksums)
     if has_index:
         documents = DocumentIndex(folder / _INDEX, names)
     else:  # as earlier versions wrote it
         documents = TokenFiles(store, list(paths.items()), key["tokenizer"]["eos_id"])
     return Cache(
-        folder, store, documents, ledger["documents"], ledger["bad_records"],
+        folder,
+        store,
+        documents,
+        ledger["key"]["files"],
+        ledger["documents"],
+        ledger["bad_records"],
         json.dumps(key, sort_keys=True),
-    )  # fmt: skip
+    )
+
+
+def _verify_ids(name: str, store: TokenStore, num_ids: int, has_checksums: bool) -> None:
+    largest, position = store.largest()
+    if largest >= num_ids:
+        raise store.out_of_range(largest, position)
+    if has_checksums:
+        logger.info("%s: intact, all files are as they were written", name)
+    else:
+        logger.warning("%s: built by an earlier version, without checksums: only sizes and the "
+                       "range of the ids were verified", name)  # fmt: skip
 
 
 @dataclass
@@ -203,6 +151,7 @@ class _Batch:
     skip: int  # items of that shard that are done
     done: int  # stored bytes read so far, about
     chars: int
+    prints: list[tuple[int, str]]  # indices and fingerprints of shards that were read to the end
 
     def texts(self) -> list[Piece]:
         return [item for _, item in self.items if isinstance(item, Piece)]
@@ -215,7 +164,10 @@ class _Build:
                  progress: Progress | None):  # fmt: skip
         self._request, self._shards = request, shards
         self._progress = progress or (lambda name, done, total: None)
-        self._writer = _Writer(request, folder, request.key(shards))
+        self._stamps = Stamps(folder)
+        # Until they have been read, files are known by their stamps.
+        known = [shard.fingerprint or repr(shard.stamps) for shard in shards]
+        self._writer = _Writer(request, folder, request.key(file_list(shards, known)))
         self._total = sum(shard.size for shard in shards)
         self._commit_chars = min(max(self._total // 100, 1 << 16), 1 << 28)
 
@@ -238,20 +190,38 @@ class _Build:
                         writer.commit(sync=False)
                         since = 0
                     self._progress(request.name, min(batch.done, self._total), self._total)
-            writer.finish()
+            prints = self._prints()
+            writer.finish(file_list(self._shards, prints))
+            self._keep_stamps(prints)
         except BaseException:
             writer.commit_quietly()
             raise
         self._progress(request.name, self._total, self._total)
 
+    def _prints(self) -> list[str]:
+        """The fingerprint of every shard, now that all have been read."""
+        read = self._writer.read_prints()
+        return [
+            shard.fingerprint or read.get(index) or shard.hash_files()
+            for index, shard in enumerate(self._shards)
+        ]
+
+    def _keep_stamps(self, prints: list[str]) -> None:
+        for shard, print_ in zip(self._shards, prints, strict=True):
+            if not shard.fingerprint:
+                self._stamps.put(shard.stamps, print_)
+        self._stamps.save()
+
     def _batches(self, batch_chars: int) -> Iterator[_Batch]:
         first, skip = self._writer.position
         done = sum(shard.size for shard in self._shards[:first])
         items: list[tuple[int, Piece | BadRecord]] = []
+        prints: list[tuple[int, str]] = []
         chars = 0
         for index in range(first, len(self._shards)):
             shard, read = self._shards[index], 0
-            for within, item in enumerate(self._items(shard), 1):
+            reading = _Reading(self._items(shard))
+            for within, item in enumerate(reading, 1):
                 size = len(item.raw) if isinstance(item, BadRecord) else len(item.text)
                 read += size
                 if index == first and within <= skip:
@@ -259,19 +229,34 @@ class _Build:
                 items.append((index, item))
                 chars += size
                 if chars >= batch_chars:
-                    yield _Batch(items, index, within, done + min(read, shard.size), chars)
-                    items, chars = [], 0
+                    at = done + min(read, shard.size)
+                    yield _Batch(items, index, within, at, chars, prints)
+                    items, prints, chars = [], [], 0
+            if reading.result:
+                prints.append((index, reading.result))
             done += shard.size
-        yield _Batch(items, len(self._shards), 0, done, chars)
+        yield _Batch(items, len(self._shards), 0, done, chars, prints)
 
-    def _items(self, shard: Shard) -> Iterator[Piece | BadRecord]:
-        """What a shard holds, in order, the same at every start."""
-        records = self._request.source.read_shard(shard)
+    def _items(self, shard: Shard) -> Generator[Piece | BadRecord, None, str | None]:
+        """What a shard holds, in order, the same at every start; returns its fingerprint."""
+        records = _Reading(self._request.source.read_shard(shard))
         for item in pieces(records, self._request.tokenizer.splittable):
             if isinstance(item, BadRecord) and self._request.on_bad_record == "error":
                 raise DataError(f"{item} - mend the record, or leave such records out with "
                                 "on_bad_record: skip")  # fmt: skip
             yield item
+        require_as_listed(shard)
+        return None if shard.fingerprint else records.result or shard.hash_files()
+
+
+class _Reading(Iterable[Any]):
+    """Goes through an iterator once and keeps what a generator returns at its end."""
+
+    def __init__(self, records: Iterable[Any]):
+        self._records, self.result = records, None
+
+    def __iter__(self) -> Iterator[Any]:
+        self.result = yield from self._records
 
 
 class _Writer:
@@ -283,7 +268,7 @@ class _Writer:
     """
 
     def __init__(self, request: CacheRequest, folder: Path, key: dict[str, Any]):
-        self._request, self._folder, self._key = request, folder, key
+        self._request, self._folder = request, folder
         print_ = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self._state: dict[str, Any] = {
             "key": print_, "position": [0, 0], "documents": 0, "bad_records": 0,
@@ -357,6 +342,8 @@ class _Writer:
             if item.is_last:
                 rows.append((stop, shard, item.record, item.byte))
         self._write(_INDEX, np.array(rows, dtype=ROW).tobytes())
+        for index, print_ in batch.prints:
+            self._write(_PRINTS, json.dumps([index, print_]).encode() + b"\n")
         state["documents"] += len(rows)
         state["position"] = [batch.shard, batch.skip]
         self._torn = False
@@ -393,8 +380,13 @@ class _Writer:
             with suppress(OSError):
                 file.close()
 
-    def finish(self) -> None:
-        """Turn the files into a finished cache: the ledger is written last."""
+    def read_prints(self) -> dict[int, str]:
+        """Fingerprints of the shards that have been read to their end, by index."""
+        self._files[_PRINTS].flush()
+        return dict(map(json.loads, (self._folder / _PRINTS).read_bytes().splitlines()))
+
+    def finish(self, files: list[list]) -> None:
+        """Turn what was written into the cache of these files: the ledger is written last."""
         request, state = self._request, self._state
         self.commit()
         self._torn = True  # from here on there is nothing to commit
@@ -411,7 +403,7 @@ class _Writer:
         tokens = self._num_tokens
         if not tokens:
             raise DataError(
-                f"{request.name} - the corpus is empty: {len(self._key['files'])} files hold "
+                f"{request.name} - the corpus is empty: {len(files)} files hold "
                 "no text - check the files and text_key"
             )
         kept = {"tokens": tokens, "documents": state["documents"], "bad_records": bad}
@@ -419,9 +411,12 @@ class _Writer:
         self._report_special_tokens(state["special_tokens"])
         kept["shards"] = [{"file": _TOKENS, "tokens": tokens}]
         kept["index"] = _INDEX
-        kept["stored"] = [_TOKENS, _INDEX, *([_QUARANTINE] if bad else [])]
-        write_json(self._folder / LEDGER, {"key": self._key, "dtype": request.dtype, **kept})
+        kept["checksums"] = checksums.write(self._folder, [_TOKENS, _INDEX])
+        kept["stored"] = [_TOKENS, _INDEX, checksums.FILE, *([_QUARANTINE] if bad else [])]
+        key = request.key(files)
+        write_json(self._folder / LEDGER, {"key": key, "dtype": request.dtype, **kept})
         (self._folder / _PROGRESS).unlink()
+        (self._folder / _PRINTS).unlink()
 
     def _report_special_tokens(self, spelled: dict[str, int]) -> None:
         """Say how often the text spells special tokens, and what has become of them."""

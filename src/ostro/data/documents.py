@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ostro.data.mapped import map_file
 from ostro.data.store import TokenStore
+from ostro.errors import DataError
 
 UNKNOWN = (1 << 64) - 1
 """Stands in the index for a byte that is not known."""
@@ -49,8 +51,8 @@ class DocumentIndex:
     """The index of a cache."""
 
     def __init__(self, path: Path, files: Sequence[str]):
-        self._rows = np.memmap(path, dtype=ROW, mode="r")
-        self._files = files
+        self._rows = map_file(path, ROW)
+        self._path, self._files = path, files
 
     def parts(self, start: int, stop: int) -> Iterator[Part]:
         """The parts of which tokens start..stop-1 are made."""
@@ -61,6 +63,9 @@ class DocumentIndex:
             end, file, record, byte = (int(value) for value in self._rows[number])
             first, last = max(begin, start), min(end, stop)
             if first < last:
+                if file >= len(self._files):
+                    raise DataError(f"{self._path} - is damaged - delete its folder, and the cache "
+                                    "is built again at the next start")  # fmt: skip
                 known = None if byte == UNKNOWN else byte
                 yield Part(self._files[file], record, known, first - begin, first, last, begin, end)
             begin, number = end, number + 1

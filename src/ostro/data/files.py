@@ -1,40 +1,40 @@
-"""Files that hold documents: finding them, opening them, reading their records.
+"""Files that hold documents: finding them, and what their names say.
 
-Everything here takes a local path or any URL that `fsspec` knows. A file that cannot be read to
-its end is a `DataError` that names it; a record that cannot be used is a `BadRecord`, and the
-caller decides what happens with it.
+Everything here takes a local path or any URL that `fsspec` knows. A local path is only a path: `?`,
+`#` and `::` have no meaning in it, and a file that exists under its literal name is that file, also
+where the name holds `*`, `[` or `{`.
 """
 
 import glob
-import hashlib
-import io
-import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import fsspec
-import pyarrow
-import pyarrow.parquet
 from fsspec.utils import infer_compression
 
-from ostro.errors import DataError, did_you_mean
+from ostro.data.identity import Stamp, combined, hash_of, sampled_hash, stamp_of
+from ostro.errors import DataError
 from ostro.secrets import with_secrets
 from ostro.units import expand_braces
 
 FORMATS = ("text", "jsonl", "json", "parquet")
+_BY_SUFFIX = {
+    "jsonl": "jsonl", "jsonlines": "jsonl", "ndjson": "jsonl", "jl": "jsonl",
+    "json": "json", "parquet": "parquet",
+}  # fmt: skip
 _TEXT_SUFFIXES = frozenset(
-    ["txt", "text", "md", "markdown", "rst", "tex", "org", "html", "htm", "xml", "csv", "tsv",
+    ["txt", "text", "md", "markdown", "rst", "tex", "org", "html", "htm", "xml",
      "log", "py", "pyi", "ipynb", "c", "h", "cc", "cpp", "hpp", "cu", "java", "js", "ts", "go",
-     "rs", "rb", "php", "pl", "sh", "sql", "swift", "kt", "scala", "lua", "r", "jl", "hs", "ml"]
+     "rs", "rb", "php", "pl", "sh", "sql", "swift", "kt", "scala", "lua", "r", "hs", "ml"]
 )  # fmt: skip
-_BLOCK = 1 << 16
-_WHOLE_FILE = 16 << 20
-_RAW_LENGTH = 200
-_BOMB_RATIO, _BOMB_FREE = 1000, 64 << 20
+_TARS = {"tar": None, "tgz": "gzip", "tbz2": "bz2", "txz": "xz", "tzst": "zstd"}
+_CHECKSUMS = ("ETag", "etag", "md5Hash", "crc32c", "checksum")
+_MAX_SHOWN = 20
 
 
 class Unreachable(DataError):
@@ -69,62 +69,156 @@ class Document(str):
         return document
 
 
+class LocalFile(NamedTuple):
+    """A file of this machine, and its stamp when it was listed."""
+
+    path: str
+    stamp: Stamp
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file (or one part of a data set): the unit in which a source is listed and read."""
 
     name: str
     size: int  # stored bytes; 0 where unknown
-    fingerprint: str  # depends on the content (or the remote's checksum), not on place or time
+    fingerprint: str = ""  # depends on the content, not on place or time; "": that of `files`
     format: str = "text"  # how to read it; a data set's own name of the split
+    files: tuple[LocalFile, ...] = ()  # whose content it is, where they are local
+    is_set: bool = False  # of any number of files, whose fingerprints are combined
+
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
+        return tuple(file.stamp for file in self.files)
+
+    def hash_files(self, *, sampled: bool = False) -> str:
+        """The fingerprint of its files as they are now; `sampled`: as earlier versions made it."""
+        assert self.files, "a shard without local files has a fingerprint of its own"
+        try:
+            prints = [hash_of(file.path, sampled=sampled) for file in self.files]
+        except OSError as error:
+            raise Unreachable(f"{self.name} - cannot be read: {reason(error)}") from error
+        return combined(prints) if self.is_set else prints[0]
 
 
 def find_files(patterns: Sequence[str], setting: str) -> list[str]:
     """Expand braces, then globs, in the order given; every mistake in one `DataError`."""
-    found: list[str] = []
+    return list(_find(patterns, setting))
+
+
+def list_files(patterns: Sequence[str], setting: str, format: str = "auto") -> list[Shard]:
+    """The files that patterns stand for; a format other than `auto` is that of all."""
+    found = _find(patterns, setting).items()
+    return [_shard(path, guess_format(path, format), about) for path, about in found]
+
+
+_About = os.stat_result | Mapping[str, Any]
+"""What a listing says of a file: local, or behind a URL."""
+
+
+def _find(patterns: Sequence[str], setting: str) -> dict[str, _About]:
+    found: dict[str, _About] = {}
+    first: dict[object, str] = {}  # path by what tells files apart
     wrong: list[str] = []
-    urls: list[str] = []
     for pattern in patterns:
         try:
-            urls += expand_braces(pattern)
+            urls = _expanded(pattern)
         except ValueError as error:
             wrong.append(f"{pattern}: {error}")
-    for url in urls:
-        try:
-            paths = _matches(url)
-        except (OSError, ImportError, ValueError) as error:
-            wrong.append(f"{url}: {_reason(error)}")
             continue
-        if not paths:
-            is_glob = any(c in url for c in "*?[")
-            wrong.append(f"{url}: {'the pattern matches no file' if is_glob else 'no such file'}")
-        for path in paths:
-            if path in found:
-                wrong.append(f"{path}: listed twice")
-            found.append(path)
+        for url in urls:
+            try:
+                matches = _matches(url)
+            except (OSError, ImportError, ValueError) as error:
+                wrong.append(f"{url}: {reason(error)}")
+                continue
+            if not matches:
+                what = "the pattern matches no file" if _is_pattern(url) else "no such file"
+                wrong.append(f"{url}: {what}")
+            for path, about in matches:
+                twin = first.setdefault(_identity(path, about), path)
+                if path in found:
+                    wrong.append(f"{path}: listed twice")
+                elif twin != path:
+                    wrong.append(f"{path}: listed twice, it is the same file as {twin}")
+                found[path] = about
     if wrong:
-        listing = "\n".join(f"  {line}" for line in wrong)
+        listing = "\n".join(f"  {line}" for line in wrong[:_MAX_SHOWN])
+        more = f"\n  and {len(wrong) - _MAX_SHOWN} more" if len(wrong) > _MAX_SHOWN else ""
         raise Unreachable(
             f"{setting} - {len(wrong)} of its files cannot be used - correct the path, make the "
-            f"file, or take it off the list:\n{listing}"
+            f"file, or take it off the list:\n{listing}{more}"
         )
     return found
 
 
-def _matches(url: str) -> list[str]:
-    if is_local(url):
-        path = _local(url)
-        if not os.path.exists(path) and any(c in path for c in "*?["):
-            return sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
-        if os.path.isdir(path):
-            raise ValueError(f"is a folder; name its files, for example {path.rstrip('/')}/*.txt")
-        return [path] if os.path.exists(path) else []
+def _identity(path: str, about: _About) -> object:
+    """What two spellings of one file have in common."""
+    is_full = isinstance(about, os.stat_result) and about.st_size
+    return (about.st_dev, about.st_ino) if is_full else path
+
+
+def _is_pattern(url: str) -> bool:
+    return any(c in url for c in "*?[")
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The braces of a pattern expanded, but not those in names that exist."""
+    if not is_local(pattern):
+        return expand_braces(pattern)
+    path = plain_path(pattern)
+    literal, rest = _existing(path)
+    return [path] if not rest else [literal + name for name in expand_braces(rest)]
+
+
+def _existing(path: str) -> tuple[str, str]:
+    """Split behind the folders (or the whole) that exist under their literal names."""
+    if os.path.lexists(path):
+        return path, ""
+    parts = path.split("/")
+    count = 0
+    while count < len(parts) - 1 and os.path.lexists("/".join(parts[: count + 1]) or "/"):
+        count += 1
+    literal = "".join(f"{part}/" for part in parts[:count])
+    return literal, path[len(literal) :]
+
+
+def _matches(url: str) -> list[tuple[str, _About]]:
+    return _remote_matches(url) if is_url(url) else _local_matches(url)
+
+
+def _local_matches(path: str) -> list[tuple[str, _About]]:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(path):
+            raise ValueError("a link to a file that does not exist") from None
+        literal, rest = _existing(path)
+        found = []
+        for name in sorted(glob.glob(glob.escape(literal) + rest, recursive=True)):
+            status = os.stat(name)
+            if stat.S_ISREG(status.st_mode):
+                found.append((name, status))
+        return found
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"is a folder; name its files, for example {path.rstrip('/')}/*.txt")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("is not a regular file")
+    return [(path, status)]
+
+
+def _remote_matches(url: str) -> list[tuple[str, _About]]:
     system, path = located(url)
-    if any(c in path for c in "*?["):
-        return sorted(system.unstrip_protocol(p) for p in system.glob(path) if system.isfile(p))
+    if _is_pattern(path) and not system.exists(path):
+        found = system.glob(path, detail=True)
+        return [
+            (system.unstrip_protocol(name), info)
+            for name, info in sorted(found.items())
+            if info.get("type") == "file"
+        ]
     if system.isdir(path):
         raise ValueError(f"is a folder; name its files, for example {url.rstrip('/')}/*.jsonl")
-    return [url] if system.exists(path) else []
+    return [(url, system.info(path))] if system.exists(path) else []
 
 
 def located(url: str) -> tuple[Any, str]:
@@ -138,169 +232,129 @@ def is_local(url: str) -> bool:
     return "://" not in filled or filled.startswith("file://")
 
 
-def _local(url: str) -> str:
+def is_url(path: str) -> bool:
+    """Whether a path that was found is behind a URL; a local one is final, whatever `$` it has."""
+    return "://" in path or ("${" in path and not is_local(path))
+
+
+def plain_path(url: str) -> str:
+    """The path that a local path or `file://` URL names."""
     return os.path.expanduser(with_secrets(url).removeprefix("file://"))
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What went wrong, in words for a message."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        at = f" ({error.filename})" if isinstance(error, FileNotFoundError) else ""
+        return f"{error.strerror}{at}"
     return f"{error}".strip() or type(error).__name__
 
 
-def guess_format(path: str, given: str = "auto") -> str:
-    """The format of a file by its name, unless one is given."""
-    if given != "auto":
-        return given
-    name = PurePosixPath(path.split("?")[0]).name.lower()
-    if compression_of(path):
-        name = name.rsplit(".", 1)[0]
-    suffix = name.rsplit(".", 1)[-1] if "." in name else ""
-    if suffix in ("jsonl", "ndjson"):
-        return "jsonl"
-    if suffix in ("json", "parquet"):
-        return suffix
-    if suffix in _TEXT_SUFFIXES:
-        return "text"
-    raise DataError(
-        f"{path} - nothing is known about files ending in {'.' + suffix if suffix else 'no suffix'}"
-        f" - set format to one of {', '.join(FORMATS)}"
-    )
+def _name_in(url: str) -> str:
+    """The file's own name, in lower case: of a chain its first part, of a URL without the query."""
+    if is_url(url):
+        url = next((part for part in url.split("::") if "://" in part), url)
+        is_web = url.startswith(("http://", "https://"))
+        url = re.sub(r"[?#].*" if is_web else r"\?[^?/]*=.*", "", url)
+    return PurePosixPath(url).name.lower()
+
+
+def _suffixes(url: str) -> list[str]:
+    return _name_in(url).split(".")[1:]
 
 
 def compression_of(path: str) -> str | None:
     """`gzip`, `zstd`, ... by the file's name, or None."""
-    lowered = path.split("?")[0].lower()
-    return "zstd" if lowered.endswith((".zst", ".zstd")) else infer_compression(lowered)
+    suffix = _suffixes(path)[-1:]
+    if suffix and suffix[0] in _TARS:
+        return _TARS[suffix[0]]
+    if suffix in (["zst"], ["zstd"]):
+        return "zstd"
+    compression = infer_compression(f"x.{suffix[0]}") if suffix else None
+    return None if compression == "zip" else compression
 
 
-def make_shard(path: str, format: str) -> Shard:
-    """Describe a file that exists: size and fingerprint."""
-    try:
-        system, inner = located(path)
-        info = system.info(inner)
-        size = int(info.get("size") or 0)
-        for key in ("ETag", "etag", "md5Hash", "crc32c", "checksum"):
-            if info.get(key):
-                return Shard(path, size, f"{key}:{info[key]}", format)
-        with system.open(inner, "rb") as file:
-            return Shard(path, size, _content_hash(file, size), format)
-    except (OSError, ImportError) as error:
-        raise Unreachable(f"{path} - cannot be opened: {_reason(error)}") from error
+def archive_of(path: str) -> str | None:
+    """`zip` or `tar` where the name is that of an archive of files, packed or not."""
+    suffixes = _suffixes(path)
+    if suffixes and suffixes[-1] not in _TARS and compression_of(path):
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    return "tar" if last in _TARS else "zip" if last == "zip" else None
 
 
-def _content_hash(file: BinaryIO, size: int) -> str:
-    """The whole content of small files; size and evenly spaced blocks of large ones."""
-    digest = hashlib.sha256(str(size).encode())
-    if size <= _WHOLE_FILE:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    else:
-        for index in range(64):
-            file.seek(index * (size - _BLOCK) // 63)
-            digest.update(file.read(_BLOCK))
-    return digest.hexdigest()[:32]
+def known_format(path: str) -> str | None:
+    """The format of a file by its name, below any compression, or None."""
+    suffix = _suffix(path)
+    return "text" if suffix in _TEXT_SUFFIXES else _BY_SUFFIX.get(suffix)
 
 
-class _Bounded(io.RawIOBase):
-    """Decompressed bytes, up to a limit: a small file can hold gigabytes of nothing."""
-
-    def __init__(self, stream: Any, size: int):
-        self._stream, self._left = stream, max(_BOMB_FREE, _BOMB_RATIO * size)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        self._left -= len(data)
-        if self._left < 0:
-            raise ValueError(f"it holds more than {_BOMB_RATIO} times its own size")
-        buffer[: len(data)] = data
-        return len(data)
+def _suffix(path: str) -> str:
+    """The suffix below compression and archive."""
+    suffixes = _suffixes(path)
+    if suffixes and suffixes[-1] not in _TARS and compression_of(path):
+        suffixes.pop()
+    if suffixes and archive_of(path):
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
-    """A file's decompressed bytes."""
-    compression = compression_of(path)
-    by_arrow = compression in ("gzip", "zstd")  # several frames too; notices truncation
-    system, inner = located(path)
-    with system.open(inner, "rb", compression=None if by_arrow else compression) as file:
-        if by_arrow:
-            file = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), compression)
-        if compression:
-            bounded = _Bounded(file, system.size(inner) or 0)
-            file = io.BufferedReader(bounded, 1 << 18)
-        yield file
+def guess_format(path: str, given: str = "auto") -> str:
+    """The format of a file by its name, unless one is given; `auto` for an archive of files."""
+    if given != "auto" or archive_of(path):
+        return given
+    return known_format(path) or _refuse(path, path)
 
 
-def read_file(path: str, format: str, text_key: str) -> Iterator[str | BadRecord]:
-    """The documents of a file in order; a damaged file is a `DataError`."""
-    reader = {"text": _text, "jsonl": _json_lines, "json": _json, "parquet": _parquet}[format]
-    try:
-        with _opened(path) as file:
-            yield from reader(file, path, text_key)
-    except (OSError, ImportError) as error:
-        if isinstance(error, OSError) and error.errno is None:
-            raise _damaged(path, error) from error
-        raise Unreachable(f"{path} - cannot be opened: {_reason(error)}") from error
-    except DataError:
-        raise
-    except Exception as error:  # what is compressed or parquet, and damaged, raises almost anything
-        raise _damaged(path, error) from error
+def member_format(archive: str, member: str, given: str) -> str:
+    """The format of a file in an archive: one that is given, by its name, or by the archive's."""
+    if archive_of(member):
+        raise DataError(
+            f"{archive} - holds the archive {member}, and archives in archives are not read - "
+            "unpack it"
+        )
+    known, suffix = known_format(member), _suffix(member)
+    if known is None and (not suffix or suffix.isdigit()):
+        known = known_format(archive)
+    return given if given != "auto" else known or _refuse(member, f"{archive}, {member}")
 
 
-def _damaged(path: str, error: BaseException) -> DataError:
-    return DataError(
-        f"{path} - cannot be read to its end: {_reason(error)} - the file is damaged or cut off; "
-        "fetch or make it again, or take it off the list"
+def _refuse(path: str, shown: str) -> str:
+    suffix = _suffix(path)
+    what = f"files ending in .{suffix}" if suffix else "a file without a suffix"
+    more = ""
+    if suffix in ("csv", "tsv"):
+        more = "; tables are not read: convert it to JSON lines or parquet to train on a column"
+    raise DataError(
+        f"{shown} - nothing is known about {what} - set format to one of"
+        f" {', '.join(FORMATS)} (text: each file is one document, as it stands){more}"
     )
 
 
-def _text(file: BinaryIO, path: str, text_key: str) -> Iterator[str | BadRecord]:
-    data = file.read()
+def make_shard(path: str, format: str) -> Shard:
+    """Describe a file that exists."""
     try:
-        yield Document(data.decode("utf-8-sig"), 1, 0)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        yield BadRecord(path, f"line {line}", "is not UTF-8", _raw(data[error.start :]))
+        if not is_url(path):
+            return _shard(path, format, os.stat(path))
+        system, inner = located(path)
+        return _shard(path, format, system.info(inner))
+    except (OSError, ImportError) as error:
+        raise Unreachable(f"{path} - cannot be opened: {reason(error)}") from error
 
 
-def _json_lines(file: BinaryIO, path: str, text_key: str) -> Iterator[str | BadRecord]:
-    byte = 0
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            text = _parsed(line, path, f"line {number}", text_key)
-            yield text if isinstance(text, BadRecord) else Document(text, number, byte)
-        byte += len(line)
-
-
-def _parsed(line: bytes, path: str, where: str, text_key: str) -> str | BadRecord:
+def _shard(path: str, format: str, about: _About) -> Shard:
+    if isinstance(about, os.stat_result):
+        return Shard(path, about.st_size, "", format, (LocalFile(path, stamp_of(about)),))
+    size = int(about.get("size") or 0)
+    for key in _CHECKSUMS:
+        if about.get(key):
+            return Shard(path, size, f"{key}:{about[key]}", format)
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return BadRecord(path, where, "is not UTF-8", _raw(line))
-    except (json.JSONDecodeError, RecursionError) as error:
-        return BadRecord(path, where, f"is not JSON ({error})", _raw(line))
-    return _text_of(record, path, where, text_key)
-
-
-def _text_of(record: Any, path: str, where: str, text_key: str) -> str | BadRecord:
-    """The text of a decoded record, or what is wrong with it."""
-    if not isinstance(record, dict):
-        reason = f"is a {type(record).__name__}, not an object with the key {text_key!r}"
-    elif text_key not in record:
-        hint = did_you_mean(text_key, record)
-        reason = f"has no key {text_key!r} (it has {', '.join(map(repr, list(record)[:8]))})"
-        reason += f" - set text_key; {hint}" if hint else " - set text_key"
-    elif not isinstance(text := record[text_key], str):
-        reason = f"{text_key!r} is a {type(text).__name__}, not a text"
-    elif not is_unicode(text):
-        reason = f"{text_key!r} holds half a surrogate pair, which is no character"
-    else:
-        return text
-    return BadRecord(path, where, reason, _raw(repr(record).encode(errors="replace")))
+        system, inner = located(path)
+        with system.open(inner, "rb") as file:
+            return Shard(path, size, sampled_hash(file, size), format)
+    except (OSError, ImportError) as error:
+        raise Unreachable(f"{path} - cannot be opened: {reason(error)}") from error
 
 
 def is_unicode(text: str) -> bool:
@@ -312,53 +366,3 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _json(file: BinaryIO, path: str, text_key: str) -> Iterator[str | BadRecord]:
-    """A `.json` file is an array of records, one record, or one record a line."""
-    data = file.read()
-    lines = data.lstrip(b"\xef\xbb\xbf \t\r\n").splitlines()
-    if not lines:
-        return
-    try:
-        json.loads(lines[0])
-    except (ValueError, RecursionError):
-        one_a_line = False
-    else:
-        one_a_line = not lines[0].startswith(b"[")
-    if one_a_line:
-        yield from _json_lines(io.BytesIO(data), path, text_key)
-        return
-    try:
-        records = json.loads(data.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        line = getattr(error, "lineno", data.count(b"\n", 0, getattr(error, "start", 0)) + 1)
-        raw = _raw(data.splitlines()[line - 1]) if line <= len(data.splitlines()) else ""
-        yield BadRecord(path, f"line {line}", f"is not JSON ({error})", raw)
-        return
-    for number, record in enumerate(records if isinstance(records, list) else [records], 1):
-        yield _text_of(record, path, f"record {number}", text_key)
-
-
-def _parquet(file: BinaryIO, path: str, text_key: str) -> Iterator[str | BadRecord]:
-    source = io.BytesIO(file.read()) if compression_of(path) else file
-    table = pyarrow.parquet.ParquetFile(source)
-    names = table.schema_arrow.names
-    if text_key not in names:
-        hint = did_you_mean(text_key, names)
-        raise DataError(
-            f"{path} - has no column {text_key!r}, only {', '.join(map(repr, names))} - set "
-            f"text_key{'; ' + hint if hint else ''}"
-        )
-    row = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-        for text in batch.column(0).to_pylist():
-            row += 1
-            if isinstance(text, str):
-                yield text
-            else:
-                yield _text_of({text_key: text}, path, f"row {row}", text_key)
-
-
-def _raw(data: bytes) -> str:
-    return data[:_RAW_LENGTH].decode("utf-8", errors="backslashreplace").rstrip("\r\n")

@@ -5,6 +5,7 @@ That is all the token cache needs to build in parallel and to go on after a kill
 """
 
 import hashlib
+import io
 import os
 import sysconfig
 import tokenize
@@ -16,6 +17,8 @@ from typing import Any, Literal
 from ostro.config import Choice
 from ostro.data import files
 from ostro.data.files import BadRecord, Shard, Unreachable
+from ostro.data.identity import whole_hash
+from ostro.data.reading import Records, read_file, text_of
 from ostro.errors import DataError, Problem
 from ostro.secrets import Location, local_path
 
@@ -43,8 +46,12 @@ class SourceConfig(Choice):
         """
         raise NotImplementedError
 
-    def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
-        """The shard's documents in order."""
+    def read_shard(self, shard: Shard) -> Iterator[str | BadRecord] | Records:
+        """The shard's documents in order.
+
+        A generator may return the fingerprint of what it read; else the shard's files are read once
+        more for it.
+        """
         raise NotImplementedError
 
     def settings(self, split: str) -> dict[str, Any]:
@@ -84,11 +91,10 @@ class UrlsSource(SourceConfig):
         return self.train_urls if split == "train" else self.validation_urls
 
     def list_shards(self, split: str) -> list[Shard]:
-        paths = files.find_files(self.places(split), f"{split}_urls")
-        return [files.make_shard(path, files.guess_format(path, self.format)) for path in paths]
+        return files.list_files(self.places(split), f"{split}_urls", self.format)
 
-    def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
-        return files.read_file(shard.name, shard.format, self.text_key)
+    def read_shard(self, shard: Shard) -> Records:
+        return read_file(shard.name, shard.format, self.text_key)
 
     def settings(self, split: str) -> dict[str, Any]:
         return {"text_key": self.text_key, "format": self.format}
@@ -120,17 +126,18 @@ class StdlibSource(SourceConfig):
             raise Unreachable(f"stdlib - {_STDLIB} holds no .py files - use another source")
         return shards
 
-    def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
+    def read_shard(self, shard: Shard) -> Records:
         path = _STDLIB / shard.name
         try:
-            with open(path, "rb") as file:
-                encoding, _ = tokenize.detect_encoding(file.readline)
-                file.seek(0)
-                yield file.read().decode(encoding)
-        except (SyntaxError, UnicodeDecodeError) as error:
-            yield BadRecord(shard.name, "line 1", f"cannot be decoded ({error})")
+            data = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path} - cannot be read: {error.strerror}") from error
+        try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+            yield data.decode(encoding)
+        except (SyntaxError, UnicodeDecodeError) as error:
+            yield BadRecord(shard.name, "line 1", f"cannot be decoded ({error})")
+        return whole_hash(io.BytesIO(data), len(data))
 
     def places(self, split: str) -> list[str]:
         return ["stdlib"]
@@ -193,13 +200,12 @@ class HfSource(SourceConfig):
                 "splits: [training split, validation split]"
             )
         local = [str(path) for path in listed.get(name, []) if os.path.isfile(str(path))]
-        size, print_ = 0, str(builder.hash or builder.config_id)
-        if local and len(local) == len(listed[name]):
-            parts = [files.make_shard(path, "hf") for path in local]
-            size = sum(part.size for part in parts)
-            text = "".join(part.fingerprint for part in parts)
-            print_ = hashlib.sha256(text.encode()).hexdigest()[:32]
-        return [Shard(f"{self.id}:{name}", size, print_, name)]
+        shown = f"{self.id}:{name}"
+        if not local or len(local) != len(listed[name]):
+            return [Shard(shown, 0, str(builder.hash or builder.config_id), name)]
+        parts = [files.make_shard(path, "hf") for path in local]
+        size, of_parts = sum(part.size for part in parts), tuple(part.files[0] for part in parts)
+        return [Shard(shown, size, "", name, of_parts, is_set=True)]
 
     def read_shard(self, shard: Shard) -> Iterator[str | BadRecord]:
         builder, row = self._builder(), 0
@@ -210,14 +216,10 @@ class HfSource(SourceConfig):
                 builder.download_and_prepare()
                 rows = builder.as_dataset(split=shard.format)
             for row, record in enumerate(rows, 1):
-                text = record.get(self.text_key)
-                if isinstance(text, str) and files.is_unicode(text):
-                    yield text
-                    continue
-                reason = f"has no text under {self.text_key!r} (it has {', '.join(record)})"
-                yield BadRecord(shard.name, f"row {row}", reason, repr(record)[:200])
+                yield text_of(record, shard.name, f"row {row}", self.text_key)
         except Exception as error:  # DatasetGenerationError and others share no base class
-            raise DataError(f"id = {self.id} - reading stopped after row {row}: {error}") from error
+            cause = error.__cause__ or error  # some only say that there was one
+            raise DataError(f"id = {self.id} - reading stopped after row {row}: {cause}") from error
 
     def settings(self, split: str) -> dict[str, Any]:
         return {"name": self.name, "split": self._split(split), "text_key": self.text_key}
@@ -243,7 +245,7 @@ class TokensSource(SourceConfig):
     """Local token files to evaluate on; empty for none."""
     dir: Location | None = None
     """Folder with `train.bin` and, if any, `val.bin`, in place of the two lists."""
-    dtype: Literal["uint16", "uint32"] = "uint16"
+    dtype: Literal["uint16", "uint32", "int64"] = "uint16"
     """Type of the stored ids."""
     tags: list[str] = field(default_factory=list)
     """Labels under which evaluation losses are averaged."""

@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,44 +14,62 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ostro.data.files import Unreachable, is_local, located
+from ostro.data import checksums
+from ostro.data.files import Unreachable, is_local, located, plain_path
+from ostro.data.identity import write_whole
+from ostro.data.mapped import expect_random, map_file
 from ostro.errors import DataError
-from ostro.secrets import redacted, with_secrets
+from ostro.secrets import redacted
 from ostro.shapes import FILE_NAME, read_object
 
 Files = TypeVar("Files")
 logger = logging.getLogger("ostro.data")
 
 LEDGER = "ledger.json"
-_LARGE = 1 << 28  # bytes of a file that reading ahead does not bring into memory soon
+_ANY_ID = 1 << 63
 _DELETE = "delete the folder"
 
 
 class TokenStore:
     """A sequence of tokens in one or several memory-mapped files."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]):
-        self._arrays = list(arrays)
+    def __init__(
+        self,
+        arrays: Sequence[np.ndarray],
+        names: Sequence[str] = (),
+        num_ids: int | None = None,
+        advice: str = "",
+    ):
+        """`names`: the arrays' files. `num_ids`: every id is below, or reading it is a `DataError`
+        that gives this `advice`."""
+        self._arrays, self._names, self._advice = list(arrays), list(names), advice
         self._starts = np.cumsum([0] + [len(array) for array in arrays]).tolist()
+        self._num_ids = _ANY_ID if num_ids is None else num_ids
         self.num_tokens: int = self._starts[-1]
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], dtype: str) -> "TokenStore":
-        """Map files of little-endian ids."""
+    def open(
+        cls,
+        paths: Sequence[str | Path],
+        dtype: str,
+        num_ids: int | None = None,
+        advice: str = "",
+    ) -> "TokenStore":
+        """Map files of little-endian ids; no file stays open."""
         kind = np.dtype(dtype).newbyteorder("<")
-        maps = [np.memmap(path, dtype=kind, mode="r") for path in paths if os.path.getsize(path)]
-        # Slices of a plain array are made several times as fast as those of a memmap.
-        return cls([np.asarray(mapped) for mapped in maps])
+        full = [str(path) for path in paths if os.path.getsize(path)]
+        try:
+            return cls([map_file(path, kind) for path in full], full, num_ids, advice)
+        except OSError as error:
+            raise DataError(f"{error.filename} - cannot be mapped: {error.strerror}") from error
 
     def expect_random(self) -> None:
         """What follows is read here and there: in large files, nothing around it is read ahead."""
         for array in self._arrays:
-            mapped = getattr(array.base, "base", None)
-            if isinstance(mapped, mmap.mmap) and array.nbytes > _LARGE:
-                mapped.madvise(mmap.MADV_RANDOM)
+            expect_random(array)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1 as int64."""
+        """Tokens start..stop-1 as int64; `DataError` for an id that cannot be one."""
         assert 0 <= start <= stop <= self.num_tokens, "outside of the tokens"
         result = np.empty(stop - start, dtype=np.int64)
         at, index = start, bisect_right(self._starts, start) - 1
@@ -61,14 +78,27 @@ class TokenStore:
             end = min(stop, self._starts[index + 1])
             result[at - start : end - start] = self._arrays[index][at - first : end - first]
             at, index = end, index + 1
+        unsigned = result.view(np.uint64)  # in which a negative id is a large one
+        if len(result) and int(unsigned.max()) >= self._num_ids:
+            raise self.out_of_range(int(result[unsigned.argmax()]), start + int(unsigned.argmax()))
         return result
 
+    def out_of_range(self, token_id: int, position: int) -> DataError:
+        """What is wrong with a token, by its file and place there."""
+        index = bisect_right(self._starts, position) - 1
+        name = self._names[index] if self._names else "the tokens"
+        return DataError(
+            f"{name} - id {token_id} at token {position - self._starts[index]} is outside the "
+            f"vocabulary of {self._num_ids} - {self._advice}"
+        )
+
     def largest(self) -> tuple[int, int]:
-        """The largest id and where it first stands; reads everything, in parts."""
+        """The largest id (a negative one is) and where it first stands; reads everything."""
         best, position = -1, 0
         for start, array in zip(self._starts[:-1], self._arrays, strict=True):
+            unsigned = array.view(f"<u{array.dtype.itemsize}")
             for first in range(0, len(array), 1 << 24):
-                part = array[first : first + (1 << 24)]
+                part = unsigned[first : first + (1 << 24)]
                 index = int(part.argmax())
                 if int(part[index]) > best:
                     best, position = int(part[index]), start + first + index
@@ -77,17 +107,7 @@ class TokenStore:
 
 def write_json(path: Path, value: Any) -> None:
     """Write beside and move into place, durable when it returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_whole(path, json.dumps(value).encode())  # indented, long lists of files are slow
 
 
 def read_json(path: Path, shape: dict[str, Any]) -> dict[str, Any] | None:
@@ -181,7 +201,7 @@ class CacheDir:
         try:
             if is_local(url):
                 self.remote = None
-                self.local = Path(with_secrets(url).removeprefix("file://")).expanduser()
+                self.local = Path(plain_path(url))
             else:
                 home = os.environ.get("OSTRO_CACHE_HOME", "~/.cache/ostro")
                 name = hashlib.sha256(redacted(self.url).encode()).hexdigest()[:16]
@@ -254,11 +274,17 @@ class CacheDir:
                 return folder
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder):
+                if (folder / LEDGER).exists() and (folder / LEDGER).read_bytes() == text:
+                    return folder  # another process has copied it
                 logger.info("copying %s/%s to %s", self.url, name, folder)
                 (folder / LEDGER).unlink(missing_ok=True)
                 for file in ledger["stored"]:
-                    self.remote.get_file(f"{path}/{file}", str(folder / file))
-                write_json(folder / LEDGER, ledger)
+                    # Beside, then into place: another run may have the old one mapped.
+                    copy = folder / f"{file}.copy"
+                    self.remote.get_file(f"{path}/{file}", str(copy))
+                    os.replace(copy, folder / file)
+                checksums.verify(folder, ledger, whole=True)
+                write_whole(folder / LEDGER, text)
         except (OSError, ValueError) as error:
             raise DataError(f"{self.url}/{name} - cannot be copied: {error}") from error
         return folder

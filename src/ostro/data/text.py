@@ -9,20 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
-from ostro.data.cache import FILES, CacheRequest, Progress, file_list, open_cache
+from ostro.data.cache import FILES, CacheRequest, Progress, open_cache
 from ostro.data.documents import Documents, TokenFiles
 from ostro.data.files import BadRecord, Shard, Unreachable
+from ostro.data.fingerprints import known_files, read_files
 from ostro.data.mixture import block_counts
 from ostro.data.permutation import derive_key
 from ostro.data.sequences import EvalData, TrainData, Windows, cut
 from ostro.data.source import HfSource, SourceConfig, TokensSource, UrlsSource
-from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, read_json, write_json
+from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, write_json
+from ostro.data.token_files import open_token_files
 from ostro.data.tokenizer import SpecialTokens, Tokenizer, tokenizer_from_text
 from ostro.data.tokenizer_config import LEARNED, Gpt2Tokenizer, TokenizerConfig
 from ostro.errors import DataError, Problem, at_least
-from ostro.secrets import Location, local_path, redacted
+from ostro.secrets import Location, redacted
 
 logger = logging.getLogger("ostro.data")
 
@@ -61,6 +61,9 @@ class LMDatasetConfig:
     """Read the Hugging Face data set as needed instead of downloading all of it first."""
     text_key: str = "text"
     """Key (JSON) or column (parquet) that holds the text."""
+    format: Literal["auto", "text", "jsonl", "json", "parquet"] = "auto"
+    """Format of `train_urls` and `validation_urls`; `auto` goes by the names. A text file is one
+    document."""
     source: SourceConfig | None = None
     """Any other single source, for example `stdlib` or `{type: tokens, dir: data/x}`."""
     configs: dict[str, SourceConfig] = field(default_factory=dict)
@@ -116,6 +119,8 @@ class LMDatasetConfig:
             yield Problem("validation_urls", "goes with train_urls only", "set it in the source")
         if not self.cache_dir.strip():
             yield Problem("cache_dir", "must name a folder or a URL")
+        if self.format != "auto" and given and given != ["train_urls"]:
+            yield Problem("format", "goes with train_urls only", "set it in the source")
         if not isinstance(self.shuffle, bool) and self.shuffle < 0:
             yield Problem("shuffle", "must be true, false or a number of windows")
         counts = ("num_workers", "num_validation_sequences", "mixture_block_size")
@@ -161,7 +166,7 @@ class LMDatasetConfig:
         if self.id is not None:
             text = {"text_key": self.text_key, "stream": self.stream}
             return {_SINGLE: HfSource(self.id, self.name, **text)}
-        urls = UrlsSource(self.train_urls, self.validation_urls, self.text_key)
+        urls = UrlsSource(self.train_urls, self.validation_urls, self.text_key, self.format)
         return {_SINGLE: urls}
 
     def stages(self) -> list[tuple[int, dict[str, float]]]:
@@ -200,20 +205,21 @@ class LMDatasetConfig:
         }
 
         def shards() -> list[tuple[SourceConfig, Shard]]:
-            found = [(s, shard) for s in sources.values() for shard in s.list_shards("train")]
-            key["files"] = file_list([shard for _, shard in found])
-            return found
+            return [(s, shard) for s in sources.values() for shard in s.list_shards("train")]
 
-        def fit(folder: Path, ledger: dict, _: object) -> bool:
-            is_there = (folder / _TOKENIZER).exists()
-            return fits(folder, ledger["key"], key, rebuild) and is_there
+        def fit(folder: Path, ledger: dict, found: list[tuple[SourceConfig, Shard]] | None) -> bool:
+            now, was = dict(key), ledger["key"]
+            if found is not None:
+                now["files"] = known_files(folder, [shard for _, shard in found], was["files"])
+            return fits(folder, was, now, rebuild) and (folder / _TOKENIZER).exists()
 
         def learn(folder: Path, shards: list[tuple[SourceConfig, Shard]]) -> None:
             logger.info("learning the tokenizer from %d files", len(shards))
             texts = [partial(self._texts, source, shard) for source, shard in shards]
             text = self.tokenizer.learn(texts).to_text()
             (folder / _TOKENIZER).write_text(text, encoding="utf-8")
-            write_json(folder / LEDGER, {"key": key, "stored": [_TOKENIZER]})
+            files = read_files(folder, [shard for _, shard in shards])
+            write_json(folder / LEDGER, {"key": {**key, "files": files}, "stored": [_TOKENIZER]})
 
         where, shape = CacheDir(self.cache_dir), {"key": {"files": FILES}}
         folder, _ = where.finished(LEARNED, shape, shards, fit, learn, must_exist)
@@ -236,12 +242,14 @@ class LMDatasetConfig:
         progress: Progress | None = None,
         ray_address: str | None = None,
         must_exist: bool = False,
+        verify: bool = False,
     ) -> "LMData":
         """Open the token caches, building what is missing, and lay out the examples.
 
         `seq_len`: tokens in an example. `progress`: called with (name, done, total) while a cache
-        is built. `ray_address`: the cluster that tokenises. `must_exist`: build no cache. Raises
-        `DataError` for bad files, records or caches, and for too little text.
+        is built. `ray_address`: the cluster that tokenises. `must_exist`: build no cache. `verify`:
+        compare all of it with its checksums. Raises `DataError` for bad files, records or caches,
+        and for too little text.
         """
         requests = {
             "enforce_eos": self.enforce_eos,
@@ -251,6 +259,7 @@ class LMDatasetConfig:
             "num_workers": self.num_workers,
             "ray_address": ray_address,
             "must_exist": must_exist,
+            "verify": verify,
         }
         return _Builder(self, tokenizer, seq_len, seed, progress, requests).build()
 
@@ -279,6 +288,7 @@ class _Builder:
         self._progress, self._requests = progress, requests
         self._where = CacheDir(config.cache_dir)
         self._prints: dict[str, str] = {}
+        self._files: dict[tuple[str, str], list[list]] = {}  # by source and split
         self._documents: dict[str, Documents] = {}
 
     def build(self) -> LMData:
@@ -305,6 +315,7 @@ class _Builder:
             if has_validation:
                 windows = self._windows(name, source, "validation")
                 self._add_eval(validation, name, source, windows)
+        self._warn_of_overlap(trained)
         order = [self._seed, config.shuffle, config.sampling, config.stages(), self._seq_len,
                  config.mixture_block_size, config.num_validation_sequences]  # fmt: skip
         prints = [self._tokenizer.fingerprint, *self._prints.values()]
@@ -317,6 +328,30 @@ class _Builder:
             _digest(text),
             {name: _digest(text) for name, text in self._prints.items()},
         )  # fmt: skip
+
+    def _warn_of_overlap(self, trained: list[str]) -> None:
+        """Say where a file is trained on and evaluated on, under whatever names."""
+        known = {
+            print_: file
+            for (name, split), files in self._files.items()
+            if split == "train" and name in trained
+            for file, _, print_ in files
+        }
+        both = [
+            f"{file} (as {known[print_]})" if file != known[print_] else file
+            for (_, split), files in self._files.items()
+            if split == "validation"
+            for file, size, print_ in files
+            if size and print_ in known
+        ]
+        if both:
+            more = f" and {len(both) - 3} more" if len(both) > 3 else ""
+            logger.warning(
+                "validation: %s%s is trained on, too: the loss there does not tell how the model "
+                "does on new text - give other files, hold out the last windows with "
+                "data.num_validation_sequences, or, to watch the training text, set "
+                "data.evaluate_train: true", ", ".join(both[:3]), more,
+            )  # fmt: skip
 
     def _has_validation(self, name: str, source: SourceConfig) -> bool:
         try:
@@ -355,10 +390,11 @@ class _Builder:
             raise DataError(f"{folder} - there are no training files - name some, or give the "
                             "data set the weight 0")  # fmt: skip
         if isinstance(source, TokensSource):
-            store, documents = self._token_files(request, source)
+            store, documents, files = self._token_files(request, source)
+            self._files[name, split] = files
         else:
             cache = open_cache(request, self._where, self._progress)
-            self._prints[folder] = cache.fingerprint
+            self._prints[folder], self._files[name, split] = cache.fingerprint, cache.files
             store, documents = cache.store, cache.documents
         if split == "train":
             self._documents[name] = documents
@@ -369,34 +405,20 @@ class _Builder:
 
     def _token_files(
         self, request: CacheRequest, source: TokensSource
-    ) -> tuple[TokenStore, TokenFiles]:
-        """Map token files; their largest id is looked for once and remembered in the cache."""
-        size = np.dtype(source.dtype).itemsize
+    ) -> tuple[TokenStore, TokenFiles, list[list]]:
         shards = source.list_shards(request.split)
-        for shard in shards:
-            if shard.size == 0 or shard.size % size:
-                rule = f"{shard.size} bytes, no multiple of {size}" if shard.size else "is empty"
-                raise DataError(f"{shard.name} - {rule} - it holds no {source.dtype} ids; make it "
-                                "again or set dtype")  # fmt: skip
-        names = [str(Path(local_path(shard.name)).expanduser()) for shard in shards]
-        store = TokenStore.open(names, source.dtype)
-        record = self._where.local / request.name / "tokens.json"
-        key = {"files": [[s.size, s.fingerprint] for s in shards], "dtype": source.dtype}
-        known = read_json(record, {"key": dict, "largest": (int, int)})
-        if known is None or known["key"] != key:
-            known = {"key": key, "largest": store.largest()}
-            record.parent.mkdir(parents=True, exist_ok=True)
-            write_json(record, known)
-        largest, position = known["largest"]
-        if largest >= self._tokenizer.vocab_size:
-            raise DataError(
-                f"{', '.join(names)} - id {largest} at token {position} is outside the "
-                f"vocabulary of {self._tokenizer.vocab_size} - set the tokenizer that made the "
-                "file, or dtype"
-            )
+        store, documents, key = open_token_files(
+            request.name,
+            shards,
+            source.dtype,
+            self._tokenizer.vocab_size,
+            self._tokenizer.eos_id,
+            self._where.local / request.name,
+            verify=request.verify,
+        )
         self._prints[request.name] = json.dumps(key, sort_keys=True)
-        files = [(name, shard.size // size) for name, shard in zip(names, shards, strict=True)]
-        return store, TokenFiles(store, files, self._tokenizer.eos_id)
+        files = [[shard.name, *of] for shard, of in zip(shards, key["files"], strict=True)]
+        return store, documents, files
 
 
 def _digest(text: str) -> str:
