@@ -1,11 +1,16 @@
 """Sources that change behind a finished cache, and caches that change behind their ledger."""
 
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from ostro.data import checksums
@@ -14,7 +19,7 @@ from ostro.data.identity import hash_of
 from ostro.data.source import UrlsSource
 from ostro.data.store import CacheDir
 from ostro.data.text import LMDatasetConfig
-from ostro.data.tokenizer import BytesTokenizer
+from ostro.data.tokenizer_config import BytesTokenizer
 from ostro.errors import DataError
 
 BYTES = BytesTokenizer().build()
@@ -90,13 +95,6 @@ def test_a_large_file_is_known_by_all_of_its_bytes(tmp_path, where, hashed):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.xz", "parquet", "zip", "json"])
 def test_what_is_hashed_on_the_way_is_the_hash_of_the_file(tmp_path, where, suffix):
-    import gzip
-    import lzma
-    import zipfile
-
-    import pyarrow
-    import pyarrow.parquet
-
     path = tmp_path / f"a.{suffix}"
     lines = b'{"text": "one"}\n{"text": "two"}\n'
     if suffix == "parquet":
