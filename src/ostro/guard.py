@@ -28,8 +28,18 @@ def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
     library's log or the traceback of a thread.
     """
     unusable_cache()  # before anything imports all of torch
-    with contextlib.redirect_stderr(_Redacting(sys.stderr)):
-        return _guarded(command, debug)
+    hook, threading.excepthook = threading.excepthook, _thread_failed
+    try:
+        with contextlib.redirect_stderr(_Redacting(sys.stderr)):
+            return _guarded(command, debug)
+    finally:
+        threading.excepthook = hook
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """Print a traceback, unless the thread hands its error on, as TensorBoard's writer does."""
+    if getattr(failure.thread, "exception", None) is not failure.exc_value:
+        threading.__excepthook__(failure)
 
 
 def _guarded(command: Callable[[Signals], None], debug: bool) -> int:

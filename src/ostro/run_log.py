@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def logging_to(
             yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    to_file = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
     to_file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_file.addFilter(_saying(spoken))
     log.addHandler(to_file)
@@ -58,6 +59,48 @@ def _saying(spoken: Callable[[str], str]) -> Callable[[logging.LogRecord], bool]
         return True
 
     return change
+
+
+def folder_fault(folder: Path) -> str:
+    """Why no file can be written in a folder, which is made if need be; empty where one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+class _FileHandler(logging.FileHandler):
+    """Says once that the file cannot be written to, and tries again with every line."""
+
+    _is_failing = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # when it is opened again
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._let_go()  # of the lines that it holds back
+        if not self._is_failing:
+            self._is_failing = True
+            log.warning("%s cannot be written to: %s; the run goes on", self.baseFilename, error)
+
+    def close(self) -> None:
+        self._let_go()
+        super().close()
+
+    def _let_go(self) -> None:
+        stream, self.stream = self.stream, None  # type: ignore[assignment]
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
 
 
 class _Formatter(logging.Formatter):

@@ -4,13 +4,18 @@ The limit is the published dense peak of devices we know, and everywhere else a 
 timed on the device itself, so that a fraction of peak never means somebody else's hardware.
 """
 
+import logging
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+log = logging.getLogger("ostro")
+
 # Dense matrix-product peaks of both 16-bit types in operations per second, from the vendors'
 # data sheets.
+_MIN_TIMINGS = 8
 _PUBLISHED_PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
 
 
@@ -38,13 +43,14 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
 def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
     """Operations per second of a square matrix product, the best of several short timings.
 
-    Waits for the device after each product. About `seconds` long.
+    Waits for the device after each product. About `seconds` long, or as long as it takes to time a
+    few, for on a busy machine the first ones may tell nothing.
     """
     size = 1024 if device.type == "cpu" else 8192
     a = torch.ones(size, size, device=device, dtype=dtype)
     b = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
-    end = time.perf_counter() + seconds
+    end, num_timed = time.perf_counter() + seconds, 0
     with torch.inference_mode():
         a @ b  # the first product pays for packing and kernel selection
         while True:
@@ -53,8 +59,8 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25
             a @ b
             synchronize(device)
             now = time.perf_counter()
-            best = min(best, now - start)
-            if now >= end:
+            best, num_timed = min(best, now - start), num_timed + 1
+            if now >= end and num_timed >= _MIN_TIMINGS:
                 return 2 * size**3 / best
 
 
@@ -78,6 +84,8 @@ class Throughput:
     """The limit of one device."""
     num_devices: int = 1
     """Devices of the run."""
+    _doubts: list[float] = field(default_factory=list, repr=False, compare=False)
+    """The first MFU above 100 %, once it was said."""
 
     def metrics(
         self, *, num_examples: int, num_steps: int, seconds: float, total_examples: int
@@ -86,12 +94,13 @@ class Throughput:
         tokens_per_second = num_examples * self.seq_len / seconds
         flops_per_second = 3 * self.flops_per_token * tokens_per_second
         total_tokens = total_examples * self.seq_len
+        mfu = 100 * flops_per_second / (self.peak.flops * self.num_devices)
         return {
             "throughput/duration": seconds / num_steps,
             "throughput/examples_per_second": num_examples / seconds,
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/gflops_per_second": flops_per_second / 1e9,
-            "throughput/mfu": 100 * flops_per_second / (self.peak.flops * self.num_devices),
+            "throughput/mfu": self._believed(mfu),
             "throughput/total_tokens": total_tokens,
             "throughput/total_gflops": 3 * self.flops_per_token * total_tokens / 1e9,
         }
@@ -100,6 +109,22 @@ class Throughput:
         """The time that training on so many examples takes at the peak of all devices."""
         flops = 3 * self.flops_per_token * self.seq_len * num_examples
         return flops / (self.peak.flops * self.num_devices)
+
+    def _believed(self, mfu: float) -> float:
+        """NaN where more was done than the device can do: then its peak is wrong."""
+        if mfu <= 100:
+            return mfu
+        if not self._doubts:
+            self._doubts.append(mfu)
+            reached = mfu / 100 * self.peak.flops
+            why = "it is not that of this device"
+            if self.peak.source == "measured":
+                why = "the machine was busy when it was measured"
+            log.warning(
+                f"MFU is not shown: a device reached {reached / 1e9:.3g} GFLOP/s, above its"
+                f" peak of {self.peak.flops / 1e9:.3g} GFLOP/s ({self.peak.source}); {why}"
+            )
+        return math.nan
 
     def summary(self) -> dict[str, float | str]:
         """Facts that do not change during a run."""

@@ -21,7 +21,7 @@ from ostro.config import check, dump_yaml, public
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World, joined
-from ostro.errors import ConfigError
+from ostro.errors import ConfigError, Problem
 from ostro.lm_config import (
     TrainLmConfig,
     choose_run_id,
@@ -35,7 +35,7 @@ from ostro.meeting import Meeting
 from ostro.next_steps import NextSteps
 from ostro.parallel import Mesh
 from ostro.phases import place
-from ostro.run_log import logging_to
+from ostro.run_log import folder_fault, logging_to
 from ostro.session import Session, compilation_marked, load_first_weights
 from ostro.signals import Interrupted, Signals
 from ostro.throughput import Throughput, device_peak
@@ -98,6 +98,11 @@ def run(
         choose_kernels(config.trainer, world.device)
         log_dir = run_folder(config.trainer.log_dir, run_id)
         log_file = log_dir / trainer.log_file if world.is_first else None
+        fault = folder_fault(log_dir) if world.is_first else ""
+        if fault := world.from_first(fault):
+            rule, advice = f"cannot be written to: {fault}", "name another folder"
+            origin = origins.get("trainer.log_dir")
+            raise ConfigError(Problem("trainer.log_dir", rule, advice, trainer.log_dir, origin))
         saves_to = trainer.checkpointer.folder(run_id)
         with (
             contextlib.nullcontext() if trainer.eval_only else alone_in(saves_to, world),

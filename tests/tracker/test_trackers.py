@@ -242,3 +242,18 @@ def test_tensorboard_files(tmp_path, caplog):
     ]
     assert [step for step, _ in losses] == [0, 1, 2], "what a lost attempt wrote is hidden"
     assert losses[2] == (2, 9.0)
+
+
+def test_the_same_id_started_anew_or_rolled_back_is_one_curve(tmp_path):
+    for losses in ([5.0, 4.0, 3.0], [2.0, 1.0]):
+        tracker = TensorboardConfig(logdir=str(tmp_path)).build(RunInfo("r1"))
+        for step, loss in enumerate(losses):
+            tracker.log({"train/loss": loss}, step)
+        if len(losses) == 2:
+            tracker.log_event("rollback", {"from": 2, "to": 1}, 1)
+            tracker.log({"train/loss": 7.0}, 1)
+        tracker.finish()
+    found = [
+        (event.step, event.value) for event in read_events(tmp_path / "r1").Scalars("train/loss")
+    ]
+    assert found == [(0, 2.0), (1, 7.0)]

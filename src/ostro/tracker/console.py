@@ -187,6 +187,9 @@ def figures_line(figures: Mapping[str, float], seconds_left: float | None) -> st
         "throughput/duration": lambda seconds: f"{1000 * seconds:.0f} ms/step",
         "throughput/mfu": lambda mfu: f"MFU {mfu:.1f}%",
     }
+    figures = dict(figures)
+    if math.isnan(figures.get("throughput/mfu", 0.0)):
+        del figures["throughput/mfu"]  # more than the device's peak: see `Throughput`
     parts = [show(figures[name]) for name, show in shown.items() if name in figures]
     if seconds_left is not None:
         parts.append(f"{format_duration(timedelta(seconds=math.ceil(seconds_left)))} left")
@@ -206,7 +209,8 @@ def evaluation_line(metrics: Mapping[str, float], step: int) -> str:
 def nanogpt_line(figures: Mapping[str, float], step: int) -> str:
     """A step as nanoGPT prints it; an MFU that is not known is -100 %, as at its first steps."""
     loss, seconds = figures["train/loss"], figures.get("throughput/duration", 0.0)
-    mfu = figures.get("throughput/mfu", -100.0)
+    mfu = figures.get("throughput/mfu", math.nan)
+    mfu = -100.0 if math.isnan(mfu) else mfu
     return f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu:.2f}%"
 
 

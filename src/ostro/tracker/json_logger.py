@@ -27,8 +27,9 @@ class JsonLogger(Tracker):
 
     Figures are `{"step": 7, "train/loss": 3.2, ...}`; NaN and Infinity stand as JavaScript writes
     them. All other lines have an `event`: `start` or `resume` with the first step and the
-    configuration, `summary`, `text`, `rollback`, `finish`. After a `resume` or `rollback` at step
-    k, earlier lines of step k and later are of a lost attempt.
+    configuration, `summary`, `text`, `rollback`, `finish`. After a `start`, `resume` or
+    `rollback` at step k, earlier lines of step k and later are of a lost attempt, or of an earlier
+    run of the same id.
     """
 
     name = "json_logger"

@@ -30,7 +30,8 @@ class TensorboardConfig(TrackerConfig):
 
 
 class TensorboardTracker(Tracker):
-    """Scalars and texts. A resumed run hides what a lost attempt wrote for the same steps."""
+    """Scalars and texts. A start hides what an earlier run of the same id wrote; a resume or a
+    roll-back, what a lost attempt wrote for the same steps."""
 
     name = "tensorboard"
 
@@ -39,7 +40,7 @@ class TensorboardTracker(Tracker):
 
         self._writer = SummaryWriter(
             str(run_folder(config.logdir, run.id)),
-            purge_step=run.start_step if run.resume else None,
+            purge_step=run.start_step,
             flush_secs=config.flush_secs,
         )
         self._step = run.start_step
@@ -56,6 +57,13 @@ class TensorboardTracker(Tracker):
     def log_text(self, name: str, text: str, step: int) -> None:
         # Indented text is shown as it stands, not read as markdown.
         self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+
+    def log_event(self, event: str, values: Mapping[str, Any], step: int) -> None:
+        if event == "rollback":
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            start = SessionLog(status=SessionLog.START)  # TensorBoard drops later steps at it
+            self._writer._get_file_writer().add_event(Event(step=step, session_log=start))
 
     def finish(self) -> None:
         self._writer.close()
