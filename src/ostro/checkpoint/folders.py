@@ -195,9 +195,11 @@ class FileStore:
 
     def point(self) -> None:
         """Make `latest_checkpoint.pt` the newest of the files that are there."""
-        found = entries(self.folder)
-        if found:
-            single_file.point_to(Path(found[0].path))
+        paths = (Path(entry.path) for entry in entries(self.folder))
+        # Itself does not count: what it was a link to may just have been deleted.
+        newest = next((path for path in paths if path.name != single_file.LATEST), None)
+        if newest is not None:
+            single_file.point_to(newest)
         else:
             (Path(self.folder).expanduser() / single_file.LATEST).unlink(missing_ok=True)
 
