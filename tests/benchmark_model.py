@@ -27,7 +27,7 @@ def write_model(folder: Path) -> tuple[Path, Path]:
     assert run_command(["train", "--config_path", str(config)]) == 0
     saved = find_latest(str(folder / "checkpoints"))
     tokenizer = load_tokenizer(saved)
-    ours = load_model(saved, saved_config(saved, []), tokenizer, torch.device("cpu"))
+    ours = load_model(saved, saved_config(saved, None), tokenizer, torch.device("cpu"))
     randomize(ours)
     state = State({"model": ours.state_dict()}, saved.values, saved.texts)
     checkpoint = folder / "experiments" / "bench" / "checkpoints"

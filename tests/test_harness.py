@@ -43,7 +43,7 @@ def models(tmp_path_factory):
     checkpoint, exported = write_model(folder)
     saved = find_latest(str(checkpoint))
     tokenizer = load_tokenizer(saved)
-    model = load_model(saved, saved_config(saved, []), tokenizer, torch.device("cpu"))
+    model = load_model(saved, saved_config(saved, None), tokenizer, torch.device("cpu"))
     theirs = HFLM(str(exported), dtype="float32", device="cpu", batch_size=3)
     return model, tokenizer, harness._adapter(model, tokenizer, batch_size=5), theirs
 

@@ -86,7 +86,7 @@ def reference(content: dict) -> Gpt:
 
 def our_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     saved = find_latest(str(path))
-    config, tokenizer = saved_config(saved, []), load_tokenizer(saved)
+    config, tokenizer = saved_config(saved, None), load_tokenizer(saved)
     with torch.no_grad():
         return load_model(saved, config, tokenizer, torch.device("cpu"))(tokens)
 
@@ -241,7 +241,7 @@ def test_every_setting_but_the_architecture_may_change_at_a_resume(tmp_path):
                "max_iters=10", "lr_decay_iters=10", "warmup_iters=1", "dataset=other",
                "dtype=bfloat16", "seed=5", "eval_interval=5"]  # fmt: skip
     out = train(tmp_path, *SMALL, *changed, "init_from=resume").stdout
-    assert "optimizer.learning_rate: was 0.01, now 0.005 (learning_rate, --learning_rate)" in out
+    assert "learning_rate: was 0.01, now 0.005 (--learning_rate)" in out
     assert "warning: made_by.data.train: was " in out and " - refuse - " not in out
     assert sorted(losses(tmp_path)) == list(range(10))
 
