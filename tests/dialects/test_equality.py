@@ -16,6 +16,7 @@ from ostro.cli.nanogpt import load_nanogpt
 
 ROOT = Path(__file__).parents[2]
 
+TRACKERS = "[{type: json_logger}, {type: console, style: nanogpt, log_every: 1}]"  # nanoGPT's
 NATIVE = """
 data:
   source: {type: tokens, dir: data/tiny}
@@ -35,7 +36,7 @@ trainer:
   log_interval: 1
   mp: f32
   log_dir: out/.
-  tracker: [{type: json_logger}]
+  tracker: TRACKERS
   checkpointer: {base_path: out/., format: nanogpt, save_interval: null, keep: [],
                  save_after_eval: always, save_last: false}
   load_checkpoint: false
@@ -62,7 +63,7 @@ optimizer:
   beta2: 0.99
   max_grad_norm: 0.5
   decay_mask: all_2d
-"""
+""".replace("TRACKERS", TRACKERS)
 
 NANOGPT = [
     *("dataset=tiny", "n_layer=2", "n_head=2", "n_embd=16", "block_size=16", "dropout=0.1"),
@@ -92,7 +93,7 @@ gradient_clipping: 0.5
 # What the GPT-3 style files have no word for.
 GPT3_MORE = [
     *("--trainer.eval_when=before", "--trainer.max_eval_batches=2", "--trainer.log_dir=out/."),
-    *("--trainer.log_file=train.log", "--trainer.tracker=[{type: json_logger}]"),
+    *("--trainer.log_file=train.log", f"--trainer.tracker={TRACKERS}"),
     *("--trainer.checkpointer.base_path=out/.", "--trainer.checkpointer.format=nanogpt"),
     *("--trainer.checkpointer.keep=[]", "--trainer.checkpointer.save_after_eval=always"),
     *("--trainer.checkpointer.save_last=false", "--model.activation_function=gelu"),
