@@ -1,5 +1,6 @@
 """A process ends with its own exit code, whatever threads are in native code by then."""
 
+import os
 import subprocess
 import sys
 
@@ -68,6 +69,21 @@ run_script(command)
     words = [sys.executable, "-c", program]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "command\nthread\nregistered\n"), done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
+def test_output_that_cannot_be_written_is_an_error():
+    program = """
+from ostro.guard import run_script
+run_script(lambda words, signals: print("a short answer, which lies in the buffer to the end"))
+"""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=120, check=False, env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "ostro: error: the output is lost: No space left on device\n"
 
 
 @pytest.mark.dist

@@ -96,11 +96,26 @@ def leave_after(run: Callable[[], int]) -> NoReturn:
     try:
         threading._shutdown()  # type: ignore[attr-defined] - joins threads that are no daemons
         atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # `| head` has closed it
-                stream.flush()
     finally:
-        os._exit(code)
+        try:  # also where a signal has come meanwhile
+            code = _flushed(code)
+        finally:
+            os._exit(code)
+
+
+def _flushed(code: int) -> int:
+    """Write out what was printed; the exit code, which tells where that cannot be."""
+    try:
+        sys.stdout.flush()
+    except (BrokenPipeError, ValueError):
+        pass  # `| head` has closed it
+    except OSError as error:
+        code = code or 1
+        with contextlib.suppress(OSError, ValueError):
+            print(f"ostro: error: the output is lost: {error.strerror}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    return code
 
 
 class _Redacting:
