@@ -11,6 +11,10 @@ import pytest
 import yaml
 from tiny_run import ostro
 
+from ostro.cli import nanogpt
+from ostro.errors import ConfigError
+from ostro.signals import Signals
+
 ROOT = Path(__file__).parents[2]
 FILES = {
     "native.yaml": {"data": {"source": "stdlib"}, "trainer": {"seed": 1}, "model": "gpt2"},
@@ -88,6 +92,8 @@ def test_another_command_lines_file(folder, words, said, command):
         ([*NANO, "nano file.yaml", "blocksize=3"], ["did you mean block_size?"]),
         ([*NATIVE, "--config_path", "native.yaml", "--trainer.sed", "3"],
          ["did you mean seed?"]),
+        (["ostro", "sample", "--checkpoint", "runs", "--prompt", "nano.py", "--typo", "3"],
+         ["typo"]),
     ],
 )  # fmt: skip
 def test_a_slip_within_one_command_line_is_told_as_such(folder, words, parts):
@@ -114,11 +120,23 @@ def test_nanogpts_first_line_says_how_to_make_its_data(tmp_path):
     assert (tmp_path / "out-shakespeare-char" / "ckpt.pt").exists()
 
 
+def test_a_dataset_that_is_not_read_need_not_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr(
+        nanogpt, "start_run", lambda loaded, *_, **__: started.append(loaded.config.data.train_urls)
+    )
+    words = ["--data.source=null", "--data.train_urls=[text.txt]", "--data.tokenizer=chars"]
+    nanogpt.train(words, Signals())
+    assert started == [["text.txt"]]
+    with pytest.raises(ConfigError, match=r"there is no data/nowhere/train\.bin"):
+        nanogpt.train(["dataset=nowhere"], Signals())
+
+
 def test_the_shipped_example_has_nanogpts_values(tmp_path):
-    from ostro.cli.nanogpt import read_python
     from ostro.config.scalars import plain
 
-    layer = read_python(str(ROOT / "config" / "train_shakespeare_char.py"))
+    layer = nanogpt.read_python(str(ROOT / "config" / "train_shakespeare_char.py"))
     assert {key: plain(node) for key, node in layer.items.items()} == {
         "out_dir": "out-shakespeare-char", "eval_interval": 250, "eval_iters": 200,
         "log_interval": 10, "always_save_checkpoint": False, "wandb_log": False,

@@ -47,8 +47,8 @@ def train(argv: list[str], signals: Signals) -> None:
     words = [word for word in argv if word != "--dry_run"]
     with recognising(words, "nanogpt"):
         loaded, made = load_nanogpt(words)
-    if not is_dry:
-        require_data(made)
+    if not is_dry and loaded.origins.get("data.source.dir", "").startswith("dataset, "):
+        require_data(made)  # no native setting has named other data
     num_ranks = find_place(os.environ).num_ranks
     notices = [*made.notices, *loaded.notices]
     start_run(

@@ -33,6 +33,8 @@ _TITLES: dict[Kind, str] = {
     "gpt3 training": "is a GPT-3 style training file",
 }
 _SUFFIXES = (".yaml", ".yml", ".py")
+# What stands behind another flag is a prompt, an output, or data.
+_BEFORE_FILES = {"config_path", "config", "training_config", "dry_run", "trust", "debug"}
 
 
 def kind_of(path: str, wanted: Sequence[Kind]) -> Kind:
@@ -77,7 +79,13 @@ def _check_flags(argv: Sequence[str], found: dict[str, Kind]) -> None:
 
 
 def _files(argv: Sequence[str]) -> list[str]:
-    values = [word.partition("=")[2] if word.startswith("--") else word for word in argv]
+    """The words that are files, in places where a configuration may stand."""
+    values = []
+    for before, word in pairwise(["", *argv]):
+        flag, equals, value = word.partition("=") if word.startswith("--") else (before, "=", word)
+        is_flag = flag.startswith("--") and "=" not in flag
+        if equals and (not is_flag or flag.removeprefix("--") in _BEFORE_FILES):
+            values.append(value)
     return [value for value in values if value.endswith(_SUFFIXES) and Path(value).is_file()]
 
 
