@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 from checkpoint_states import small_state
+from fsspec.implementations.local import LocalFileSystem
 
 from ostro.checkpoint import discovery, entries, find_latest, scan, storage, which_checkpoint, write
 from ostro.checkpoint.discovery import Search
@@ -91,6 +92,21 @@ def test_a_damaged_newest_one_is_named_and_skipped(tmp_path, caplog, damage):
         found(run)
     assert f"{run} - holds 1 checkpoint, and it cannot be used" in str(error.value)
     assert f"{path}/{name}" in str(error.value)
+
+
+def test_one_that_goes_while_it_is_looked_at_is_skipped(tmp_path):
+    """Another process may prune the folder."""
+    older = save(str(tmp_path), 1)
+    save(str(tmp_path), 2)
+    real = LocalFileSystem.ls
+
+    def ls(fs, path, **options):
+        if path.endswith("step-2"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return real(fs, path, **options)
+
+    with patch.object(LocalFileSystem, "ls", ls):
+        assert str(find_latest(str(tmp_path))) == older
 
 
 def test_a_path_that_is_no_folder_is_looked_up_as_a_run_name(folder):

@@ -10,6 +10,7 @@ from tiny_run import write_config
 
 from ostro.checkpoint import State, entries, find_latest, load, storage, write
 from ostro.checkpoint.folders import FileStore
+from ostro.checkpoint.single_file import FORMATS, write_file
 from ostro.cli.main import run_command
 
 _counter = itertools.count()
@@ -50,6 +51,13 @@ def test_ls_lists_newest_first(folder, capsys):
     assert "temporary " in lines[0] and "0.2500" in lines[0] and lines[0].endswith("/me/step-4")
     assert "permanent*" in lines[2] and "0.5000" in lines[2]
     assert "other" in lines[4] and lines[5].startswith("5 checkpoints, ")
+
+
+def test_ls_of_a_file_that_does_not_say_when_it_was_saved(tmp_path, capsys):
+    values = {"step": 4}
+    write_file(tmp_path / "step_3.pt", FORMATS["file"].pack(State({"model": {}}, values, {})))
+    line = ostro(capsys, "ls", str(tmp_path)).splitlines()[1]
+    assert line.split()[:3] == ["3", "-", "permanent"]
 
 
 def damage(folder, step, file, change):

@@ -207,7 +207,10 @@ def _faults(path: str, metadata: Metadata) -> dict[str, str]:
     """The files that are missing or of another size than recorded, and what to say of each."""
     fs, root = storage.locate(path)
     fs.invalidate_cache()  # another rank or machine may have written there
-    listed = storage.call(path, lambda: fs.ls(root, detail=True))
+    try:
+        listed = storage.call(path, lambda: fs.ls(root, detail=True))
+    except OSError as error:  # it may just have been deleted
+        raise CheckpointError(f"{path} - cannot be read: {error}") from error
     sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed}
     found = {}
     for name, record in metadata.files.items():

@@ -46,9 +46,11 @@ def _ls(argv: Sequence[str]) -> None:
     for entry in found:
         loss = checkpoints.open_entry(entry).values.get("eval_loss")
         shown = "" if loss is None else f"{loss:.4f}"
-        saved = datetime.fromtimestamp(entry.timestamp).isoformat(" ", "seconds")
+        saved = "-"  # a file of nanoGPT's does not say when
+        if entry.timestamp:
+            saved = datetime.fromtimestamp(entry.timestamp).isoformat(" ", "seconds")
         size = format_bytes(entry.bytes)
-        print(f"{entry.step:>9}  {saved}  {_kind(entry):9}  {size:>9}  {shown:>8}"
+        print(f"{entry.step:>9}  {saved:19}  {_kind(entry):9}  {size:>9}  {shown:>8}"
               f"  {entry.run_id:12}  {redact(entry.path)}")  # fmt: skip
     print(f"{len(found)} checkpoints, {format_bytes(checkpoints.total_bytes(found))}")
 
