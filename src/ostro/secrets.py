@@ -24,17 +24,20 @@ Location = Annotated[str, "location"]
 
 REDACTED = "REDACTED"
 _NAME = (
-    r"[\w.-]*(?:passw(?:or)?d|secret|credential|signature|(?:api|private|access)[_-]?key"
-    r"|(?:access|auth|api|hf|session|security|refresh|bearer)[_-]?token)[\w-]*"
+    r"[\w.-]*(?:passw(?:or)?d|secret(?!ar)|credential|signature|(?:api|private|access)[_-]?key"
+    r"|(?:access|auth|api|hf|session|security|refresh|bearer)[_-]?token(?!i[sz]))[\w-]*"
 )
 _SECRET_NAME = re.compile(rf"{_NAME}|token", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"\w*(?:TOKEN|API_KEY|SECRET|ACCESS_KEY|PASSWORD|PASSWD)")
 _NO_REFERENCE = r"(?![^\s@&'\"]*\$\{)"  # ${NAME} only says where the secret is
 _RULES = [
-    (rf"((?<![\w-]){_NAME}['\"]?\s*[=:]\s*['\"]?)(?!null\b|None\b){_NO_REFERENCE}"
+    (rf"((?<![\w.-]){_NAME}['\"]?\s*[=:]\s*['\"]?)(?!null\b|None\b){_NO_REFERENCE}"
      r"[^\s,;&'\"})\]]+", rf"\1{REDACTED}"),
-    (r"(\bBearer\s+)[\w.~+/=-]{8,}", rf"\1{REDACTED}"),
-    (r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|A[KS]IA[0-9A-Z]{16})", REDACTED),
+    (r"(\bAuthorization['\"]?\s*[=:]\s*['\"]?\w+\s+)[^\s'\"]+", rf"\1{REDACTED}"),
+    # A digit, or very long: else it is a bearer of something, or a name.
+    (r"(\bBearer\s+)(?=\S*\d|\S{20})[\w.~+/=-]{8,}", rf"\1{REDACTED}"),
+    (r"\b(?:hf_[^\W_]{16,}|sk-(?=\S*\d)[\w-]{16,}|gh[pousr]_\w{20,}|A[KS]IA[0-9A-Z]{16})",
+     REDACTED),
 ]  # fmt: skip
 _COMPILED = [(re.compile(pattern, re.IGNORECASE), new) for pattern, new in _RULES]
 

@@ -296,6 +296,16 @@ def test_ctrl_c_keeps_what_was_built(files, where):
     assert cache.store.read(0, cache.store.num_tokens).tolist() == expected_tokens(files)
 
 
+def test_files_that_are_no_cache_are_left_alone(tmp_path):
+    """The cache of `train` in the folder above the texts would lie among them."""
+    folder = tmp_path / "train"
+    (folder / "more").mkdir(parents=True)
+    path = write_lines(folder / "a.jsonl", ["a document"])
+    with pytest.raises(DataError, match=r"holds a\.jsonl, more, and the cache needs a folder"):
+        open_cache(request_for([path]), CacheDir(str(tmp_path)))
+    assert sorted(each.name for each in folder.iterdir()) == ["a.jsonl", "more"]
+
+
 def test_an_unfinished_cache_of_other_data_is_thrown_away(files, where, caplog):
     with pytest.raises(KeyboardInterrupt):
         open_cache(request_for(files), where, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -97,3 +97,11 @@ def test_what_is_not_known_is_refused(tmp_path, name):
 def test_a_table_is_sent_elsewhere():
     with pytest.raises(DataError, match="convert it to JSON lines or parquet"):
         guess_format("a.csv.zst")
+
+
+def test_a_file_may_have_a_reference_in_its_name(tmp_path):
+    path = tmp_path / "a${NOT_SET_ANYWHERE}.txt"
+    path.write_text("itself")
+    source = UrlsSource([str(tmp_path / "*.txt")])
+    (shard,) = source.list_shards("train")
+    assert (shard.name, list(source.read_shard(shard))) == (str(path), ["itself"])

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -28,8 +27,8 @@ from ostro.data.documents import ROW, DocumentIndex, Documents, TokenFiles
 from ostro.data.encode import Encoded, Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard
 from ostro.data.fingerprints import file_list, require_as_listed
-from ostro.data.identity import Stamps
-from ostro.data.store import LEDGER, CacheDir, TokenStore, write_json
+from ostro.data.identity import STAMPS, Stamps
+from ostro.data.store import LEDGER, CacheDir, TokenStore, is_own, write_json
 from ostro.errors import DataError
 from ostro.secrets import redact
 from ostro.shapes import FILE_NAME, has_shape
@@ -287,8 +286,8 @@ class _Writer:
             if found:
                 logger.warning("%s: an unfinished cache that does not fit is thrown away", folder)
             for path in folder.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if is_own(path) or path.name == STAMPS:
+                    path.unlink()
         sizes = {name: size for name, (size, _, _) in self._state["files"].items()}
         self._files: dict[str, BinaryIO] = {}
         for name, size in {**sizes, _PROGRESS: sum(map(len, lines))}.items():

@@ -19,7 +19,7 @@ from fsspec.utils import infer_compression
 
 from ostro.data.identity import Stamp, combined, hash_of, sampled_hash, stamp_of
 from ostro.errors import DataError
-from ostro.secrets import with_secrets
+from ostro.secrets import location_fault, with_secrets
 from ostro.units import expand_braces
 
 FORMATS = ("text", "jsonl", "json", "parquet")
@@ -234,7 +234,9 @@ def is_local(url: str) -> bool:
 
 def is_url(path: str) -> bool:
     """Whether a path that was found is behind a URL; a local one is final, whatever `$` it has."""
-    return "://" in path or ("${" in path and not is_local(path))
+    if "://" in path or "${" not in path:
+        return "://" in path
+    return location_fault(path) is None and not is_local(path)
 
 
 def plain_path(url: str) -> str:

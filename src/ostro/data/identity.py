@@ -24,7 +24,7 @@ from ostro.errors import DataError
 Stamp = tuple[int, int, int, int]
 """Size, modification and change time in nanoseconds, inode."""
 
-_STAMPS = ".stamps.json"
+STAMPS = ".stamps.json"
 _WHOLE = "whole:"  # begins the fingerprint of a large file of which every byte was read
 _SMALL_FILE = 16 << 20  # bytes up to which earlier versions read a file whole, too
 _BLOCK = 1 << 16
@@ -102,7 +102,7 @@ class Stamps:
     """Fingerprints by the stamps of the files they were made from, kept in a folder."""
 
     def __init__(self, folder: Path):
-        self._path = folder / _STAMPS
+        self._path = folder / STAMPS
         self._known: dict[str, str] = {}
         self._new: dict[str, str] = {}
         self.were_kept = False

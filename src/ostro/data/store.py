@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ Files = TypeVar("Files")
 logger = logging.getLogger("ostro.data")
 
 LEDGER = "ledger.json"
+_OWN = re.compile(
+    r"(?:tokens-\d+\.bin|documents\.bin|checksums\.bin|(?:progress|sources|quarantine)\.jsonl"
+    r"|(?:ledger|tokens|tokenizer)\.json)(?:\.tmp|\.\w+\.tmp|\.copy)?"
+)
+"""Names of the files in a cache's folder, and of what a kill leaves of them."""
 _ANY_ID = 1 << 63
 _DELETE = "delete the folder"
 
@@ -189,6 +195,23 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_own(path: Path) -> bool:
+    """Whether a file of a cache's folder is one that caches are made of."""
+    return _OWN.fullmatch(path.name) is not None and not path.is_dir()
+
+
+def _require_own(folder: Path) -> None:
+    """`DataError` where a folder to be filled holds other things, such as the user's data."""
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    foreign = sorted(path.name for path in found if not is_own(path))
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise DataError(
+            f"{folder} - holds {', '.join(foreign[:3])}{more}, and the cache needs a folder of its"
+            " own - set data.cache_dir to another folder"
+        )
+
+
 class CacheDir:
     """A cache directory: a local folder, or a URL with a local copy.
 
@@ -242,6 +265,7 @@ class CacheDir:
             return folder, ledger
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _require_own(folder)
             with locked(folder):
                 ledger = read_json(folder / LEDGER, shape)  # another process may have finished it
                 if ledger is None or not fits(folder, ledger, files):
