@@ -17,6 +17,7 @@ import numpy as np
 from ostro.data.cuts import next_cut
 from ostro.data.documents import UNKNOWN
 from ostro.data.files import BadRecord, Document
+from ostro.data.long_text import LongText
 from ostro.data.on_ray import ray_workers
 from ostro.data.special_tokens import spelling
 from ostro.data.tokenizer import SpecialTokens, Tokenizer
@@ -35,12 +36,19 @@ class Piece(NamedTuple):
     byte: int = UNKNOWN  # bytes before that record
 
 
-def pieces(records: Iterable[str | BadRecord], splittable: bool) -> Iterator[Piece | BadRecord]:
+def pieces(
+    records: Iterable[str | LongText | BadRecord], splittable: bool
+) -> Iterator[Piece | BadRecord]:
     """Cut long documents where the ids stay the same; empty documents are dropped."""
     for number, record in enumerate(records, 1):
         if isinstance(record, BadRecord):
             yield record
             continue
+        if isinstance(record, LongText):
+            if splittable:
+                yield from _long_pieces(record, number)
+                continue
+            record = _placed(record)
         known = isinstance(record, Document)
         place, start = (record.record, record.byte) if known else (number, UNKNOWN), 0
         while splittable and len(record) - start > 2 * PIECE_CHARS:
@@ -51,6 +59,22 @@ def pieces(records: Iterable[str | BadRecord], splittable: bool) -> Iterator[Pie
             start = cut
         if record:
             yield Piece(record[start:], True, *place)
+
+
+def _long_pieces(text: LongText, number: int) -> Iterator[Piece]:
+    byte = UNKNOWN if text.byte is None else text.byte
+    last = None
+    for piece in pieces(text.parts(), splittable=True):
+        assert isinstance(piece, Piece), "a part is text"
+        if last is not None:
+            yield Piece(last.text, False, number, byte)
+        last = piece
+    if last is not None:
+        yield Piece(last.text, True, number, byte)
+
+
+def _placed(text: LongText) -> str:
+    return str(text) if text.byte is None else Document(str(text), 1, text.byte)
 
 
 class Encoded(NamedTuple):

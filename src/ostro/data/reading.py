@@ -34,9 +34,11 @@ from ostro.data.files import (
     reason,
 )
 from ostro.data.identity import ContentHash
+from ostro.data.long_text import LONG, LongText
 from ostro.errors import DataError, did_you_mean
 
-Records = Generator[str | BadRecord, None, str | None]
+_Record = str | LongText | BadRecord
+Records = Generator[_Record, None, str | None]
 """Documents and bad records; returns the fingerprint of the bytes that were read, if known."""
 
 _RAW_LENGTH = 200
@@ -149,7 +151,7 @@ def _unpacked(stream: Any, compression: str | None, size: int) -> _Bounded:
     return _Bounded(stream, size)
 
 
-def _read(stored: _Stored, path: str, format: str, text_key: str) -> Iterator[str | BadRecord]:
+def _read(stored: _Stored, path: str, format: str, text_key: str) -> Iterator[_Record]:
     compression, archive = compression_of(path), archive_of(path)
     if archive == "tar":
         stream = _unpacked(stored, compression, stored.size)
@@ -168,7 +170,7 @@ def _read(stored: _Stored, path: str, format: str, text_key: str) -> Iterator[st
         yield from READERS[format](io.BufferedReader(stored, _BUFFER), path, text_key)
 
 
-def _zip(file: Any, path: str, format: str, text_key: str, size: int) -> Iterator[str | BadRecord]:
+def _zip(file: Any, path: str, format: str, text_key: str, size: int) -> Iterator[_Record]:
     with zipfile.ZipFile(file) as archive:
         members = [m for m in archive.infolist() if not m.is_dir() and not _is_litter(m.filename)]
         members.sort(key=lambda member: member.filename)
@@ -181,7 +183,7 @@ def _zip(file: Any, path: str, format: str, text_key: str, size: int) -> Iterato
         _require_members(path, len(members))
 
 
-def _tar(stream: _Bounded, path: str, format: str, text_key: str) -> Iterator[str | BadRecord]:
+def _tar(stream: _Bounded, path: str, format: str, text_key: str) -> Iterator[_Record]:
     count = 0
     with tarfile.open(fileobj=cast(Any, stream), mode="r|") as archive:
         for member in archive:
@@ -211,22 +213,27 @@ def _is_litter(name: str) -> bool:
 
 def _member(
     stream: Any, path: str, name: str, format: str, text_key: str, size: int
-) -> Iterator[str | BadRecord]:
+) -> Iterator[_Record]:
     unpacked = io.BufferedReader(_unpacked(stream, compression_of(name), size), _BUFFER)
     for record in READERS[format](unpacked, path, text_key):
         if isinstance(record, BadRecord):
             yield replace(record, where=f"{name}, {record.where}")
+        elif isinstance(record, LongText):
+            yield replace(record, byte=None)
         else:  # numbered through the archive: a line of a member is no line of the file
             yield str(record)
 
 
-def _text(file: BinaryIO, path: str, text_key: str) -> Iterator[str | BadRecord]:
+def _text(file: BinaryIO, path: str, text_key: str) -> Iterator[_Record]:
     data = file.read()
     try:
-        yield Document(data.decode("utf-8-sig"), 1, 0)
+        is_long = len(data) > LONG
+        yield LongText(data) if is_long else Document(data.decode("utf-8-sig"), 1, 0)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        yield BadRecord(path, f"line {line}", "is not UTF-8", _raw(data[error.start :]))
+        yield BadRecord(
+            path, f"line {line}", "is not UTF-8", _raw(data[error.start : error.end + _RAW_LENGTH])
+        )
 
 
 def _json_lines(file: BinaryIO, path: str, text_key: str) -> Iterator[str | BadRecord]:
@@ -347,7 +354,7 @@ def _raw(data: bytes) -> str:
     return data[:_RAW_LENGTH].decode("utf-8", errors="backslashreplace").rstrip("\r\n")
 
 
-READERS: dict[str, Callable[[Any, str, str], Iterator[str | BadRecord]]] = {
+READERS: dict[str, Callable[[Any, str, str], Iterator[_Record]]] = {
     "text": _text,
     "jsonl": _json_lines,
     "json": _json,

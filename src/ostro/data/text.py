@@ -13,6 +13,7 @@ from ostro.data.cache import FILES, CacheRequest, Progress, open_cache
 from ostro.data.documents import Documents, TokenFiles
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.fingerprints import known_files, read_files
+from ostro.data.long_text import LongText
 from ostro.data.mixture import block_counts
 from ostro.data.permutation import derive_key
 from ostro.data.sequences import EvalData, TrainData, Windows, cut
@@ -228,7 +229,9 @@ class LMDatasetConfig:
 
     def _texts(self, source: SourceConfig, shard: Shard) -> Iterator[str]:
         for record in source.read_shard(shard):
-            if not isinstance(record, BadRecord):
+            if isinstance(record, LongText):
+                yield from record.parts()
+            elif not isinstance(record, BadRecord):
                 yield record
             elif self.on_bad_record == "error":
                 raise DataError(f"{record} - mend the record, or set on_bad_record: skip")
