@@ -30,9 +30,12 @@ _NAME = (
 _SECRET_NAME = re.compile(rf"{_NAME}|token", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"\w*(?:TOKEN|API_KEY|SECRET|ACCESS_KEY|PASSWORD|PASSWD)")
 _NO_REFERENCE = r"(?![^\s@&'\"]*\$\{)"  # ${NAME} only says where the secret is
+_NAMED = re.compile(
+    rf"((?<![\w.-]){_NAME}['\"]?\s*[=:]\s*['\"]?)(?!null\b|None\b){_NO_REFERENCE}"
+    r"[^\s,;&'\"})\]]+",
+    re.IGNORECASE,
+)
 _RULES = [
-    (rf"((?<![\w.-]){_NAME}['\"]?\s*[=:]\s*['\"]?)(?!null\b|None\b){_NO_REFERENCE}"
-     r"[^\s,;&'\"})\]]+", rf"\1{REDACTED}"),
     (r"(\bAuthorization['\"]?\s*[=:]\s*['\"]?\w+\s+)[^\s'\"]+", rf"\1{REDACTED}"),
     # A digit, or very long: else it is a bearer of something, or a name.
     (r"(\bBearer\s+)(?=\S*\d|\S{20})[\w.~+/=-]{8,}", rf"\1{REDACTED}"),
@@ -70,7 +73,8 @@ def redact(text: str) -> str:
             text = re.sub(rf"(?<![\w./-]){re.escape(known)}(?![\w-])", lambda _, s=shown: s, text)
     for known, shown in sorted(_remembered.items(), key=_longest_first):
         text = text.replace(known, shown)
-    text = _QUERY_OF_PATH.sub(lambda match: match[1] + _shown_query(match[2]), text)
+    if "?" in text:
+        text = _QUERY_OF_PATH.sub(lambda match: match[1] + _shown_query(match[2]), text)
     return _without_credentials(text)
 
 
@@ -175,6 +179,8 @@ def _without_credentials(text: str) -> str:
             text = text.replace(value, REDACTED)
     if "://" in text:
         text = _URL.sub(_shown, text)
+    if "=" in text or ":" in text:  # the pattern takes long, also where it finds nothing
+        text = _NAMED.sub(rf"\1{REDACTED}", text)
     for pattern, new in _COMPILED:
         text = pattern.sub(new, text)
     return text

@@ -43,8 +43,11 @@ def has_shape(value: Any, shape: Any) -> bool:
     if isinstance(shape, list):
         return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
     if isinstance(shape, tuple):
-        same = isinstance(value, list) and len(value) == len(shape)
-        return same and all(map(has_shape, value, shape))
+        if not isinstance(value, list) or len(value) != len(shape):
+            return False
+        if all(type(part) is type for part in shape):  # very many files may be listed so
+            return tuple(map(type, value)) == shape
+        return all(map(has_shape, value, shape))
     if isinstance(shape, re.Pattern):
         return isinstance(value, str) and shape.fullmatch(value) is not None
     return type(value) is shape

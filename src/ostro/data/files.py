@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import fsspec
@@ -258,54 +258,63 @@ def _name_in(url: str) -> str:
         url = next((part for part in url.split("::") if "://" in part), url)
         is_web = url.startswith(("http://", "https://"))
         url = re.sub(r"[?#].*" if is_web else r"\?[^?/]*=.*", "", url)
-    return PurePosixPath(url).name.lower()
+    return url.rpartition("/")[2].lower()
 
 
-def _suffixes(url: str) -> list[str]:
-    return _name_in(url).split(".")[1:]
+class _Kind(NamedTuple):
+    """What a file's suffixes say."""
+
+    suffix: str  # below compression and archive
+    compression: str | None
+    archive: str | None
+
+
+def _kind(path: str) -> _Kind:
+    return _kind_of(".".join(_name_in(path).split(".")[1:][-3:]))
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(suffixes: str) -> _Kind:
+    rest = suffixes.split(".")
+    compression = archive = None
+    if rest[-1] in _TARS:
+        compression, archive = _TARS[rest.pop()], "tar"
+        return _Kind(rest[-1] if rest else "", compression, archive)
+    if rest[-1] in ("zst", "zstd"):
+        compression = "zstd"
+    elif rest[-1] != "zip":
+        compression = infer_compression(f"x.{rest[-1]}")
+    if compression:
+        rest.pop()
+    if rest and rest[-1] in ("tar", "zip"):
+        archive = rest.pop()
+    return _Kind(rest[-1] if rest else "", compression, archive)
 
 
 def compression_of(path: str) -> str | None:
     """`gzip`, `zstd`, ... by the file's name, or None."""
-    suffix = _suffixes(path)[-1:]
-    if suffix and suffix[0] in _TARS:
-        return _TARS[suffix[0]]
-    if suffix in (["zst"], ["zstd"]):
-        return "zstd"
-    compression = infer_compression(f"x.{suffix[0]}") if suffix else None
-    return None if compression == "zip" else compression
+    return _kind(path).compression
 
 
 def archive_of(path: str) -> str | None:
     """`zip` or `tar` where the name is that of an archive of files, packed or not."""
-    suffixes = _suffixes(path)
-    if suffixes and suffixes[-1] not in _TARS and compression_of(path):
-        suffixes.pop()
-    last = suffixes[-1] if suffixes else ""
-    return "tar" if last in _TARS else "zip" if last == "zip" else None
+    return _kind(path).archive
 
 
 def known_format(path: str) -> str | None:
     """The format of a file by its name, below any compression, or None."""
-    suffix = _suffix(path)
+    return _format_of(_kind(path).suffix)
+
+
+def _format_of(suffix: str) -> str | None:
     return "text" if suffix in _TEXT_SUFFIXES else _BY_SUFFIX.get(suffix)
-
-
-def _suffix(path: str) -> str:
-    """The suffix below compression and archive."""
-    suffixes = _suffixes(path)
-    if suffixes and suffixes[-1] not in _TARS and compression_of(path):
-        suffixes.pop()
-    if suffixes and archive_of(path):
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
 
 
 def guess_format(path: str, given: str = "auto") -> str:
     """The format of a file by its name, unless one is given; `auto` for an archive of files."""
-    if given != "auto" or archive_of(path):
+    if given != "auto" or (kind := _kind(path)).archive:
         return given
-    return known_format(path) or _refuse(path, path)
+    return _format_of(kind.suffix) or _refuse(path, path)
 
 
 def member_format(archive: str, member: str, given: str) -> str:
@@ -315,14 +324,14 @@ def member_format(archive: str, member: str, given: str) -> str:
             f"{archive} - holds the archive {member}, and archives in archives are not read - "
             "unpack it"
         )
-    known, suffix = known_format(member), _suffix(member)
+    known, suffix = known_format(member), _kind(member).suffix
     if known is None and (not suffix or suffix.isdigit()):
         known = known_format(archive)
     return given if given != "auto" else known or _refuse(member, f"{archive}, {member}")
 
 
 def _refuse(path: str, shown: str) -> str:
-    suffix = _suffix(path)
+    suffix = _kind(path).suffix
     what = f"files ending in .{suffix}" if suffix else "a file without a suffix"
     more = ""
     if suffix in ("csv", "tsv"):
