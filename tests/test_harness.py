@@ -41,7 +41,7 @@ def models(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("benchmarks")
     checkpoint, exported = write_model(folder)
-    saved = find_latest(str(checkpoint))
+    saved = find_latest(str(checkpoint), weights=True)
     tokenizer = load_tokenizer(saved)
     model = load_model(saved, saved_config(saved, None), tokenizer, torch.device("cpu"))
     theirs = HFLM(str(exported), dtype="float32", device="cpu", batch_size=3)

@@ -172,7 +172,7 @@ def test_a_finished_run_that_is_started_again_leaves_everything_as_it_was(tmp_pa
     train(path)
     before = weights(tmp_path)
     train(path)
-    assert "6 updates: nothing is left to train" in capsys.readouterr().out
+    assert "6 steps already: nothing is left to train" in capsys.readouterr().out
     assert_same(before, weights(tmp_path))
     assert run_command(["train", "--config_path", str(path), "--trainer.num_train_steps", "5"]) == 2
     assert "num_train_steps = 5" in capsys.readouterr().err
@@ -241,7 +241,7 @@ def test_a_signal_ends_with_a_checkpoint_and_says_how_to_go_on(tmp_path, signum,
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "Resume with: ostro train --config_path" in out
+    assert "Resume with: python -m ostro.cli.main train --config_path" in out
     assert err.rstrip().endswith("logs/tiny/config.yaml") and "same command" not in err
     saved = find_latest(str(tmp_path / "checkpoints"))
     assert saved is not None

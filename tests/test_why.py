@@ -287,7 +287,7 @@ def test_a_cache_without_an_index_says_what_it_cannot_name(tmp_path, capsys):
         (["--step", "0", "--topp", "3"], "topp"),
         (["--step", "0", "--top", "0"], "--top = 0 - must be at least 1"),
         (["--step", "0", "--checkpoint", "nowhere"], "no complete checkpoint there or below"),
-        (["--step", "0", "--data.cache_dir", "other"], "no finished cache - make it with: ostro"),
+        (["--step", "0", "--data.cache_dir", "other"], "no finished cache - make it with `ostro c"),
         (["--step", "0", "--data.tokenizer", "chars"], "other/tokenizer - holds no finished cache"),
         (["--step", "0", "--data.enforce_eos", "false"], "does not fit the configuration"),
         (

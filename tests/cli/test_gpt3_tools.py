@@ -127,7 +127,7 @@ def test_infer_writes(folder, called):
 
 def test_max_length_counts_the_prompt(folder, called):
     words = ["--config", "125M.yaml", "--temperature", "0", "--prompt", "the quick"]
-    saved = find_latest(str(folder / "experiments"))
+    saved = find_latest(str(folder / "experiments"), weights=True)
     used = len(load_tokenizer(saved).encode_prompt("the quick"))
     lengths = [
         len(called(infer, "experiments", *words, "--max_length", str(used + more))[1].encode())
@@ -145,7 +145,7 @@ def test_benchmark_prints_and_keeps(folder, tmp_path, capsys, monkeypatch, singl
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "data_sets"))
     checkpoint = folder / "experiments"
     if single_file:  # as `src/train.py` leaves it
-        saved = find_latest(str(checkpoint))
+        saved = find_latest(str(checkpoint), weights=True)
         store = FileStore(str(tmp_path), "file", "me")
         store.prepare()
         state = State({"model": saved.tensors("model")}, saved.values, saved.texts)
@@ -161,7 +161,7 @@ def test_benchmark_prints_and_keeps(folder, tmp_path, capsys, monkeypatch, singl
 
 
 def test_where_results_go(folder):
-    saved = find_latest(str(folder / "experiments"))
+    saved = find_latest(str(folder / "experiments"), weights=True)
     for path, expected in [
         ("experiments/a/checkpoints/step-5", "experiments/a/results"),
         ("/x/experiments/y/experiments/a/step-5", "/x/experiments/y/experiments/a/results"),

@@ -156,8 +156,8 @@ def test_config_diff_imports_nothing(runs, tmp_path):
     assert run(runs, "config", "diff", whole.parent, whole.parent)[1] == ""
     for path in (damaged, damaged.parent):
         assert run(runs, "config", "diff", whole.parent, path, fails=True)[1] == ""
-        words = ["config", "diff", whole.parent, path, "--trust"]
-        assert run(runs, *words)[1] == "tracker optimizer "
+    words = ["config", "diff", whole.parent, damaged, "--trust"]
+    assert run(runs, *words)[1] == "tracker optimizer "
 
 
 def test_the_runs_own_configuration_resumes(runs):

@@ -92,7 +92,7 @@ def test_presets_load_with_one_notice_for_what_is_ignored(tmp_path, capsys, name
     settings = [note.split()[1].rpartition(".")[2] for note in notes]
     assert len(settings) == len(set(settings)), "each is named once"
     text = yaml.safe_dump(PRESETS[name])
-    wanted = {row.path.rpartition(".")[2] for row in LEVANTER} - {"cache_dir", "format"}
+    wanted = {row.path.rpartition(".")[2] for row in LEVANTER} - {"cache_dir"}
     present = {word for word in wanted if f"{word}:" in text}
     assert present <= set(settings)
 
@@ -131,7 +131,7 @@ def test_weights_in_stages_as_pairs(tmp_path):
         ("z_loss_weight", "1e-4", "must be 0: "),
         ("trainer.crash_on_inf", "false", "set trainer.crash_on_nan: false"),
         ("trainer.model_averaging", "{type: ema}", "must be none"),
-        ("data.format", "{type: chat}", "documents are plain text"),
+        ("data.format.type", "chat", "documents are plain text"),
         ("data.cache_optoins", "{}", "is not a setting"),
         ("model.attn_backends", "x", "is not a setting"),
     ],

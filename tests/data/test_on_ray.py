@@ -66,7 +66,8 @@ class Dying(ByteTokenizer):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    beside = (".lock", ".stamps.json")  # they are about this machine, and not part of the cache
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in beside}
 
 
 def built(request, cache_dir):

@@ -41,7 +41,7 @@ def test_nothing_is_lost_by_any_fault(tmp_path):
 
 DEFECT = """
 import sys
-from ostro.checkpoint import store
+from ostro.checkpoint import saved as checkpoints
 from ostro.cli.main import main
 from ostro.trainer import TrainState
 
@@ -53,7 +53,7 @@ if sys.argv[1] == "moments":
             values["exp_avg"].zero_()
     TrainState.load = lossy
 else:
-    store.Saved._verified_file = lambda saved, name: f"{saved.path}/{name}"
+    checkpoints.Saved._verified_file = lambda saved, name: f"{saved.path}/{name}"
 main(["chaos", "--each", "3", *sys.argv[2:]])
 """
 

@@ -337,7 +337,7 @@ def ledger_target(folder: Path) -> Target:
         seeds.append(bytes([mode]) + seeds[index])
     evil = b'{"stored": ["../../outside"]}'
     other = seeds[0].replace(b'"enforce_eos": true', b'"files": {}, "enforce_eos": false')
-    renamed = seeds[0].replace(b'a.txt",\n    300', b'b.txt",\n    301')
+    renamed = seeds[0].replace(b'a.txt", 300', b'b.txt", 301')
     assert seeds[0] not in (other, renamed)
     return Target(
         [

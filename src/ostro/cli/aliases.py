@@ -15,6 +15,15 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _plain_text(text: str) -> str:
+    """The format of a data set of Levanter's: there, `text` is about documents, not files."""
+    if text != "text":
+        raise ValueError(
+            "documents are plain text: prepare it, and name its key with data.text_key"
+        )
+    return "auto"
+
+
 _JAX = "it is about JAX, and this is PyTorch"
 _ATTENTION = "torch picks the kernel of attention by itself"
 _CACHE = "the token cache is cut into shards by itself"
@@ -30,8 +39,6 @@ LEVANTER = (
     Foreign("data.splits", "validation is whatever has validation files"),
     Foreign("data.stop_strategy", "a data set that ends begins again", ("restart",),
             "remove it; num_train_steps says when training ends"),
-    Foreign("data.format", "documents are plain text", ("text", "{type: text}"),
-            "prepare the text, and name its key with data.text_key"),
     Foreign("data.chat_template", "documents are plain text", ("none",), "remove it"),
     Foreign("data.ignore_token_id", "every token counts in the loss", ("-100",), "remove it"),
     Foreign("data.max_train_batches", "num_train_steps says how long", ("none",), "remove it"),
@@ -82,6 +89,7 @@ NATIVE = (
     Alias("trainer.wandb", "trainer.tracker", entry_type="wandb"),
     Alias("trainer.tracker.save_xla_dumps", "trainer.tracker.save_compile_dumps"),
     Alias("data.format.text_key", "data.text_key"),
+    Alias("data.format.type", "data.format", convert=_plain_text),
     Alias("trainer.replica_ici_axis_size", "trainer.replica_axis_size"),
     Alias("trainer.replica_dcn_axis_size", "trainer.replica_axis_size"),
     *(Alias(f"trainer.{name}", f"optimizer.{name}") for name in _OPTIMIZER),

@@ -156,6 +156,9 @@ class Campaign:
         damaged = fault.kind in DAMAGES and complete >= 0
         if damaged:
             output.write_text(faults.damage(fault, folder / "checkpoints") + "\n")
+            if len(list((folder / "checkpoints").glob("step-*/metadata.json"))) == 1:
+                self._start_over(scenario.again, folder, complete)
+                made, complete, damaged = made - EVERY, -1, False
         lost = 0
         if any(codes):
             again = self._again(scenario.again, folder, len(codes))
@@ -178,6 +181,13 @@ class Campaign:
             [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
         )
         return done.returncode, done.stdout + done.stderr
+
+    def _start_over(self, config: TrainLmConfig, folder: Path, complete: int) -> None:
+        """The only checkpoint is damaged: the run refuses to go on, and its advice is followed."""
+        ended = train(config, folder / "refused.log", [Orders()], patience=300)[0]
+        if ended.code != 2 or "holds 1 checkpoint, and it cannot be resumed" not in ended.output:
+            raise ChaosError(f"the damaged step-{complete}, the only one, was not refused")
+        shutil.rmtree(folder / "checkpoints")
 
     def _again(self, config: TrainLmConfig, folder: Path, num_ranks: int) -> Ended:
         """Start the run again, on a machine on which all is well."""
