@@ -12,13 +12,25 @@ from ostro.throughput import DevicePeak, Throughput, measure_peak
 from ostro.tracker.console import figures_line, nanogpt_line
 
 
-def test_the_best_of_several_products_counts_on_a_busy_machine(monkeypatch):
+def set_clock(monkeypatch, *timings):
+    """Let the products of each timing take so many seconds."""
     marks = [0.0]
-    for seconds in (5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 0.5, 4.0):
-        marks += [marks[-1], marks[-1] + seconds]
-    marks = iter(marks)
+    for products in timings:
+        marks.append(marks[-1])
+        for seconds in products:
+            marks += [marks[-1], marks[-1] + seconds]
+    marks = iter(marks[1:])
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(marks)))
+
+
+def test_the_best_of_several_products_counts_on_a_busy_machine(monkeypatch):
+    set_clock(monkeypatch, [5.0, *[0.001] * 7], [5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 0.5, 4.0])
     assert measure_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.5
+
+
+def test_small_products_do_for_a_type_that_the_device_has_no_instructions_for(monkeypatch):
+    set_clock(monkeypatch, [0.5] * 8, [0.5] * 7 + [0.25])
+    assert measure_peak(torch.device("cpu"), torch.float16) == 2 * 256**3 / 0.25
 
 
 @pytest.mark.parametrize("source", ["measured", "published"])

@@ -13,9 +13,9 @@ import torch
 
 log = logging.getLogger("ostro")
 
+_MIN_TIMINGS = 8
 # Dense matrix-product peaks of both 16-bit types in operations per second, from the vendors'
 # data sheets.
-_MIN_TIMINGS = 8
 _PUBLISHED_PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
 
 
@@ -47,6 +47,13 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25
     few, for on a busy machine the first ones may tell nothing.
     """
     size = 1024 if device.type == "cpu" else 8192
+    if _time_products(device, dtype, size // 4, 0.0) * 4**3 > seconds:
+        size //= 4  # of a type that the device has no instructions for
+    return 2 * size**3 / _time_products(device, dtype, size, seconds)
+
+
+def _time_products(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
+    """Seconds that the fastest of several square matrix products took."""
     a = torch.ones(size, size, device=device, dtype=dtype)
     b = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -61,7 +68,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25
             now = time.perf_counter()
             best, num_timed = min(best, now - start), num_timed + 1
             if now >= end and num_timed >= _MIN_TIMINGS:
-                return 2 * size**3 / best
+                return best
 
 
 def synchronize(device: torch.device) -> None:
