@@ -46,7 +46,7 @@ from ostro.trainer import (
     restore,
 )
 from ostro.trainer.state import load_weights
-from ostro.watchdog import watching
+from ostro.watchdog import Stuck, watching
 
 log = logging.getLogger("ostro")
 
@@ -98,7 +98,7 @@ class Session:
             tracker=self.tracker,
             throughput=self.throughput,
             poll=self.agree,
-            before_update=self.checkpointer.before_update,
+            before_update=self.before_update,
         )
         self._texts = {"config.yaml": dump_yaml(config), "tokenizer.json": self.tokenizer.to_text()}
         self._token_bytes = self.tokenizer.token_bytes()
@@ -107,6 +107,8 @@ class Session:
         self._stager, self._snapshot = Stager(), None
         self._eval_metrics: dict[str, float] = {}
         self._improved: bool | None = None
+        self._changing: int | None = None  # the step whose update may be half made
+        self._stuck = Stuck()
         self._ruined: int | None = None  # the step whose update left weights of no use
         saving = config.trainer.checkpointer
         # DeepSpeed's folders have no size before they are written.
@@ -123,7 +125,7 @@ class Session:
         assert trainer.id is not None, "the run id is chosen before"
         meeting = Meeting.current if self.world.num_ranks > 1 else None
         with (
-            self.signals.deferred(unless=self._loses_nothing, leave=self._leave),
+            self.signals.deferred(self._loses_nothing, self._leave, self._is_stuck),
             compilation_marked(self.signals.compilation),
             watching(trainer.hang_timeout, run_folder(trainer.log_dir, trainer.id), meeting),
         ):
@@ -236,6 +238,8 @@ class Session:
             return ready
         counts = torch.tensor([self.signals.received, not ready], dtype=torch.int32)
         num_signals, num_waiting = self.world.sum_all(counts).tolist()
+        with self.signals.compilation:  # another thread may be leaving, as the others were late
+            pass
         if num_signals:
             raise Interrupted(self.signals.signum)
         return not num_waiting
@@ -260,11 +264,43 @@ class Session:
         num_steps = self.config.trainer.num_train_steps
         log.info("stopped after %d of %d steps", self.state.step, num_steps)
 
+    def before_update(self) -> None:
+        """The state is about to change: no other thread may save it from here on."""
+        with self.signals.compilation:
+            self._changing = self.state.step
+        self.checkpointer.before_update()
+
+    def _is_stuck(self) -> bool:
+        """Whether this rank has waited for the others for so long that they may never come."""
+        return self.world.num_ranks > 1 and self._stuck.look()
+
     def _leave(self) -> None:
-        """Stop, from another thread, while the main one compiles: the state is whole then."""
-        if self.world.num_ranks == 1:  # several have made no update yet
+        """Stop, from another thread, while the main one compiles or waits for other ranks."""
+        if self.world.num_ranks == 1:
             self._stop()
+        elif self._is_whole():
+            self._save_alone()
         self.tracker.finish()
+
+    def _is_whole(self) -> bool:
+        """Whether this rank alone has a state to save, between two updates or before the next."""
+        alone = self.world.is_first and not self.engine.is_collective
+        # What moves it otherwise; the first compilation comes before the first update.
+        moves = place().phase in ("rollback", "stage", "save", "commit", "compile")
+        is_whole = self._changing != self.state.step and self.state.step > self._first_step
+        return alone and is_whole and not moves and self.world.device.type == "cpu"
+
+    def _save_alone(self) -> None:
+        """Save the copy that this rank has, without the others."""
+        with contextlib.suppress(TrainingDivergedError):
+            self.trainer.flush(alone=True)
+        self._report_save(wait=True)
+        step = self.state.step - 1
+        due = self.checkpointer.due(step, interrupted=True)
+        if due is not None and step >= self._first_step:
+            self.checkpointer.save(step, due, lambda: self.make_state(Path()))
+            self._report_save(wait=True, must=True)
+        log.info("stopped after %d of %d steps", step + 1, self.config.trainer.num_train_steps)
 
     def _loses_nothing(self) -> bool:
         """Whether a signal may raise right here: alone and between updates, or before the first."""

@@ -2,7 +2,8 @@
 
 While weights are being trained a signal only raises a flag, which the loops poll between
 micro-batches, evaluation batches and sampled tokens, so that no update is torn. Anywhere else it
-raises `Interrupted` at once. A second signal ends the process on the spot.
+raises `Interrupted` at once. A second signal ends the process on the spot. Where the main thread
+cannot heed a signal, a thread of this module leaves in its place.
 """
 
 import os
@@ -47,8 +48,10 @@ class Signals:
         self._received: int | None = None
         self._may_raise: Callable[[], bool] | None = None  # None: anywhere
         self._leave: Callable[[], None] | None = None
+        self._is_stuck: Callable[[], bool] = lambda: False
         self.compilation = threading.Lock()
-        """Held while a compilation is marked as ended, and by the thread that leaves out of one."""
+        """Held while a compilation is marked as ended, when ranks have agreed on something, before
+        the state changes; and, never to be given back, by the thread that leaves meanwhile."""
         self.go_on: Callable[[], str] = lambda: Interrupted.go_on
         """What to type after a signal, as things stand when it is asked."""
         self._previous: dict[int, object] = {}
@@ -96,7 +99,7 @@ class Signals:
                 waited += 1
                 if self._received is None and self._may_raise is None and waited >= _PATIENCE:
                     _end(signum, f"stopped by {signal.Signals(signum).name}")
-                self._leave_compilation(signum)
+                self._leave_for_main(signum)
             elif not (byte := os.read(come, 1)):
                 break
             elif byte[0] in _SIGNALS:
@@ -105,15 +108,25 @@ class Signals:
                     _end(signum, "stopped at once by a second signal")
         os.close(come)
 
-    def _leave_compilation(self, signum: int) -> None:
-        """Leave from this thread: what torch compiles with loses an exception, or aborts on it."""
-        leave, may_raise = self._leave, self._may_raise
+    def _leave_for_main(self, signum: int) -> None:
+        """Leave from this thread where the main one cannot: what torch compiles with loses an
+        exception, or aborts on it; and a collective waits for ranks that may never come.
+        """
         with self.compilation:
-            if leave and may_raise and place().phase == "compile" and may_raise():
-                try:
-                    leave()
-                finally:
-                    _end(signum, f"stopped by {signal.Signals(signum).name}; {self.go_on()}")
+            leave, may_raise = self._leave, self._may_raise
+            if leave is None or may_raise is None:
+                return
+            compiles, name = place().phase == "compile", signal.Signals(signum).name
+            if compiles and may_raise():
+                why = f"stopped by {name}"
+            elif not compiles and self._is_stuck():
+                why = f"stopped by {name}, while this rank waited for others"
+            else:
+                return
+            try:
+                leave()
+            finally:
+                _end(signum, f"{why}; {self.go_on()}".removesuffix("; "))
 
     @property
     def received(self) -> bool:
@@ -127,14 +140,17 @@ class Signals:
 
     @contextmanager
     def deferred(
-        self, unless: Callable[[], bool], leave: Callable[[], None] | None = None
+        self,
+        unless: Callable[[], bool],
+        leave: Callable[[], None] | None = None,
+        is_stuck: Callable[[], bool] = lambda: False,
     ) -> Iterator[None]:
         """Inside, a signal is only noted as `received`, unless that says that it may raise.
 
         In a compilation nothing is raised: `leave` is called there, in a thread, and the process
-        ends.
+        ends. So it is where the main thread `is_stuck`, which is asked every second.
         """
-        self._may_raise, self._leave = unless, leave
+        self._may_raise, self._leave, self._is_stuck = unless, leave, is_stuck
         try:
             yield
         finally:

@@ -194,11 +194,46 @@ class _Watchdog(threading.Thread):
         return "\n  ".join([f"{who} - {rule} - {advice}", *map(str, listed[:8])])
 
 
-def _report(rank: int) -> Report:
-    at = place()
+def unfinished_collective() -> int | None:
+    """The number of the collective in which this rank waits for others, if it does."""
+    sent = _collectives()
+    # FSDP begins one while another goes on: the last need not be the one that is waited for.
+    return None if all(entry["retired"] for entry in sent) else _number(sent)
+
+
+class Stuck:
+    """Tells that one and the same collective has not finished for `PATIENCE` seconds."""
+
+    PATIENCE = 4.0
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._since = 0.0
+
+    def look(self) -> bool:
+        """Look again; the first look never tells it."""
+        number = unfinished_collective()
+        if number is None or number != self._number:
+            self._number, self._since = number, time.monotonic()
+            return False
+        return time.monotonic() - self._since >= self.PATIENCE
+
+
+def _collectives() -> list[dict]:
     trace = json.loads(_dump_fr_trace_json(includeCollectives=True, onlyActive=False))
     # Checkpoints are written by a thread of their own, which goes its own pace on every rank.
-    sent = [e for e in trace.get("entries", []) if e["process_group"][1] != "checkpoint"]
+    return [e for e in trace.get("entries", []) if e["process_group"][1] != "checkpoint"]
+
+
+def _number(sent: Sequence[dict]) -> int:
+    return sum(
+        {e["pg_id"]: e["collective_seq_id"] for e in sent}.values()
+    )  # of each group the last
+
+
+def _report(rank: int) -> Report:
+    at = place()
+    sent = _collectives()
     last = sent[-1] if sent else None
     return Report(
         rank,
@@ -206,7 +241,7 @@ def _report(rank: int) -> Report:
         at.phase,
         at.step,
         _innermost_line("loader" if at.phase == "data" else "MainThread"),
-        sum({e["pg_id"]: e["collective_seq_id"] for e in sent}.values()),  # of each group the last
+        _number(sent),
         "none" if last is None else _kind(last),
         last is None or last["retired"],
         sum(_kind(entry) == _kind(last) for entry in sent if last),

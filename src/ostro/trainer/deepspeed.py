@@ -240,6 +240,7 @@ class DeepSpeedEngine(Engine):
     ) -> dict[str, Tensor]:
         """See `Engine.update`. Clipping is in DeepSpeed's settings."""
         loss = self.world.sum(loss)
+        self.before_update()
         set_learning_rate(self.state.optimizer, learning_rate)
         if self._is_plain:  # DeepSpeed neither says nor looks at the norm then
             norm = gradient_norm(p.grad for p in self.state.parameters.values())

@@ -2,6 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Engine(ABC):
     def __init__(self, state: TrainState, world: World):
         self.state = state
         self.world = world
+        self.before_update: Callable[[], None] = lambda: None
+        """Called when all figures of an update are there, and the state is about to change."""
 
     def count_targets(self, batch: Batch) -> Tensor | int:
         """Target tokens of the batch on all ranks, at least 1."""
@@ -66,6 +69,7 @@ class Engine(ABC):
         self, loss: Tensor, norm: Tensor, learning_rate: float, max_grad_norm: float | None
     ) -> dict[str, Tensor]:
         """Step the optimizer with gradients of this norm, unless the guards hold it back."""
+        self.before_update()
         state, scale = self.state, self.state.loss_scale  # the guards may change the scale
         hold, figures = state.judge(loss, norm)
         set_learning_rate(state.optimizer, learning_rate)

@@ -79,7 +79,7 @@ class Trainer:
         self.tracker = tracker
         self.throughput = throughput
         self.poll = poll
-        self.before_update = before_update
+        engine.before_update = before_update
         self._pending: list[tuple[int, dict[str, torch.Tensor] | None]] = []
         self._last_micro: Batch | None = None
         self._restart_clock()
@@ -106,7 +106,6 @@ class Trainer:
             loss += engine.backward(micro, num_targets, is_last=index == len(starts) - 1)
             self._last_micro = micro
         mark("update")
-        self.before_update()
         return engine.update(loss, self.schedule(step), self.max_grad_norm)
 
     def fit(self, batches: Iterator[Batch], callbacks: Sequence[Callback] = ()) -> None:
@@ -141,16 +140,17 @@ class Trainer:
         finally:
             gc.unfreeze()
 
-    def flush(self) -> None:
+    def flush(self, *, alone: bool = False) -> None:
         """Hand the figures of the steps since the last flush to the tracker.
 
         Hooks that read or save the state call it first, on all ranks. This is where the host waits
         for the device. A step that was not finite, or the end of a spike, is reported like any
-        other and then raised, unless `crash_on_nan` is false.
+        other and then raised, unless `crash_on_nan` is false. `alone`: the first rank calls it
+        without the others.
         """
         if not self._pending:
             return
-        made = self._read({step: f for step, f in self._pending if f is not None})
+        made = self._read({step: f for step, f in self._pending if f is not None}, alone)
         pending, self._pending = self._pending, []
         rates, last = self._rates(list(made)), max(made, default=None)
         spike = None
@@ -190,13 +190,17 @@ class Trainer:
             reason = "the weights that this update made give a loss that is not finite"
             raise TrainingDivergedError(Spike(step, reason), is_made=True)
 
-    def _read(self, figures: dict[int, dict[str, torch.Tensor]]) -> dict[int, dict[str, float]]:
+    def _read(
+        self, figures: dict[int, dict[str, torch.Tensor]], alone: bool
+    ) -> dict[int, dict[str, float]]:
         """Figures by step as numbers: the first rank's on all, which have to decide alike."""
         if not figures:
             return {}
         names = list(next(iter(figures.values())))
         rows = torch.stack([torch.stack([f[n].float() for n in names]) for f in figures.values()])
-        values = self.engine.world.from_first(rows.tolist())  # the one wait for the device
+        values = rows.tolist()  # the one wait for the device
+        if not alone:
+            values = self.engine.world.from_first(values)
         named = (dict(zip(names, row, strict=True)) for row in values)
         return dict(zip(figures, named, strict=True))
 
