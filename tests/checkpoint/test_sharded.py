@@ -24,7 +24,9 @@ MAPPINGS = ["plain", "replicated", "fsdp1", "fsdp2", "fsdp4", "hsdp", "tensor", 
 def s3():
     """An S3 server on this machine, with an empty bucket."""
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+    from s3fs import S3FileSystem
 
+    S3FileSystem.clear_instance_cache()  # those of other tests speak to servers that are gone
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -33,8 +35,9 @@ def s3():
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "anything")
-        fsspec.url_to_fs("s3://bucket")[0].mkdir("bucket")
-        yield "s3://bucket/runs"
+        fsspec.url_to_fs("s3://sharded")[0].mkdir("sharded")
+        yield "s3://sharded/runs"
+    S3FileSystem.clear_instance_cache()
     server.stop()
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.utils import infer_compression
 
+from ostro.data.garbage import no_collections
 from ostro.data.identity import Stamp, combined, hash_of, sampled_hash, stamp_of
 from ostro.errors import DataError
 from ostro.secrets import location_fault, with_secrets
@@ -106,6 +107,7 @@ def find_files(patterns: Sequence[str], setting: str) -> list[str]:
     return list(_find(patterns, setting))
 
 
+@no_collections()
 def list_files(patterns: Sequence[str], setting: str, format: str = "auto") -> list[Shard]:
     """The files that patterns stand for; a format other than `auto` is that of all."""
     found = _find(patterns, setting).items()

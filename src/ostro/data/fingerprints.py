@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ostro.data.files import Shard
+from ostro.data.garbage import no_collections
 from ostro.data.identity import Stamps, is_sampled, require_unchanged
 from ostro.secrets import redact
 
@@ -20,6 +21,7 @@ def file_list(shards: Sequence[Shard], fingerprints: Iterable[str]) -> list[list
     return [[name, shard.size, print_] for name, shard, print_ in rows]
 
 
+@no_collections()
 def known_files(folder: Path, shards: Sequence[Shard], recorded: list[list]) -> list[list]:
     """Shards as they are now, for comparison with a folder's `recorded` ones.
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ostro.data import checksums
 from ostro.data.files import Unreachable, is_local, located, plain_path
+from ostro.data.garbage import no_collections
 from ostro.data.identity import write_whole
 from ostro.data.mapped import expect_random, map_file
 from ostro.errors import DataError
@@ -116,6 +117,7 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value).encode())  # indented, long lists of files are slow
 
 
+@no_collections()
 def read_json(path: Path, shape: dict[str, Any]) -> dict[str, Any] | None:
     """A JSON object of this shape, or None where there is no file."""
     try:
