@@ -116,6 +116,49 @@ def test_a_rank_that_waits_for_one_that_never_comes(tmp_path, is_split):
     assert run_command(["train", "--config_path", str(path), *more]) == 0
 
 
+SLOW = """
+import sys, time
+from ostro.checkpoint import store
+from ostro.cli.main import main
+
+def write_slowly(url, content, write=store._write_file):
+    time.sleep(3 if url.endswith("model.safetensors") else 0)
+    return write(url, content)
+
+store._write_file = write_slowly
+main()
+"""
+
+
+@pytest.mark.dist
+def test_no_rank_leaves_while_the_first_saves(tmp_path):
+    """torchrun ends all workers when one has ended, and a second signal abandons the save."""
+    trainer = {"num_train_steps": 100_000, "steps_per_eval": None, "log_interval": 1}
+    path = write_config(tmp_path, trainer=trainer | {"fsdp_axis": None})
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = torchrun_words(2, str(tmp_path / "slow.py"), "train", "--config_path", str(path))
+    metrics = tmp_path / "logs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    with (tmp_path / "out").open("w") as out:
+        launcher = subprocess.Popen(words, stdout=out, stderr=out)
+        try:
+            while not (metrics.exists() and '"step": 5' in metrics.read_text()):
+                assert launcher.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
+            for pid in map(int, children.split()):
+                if b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    os.kill(pid, signal.SIGTERM)
+            launcher.wait(60)
+        finally:
+            launcher.kill()
+            launcher.wait()
+    text = (tmp_path / "out").read_text()
+    assert "second signal" not in text
+    saved = find_latest(str(tmp_path / "checkpoints"))
+    assert saved is not None and saved.values["step"] == max(read_metrics(tmp_path)) + 1, text
+
+
 def test_a_compilation_is_broken_off(tmp_path):
     path = write_config(tmp_path, trainer={"compile": True})
     words = [sys.executable, "-c", COMPILING, "--config_path", str(path)]

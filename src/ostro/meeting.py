@@ -14,7 +14,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
@@ -120,6 +120,15 @@ class Meeting:
                     missing = [rank for rank, key in keys.items() if not store.check([key])]
                     raise LostRankError(_absence(self.place, missing, timeout, what))
             time.sleep(_POLL)
+
+    def wait_for_first(self, is_over: Callable[[], bool]) -> None:
+        """Return once rank 0 calls this too, or has failed, or when it `is_over`."""
+        with contextlib.suppress(dist.DistError), _quiet():
+            store = self.open_store("end")
+            if self.place.rank == 0:
+                store.set("first", "is here")
+            while not (store.check(["first"]) or self._store.check([self._failure]) or is_over()):
+                time.sleep(_POLL)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:

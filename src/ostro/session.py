@@ -154,7 +154,11 @@ class Session:
                 with self._rolling_back():
                     self._make_updates(loader)
         except (Interrupted, TrainingDivergedError):
-            self._stop()
+            try:
+                self._stop()
+                self._report_save(wait=True)
+            finally:
+                self._wait_for_first()
             raise
         finally:
             self._report_save(wait=True)
@@ -263,6 +267,12 @@ class Session:
             self.save(self.state.step - 1, interrupted=True)
         num_steps = self.config.trainer.num_train_steps
         log.info("stopped after %d of %d steps", self.state.step, num_steps)
+
+    def _wait_for_first(self) -> None:
+        """Stay until the first rank has saved: a launcher ends all once one has left."""
+        if (meeting := Meeting.current) is not None and self.world.num_ranks > 1:
+            had_signal = self.signals.received
+            meeting.wait_for_first(lambda: self.signals.received and not had_signal)
 
     def before_update(self) -> None:
         """The state is about to change: no other thread may save it from here on."""
