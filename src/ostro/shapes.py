@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from ostro.errors import OstroError
@@ -41,13 +42,23 @@ def has_shape(value: Any, shape: Any) -> bool:
             return of_keys and all(has_shape(part, shape[pattern]) for part in value.values())
         return all(key in value and has_shape(value[key], part) for key, part in shape.items())
     if isinstance(shape, list):
-        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
-    if isinstance(shape, tuple):
-        if not isinstance(value, list) or len(value) != len(shape):
+        if not isinstance(value, list):
             return False
-        if all(type(part) is type for part in shape):  # very many files may be listed so
-            return tuple(map(type, value)) == shape
-        return all(map(has_shape, value, shape))
+        if isinstance(shape[0], tuple) and all(type(part) is type for part in shape[0]):
+            return _are_rows(value, shape[0])
+        return all(has_shape(item, shape[0]) for item in value)
+    if isinstance(shape, tuple):
+        is_as_long = isinstance(value, list) and len(value) == len(shape)
+        return is_as_long and all(map(has_shape, value, shape))
     if isinstance(shape, re.Pattern):
         return isinstance(value, str) and shape.fullmatch(value) is not None
     return type(value) is shape
+
+
+def _are_rows(values: list[Any], types: tuple[type, ...]) -> bool:
+    """Whether these are lists of values of just these types; a hundred thousand files may be."""
+    if not set(map(type, values)) <= {list} or not set(map(len, values)) <= {len(types)}:
+        return False
+    return all(
+        set(map(type, map(itemgetter(index), values))) <= {kind} for index, kind in enumerate(types)
+    )
