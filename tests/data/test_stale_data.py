@@ -15,7 +15,7 @@ import pytest
 
 from ostro.data import checksums
 from ostro.data.cache import CacheRequest, open_cache
-from ostro.data.identity import hash_of
+from ostro.data.identity import Stamps, hash_of
 from ostro.data.source import UrlsSource
 from ostro.data.store import CacheDir
 from ostro.data.text import LMDatasetConfig
@@ -66,6 +66,33 @@ def test_files_are_read_once_while_nothing_about_them_changes(tmp_path, where, h
     (where.local / "train" / ".stamps.json").write_text("damaged")
     open_cache(request_for(*files), where)
     assert hashed == ["1.txt", "0.txt", "1.txt", "2.txt"]
+
+
+def test_a_listing_that_was_found_unchanged_is_known_as_a_whole(
+    tmp_path, where, hashed, monkeypatch
+):
+    asked = []
+    get = Stamps.get
+    monkeypatch.setattr(Stamps, "get", lambda s, stamps: asked.append(stamps) or get(s, stamps))
+    files = [settled(tmp_path / f"{i}.txt", b"document %d" % i) for i in range(3)]
+    first = open_cache(request_for(*files), where)
+    assert open_cache(request_for(*files), where).fingerprint == first.fingerprint
+    assert len(asked) == 3, "one by one, once"
+    assert open_cache(request_for(*files), where).files == first.files
+    assert len(asked) == 3
+    settled(files[2], b"document X")
+    with pytest.raises(DataError, match=r"files: changed .*2\.txt"):
+        open_cache(request_for(*files), where)
+    settled(files[2], b"document 2")
+    open_cache(request_for(*files), where)  # it is hashed again
+    asked.clear()
+    with pytest.raises(DataError, match=r"files: "):
+        open_cache(request_for(*files[:2]), where)
+    ledger = where.local / "train" / "ledger.json"
+    ledger.write_text(ledger.read_text().replace('.txt", 10, "', '.txt", 10, "0', 1))
+    with pytest.raises(DataError, match=r"files: changed .*0\.txt"):
+        open_cache(request_for(*files), where)
+    assert asked
 
 
 def test_an_edit_that_keeps_size_and_modification_time_is_seen(tmp_path, where, hashed):

@@ -28,6 +28,7 @@ STAMPS = ".stamps.json"
 _WHOLE = "whole:"  # begins the fingerprint of a large file of which every byte was read
 _SMALL_FILE = 16 << 20  # bytes up to which earlier versions read a file whole, too
 _BLOCK = 1 << 16
+_LISTING = "listing"
 _TICK, _COARSE_TICK = 20_000_000, 2_000_000_000  # ns within which two changes may look like one
 
 
@@ -106,10 +107,13 @@ class Stamps:
         self._known: dict[str, str] = {}
         self._new: dict[str, str] = {}
         self.were_kept = False
+        self.listing = self._was_listing = ""
+        """What stands for all files together when they were last found unchanged, one by one."""
         self._since = time.time_ns()
         with contextlib.suppress(OSError, ValueError, RecursionError):
             known: Any = json.loads(self._path.read_bytes())
             if isinstance(known, dict) and all(type(each) is str for each in known.values()):
+                self.listing = self._was_listing = known.pop(_LISTING, "")
                 self._known, self.were_kept = known, True
 
     def get(self, stamps: Sequence[Stamp]) -> str | None:
@@ -134,10 +138,11 @@ class Stamps:
 
     def save(self) -> None:
         """Keep what was asked for or noted, if the folder lets us."""
-        if self._new == self._known:
+        if self._new == self._known and self.listing == self._was_listing:
             return
         with contextlib.suppress(OSError):
-            write_whole(self._path, json.dumps(self._new).encode())
+            kept = self._new | ({_LISTING: self.listing} if self.listing else {})
+            write_whole(self._path, json.dumps(kept).encode())
 
 
 def _key(stamps: Sequence[Stamp]) -> str:
