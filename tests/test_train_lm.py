@@ -17,6 +17,7 @@ from ostro import native
 from ostro.checkpoint import find_latest, load, store
 from ostro.cli.main import run_command
 from ostro.phases import listening
+from ostro.train_lm import shorten_on_a_cpu
 from ostro.trainer import Trainer
 
 
@@ -165,6 +166,23 @@ def train_step(self, index, batch):
     return step(self, index, batch)
 Trainer.train_step = train_step
 """
+
+
+@pytest.mark.parametrize(
+    ("compute", "flops", "advice"),
+    [
+        (
+            "bfloat16",
+            1e9,
+            "set trainer.mp: f32 (dtype=float32 for train.py): 60 times",
+        ),
+        ("bfloat16", 120e9, "lower trainer.num_train_steps"),
+        ("float32", 1e9, "lower trainer.num_train_steps"),
+    ],
+)
+def test_what_makes_a_long_run_on_a_cpu_shorter(monkeypatch, compute, flops, advice):
+    monkeypatch.setattr("ostro.train_lm.measure_peak", lambda device, dtype: 60e9)
+    assert shorten_on_a_cpu(compute, flops).startswith(advice)
 
 
 def test_a_finished_run_that_is_started_again_leaves_everything_as_it_was(tmp_path, capsys):
