@@ -228,3 +228,36 @@ def test_what_one_rank_refuses_is_said_and_ends_the_wait_of_the_others(tmp_path)
     first, second = text.splitlines()
     assert first == "[rank1]: ostro: error: trainer.sed = 3 - is not a setting"
     assert re.search(r"has failed: rank 1 \(.+\): trainer.sed = 3 - is not a setting$", second)
+
+
+LEAVING = """
+import sys, time
+from datetime import timedelta
+from ostro.cluster import Place
+from ostro.meeting import Meeting
+
+rank, address = int(sys.argv[1]), sys.argv[2]
+meeting = Meeting(Place(None, rank, 2, address=address), timedelta(seconds=60))
+meeting.gather(timedelta(seconds=60))
+if rank == int(sys.argv[3]):
+    time.sleep(2)
+start = time.monotonic()
+meeting.wait_for_first(lambda: False)
+print(round(time.monotonic() - start))
+"""
+
+
+@pytest.mark.parametrize(("late", "seconds"), [(0, ["0", "2"]), (1, ["0", "0"])])
+def test_none_leaves_before_the_first_and_none_waits_for_one_that_has_left(late, seconds):
+    """Also where the first rank keeps the store, which is gone with it."""
+    words = [sys.executable, "-c", LEAVING]
+    address = f"127.0.0.1:{free_port()}"
+    ranks = [
+        subprocess.Popen([*words, str(rank), address, str(late)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.communicate(timeout=40)[0].strip() for rank in ranks] == seconds
+    finally:
+        for rank in ranks:
+            rank.kill()

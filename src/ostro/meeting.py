@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -123,11 +124,12 @@ class Meeting:
 
     def wait_for_first(self, is_over: Callable[[], bool]) -> None:
         """Return once rank 0 calls this too, or has failed, or when it `is_over`."""
+        # By the connection that is there: another waits for a rank 0 that kept the store and left.
         with contextlib.suppress(dist.DistError), _quiet():
-            store = self.open_store("end")
             if self.place.rank == 0:
-                store.set("first", "is here")
-            while not (store.check(["first"]) or self._store.check([self._failure]) or is_over()):
+                self._round.set("first", "is here")
+            failed = partial(self._store.check, [self._failure])
+            while not (self._round.check(["first"]) or failed() or is_over()):
                 time.sleep(_POLL)
 
     @contextlib.contextmanager
