@@ -108,7 +108,7 @@ class Session:
         self._eval_metrics: dict[str, float] = {}
         self._improved: bool | None = None
         self._changing: int | None = None  # the step whose update may be half made
-        self._stuck = Stuck()
+        self._stuck, self._is_stopping = Stuck(), False
         self._ruined: int | None = None  # the step whose update left weights of no use
         saving = config.trainer.checkpointer
         # DeepSpeed's folders have no size before they are written.
@@ -154,11 +154,16 @@ class Session:
                 with self._rolling_back():
                     self._make_updates(loader)
         except (Interrupted, TrainingDivergedError):
+            self._is_stopping = True
             try:
                 self._stop()
                 self._report_save(wait=True)
             finally:
                 self._wait_for_first()
+            raise
+        except Exception:
+            with self.signals.compilation:  # another thread may be saving what this rank has
+                pass
             raise
         finally:
             self._report_save(wait=True)
@@ -282,7 +287,8 @@ class Session:
 
     def _is_stuck(self) -> bool:
         """Whether this rank has waited for the others for so long that they may never come."""
-        return self.world.num_ranks > 1 and self._stuck.look()
+        # Once all have agreed to stop, those that come to an exchange first wait for slow saves.
+        return self.world.num_ranks > 1 and not self._is_stopping and self._stuck.look()
 
     def _leave(self) -> None:
         """Stop, from another thread, while the main one compiles or waits for other ranks."""
