@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_meeting import free_port
 from tiny_run import read_metrics, torchrun_words, write_config
 
 from ostro.checkpoint import find_latest
-from ostro.cli.main import run_command
 
 PROGRAM = Path(__file__).with_name("signals_program.py")
 PHASES = ("data", "backward", "evaluation", "sample", "stage")
@@ -36,6 +34,16 @@ with Signals() as signals:
     with signals.deferred(lambda: False) if sys.argv[1] == "True" else contextlib.nullcontext():
         print("begins", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, and Python is not asked meanwhile
+"""
+LEAVING = """
+import hashlib, time
+from ostro.signals import Signals
+def leave():
+    print("leaves", flush=True)
+    time.sleep(100)
+with Signals() as signals, signals.deferred(lambda: False, leave, is_stuck=lambda: True):
+    print("begins", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
 
 
@@ -71,49 +79,6 @@ def test_one_process(tmp_path):
 def test_two_processes_of_which_one_gets_the_signal(tmp_path, signalled, flags):
     words = torchrun_words(2, PROGRAM, tmp_path, *PHASES, *flags)
     check(found(words, signalled), PHASES, 2)
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("is_split", [False, True], ids=["copies", "fsdp"])
-def test_a_rank_that_waits_for_one_that_never_comes(tmp_path, is_split):
-    """It leaves within seconds, and saves what it has: all of the state, where it is a copy."""
-    trainer = {"num_train_steps": 100_000, "steps_per_eval": None, "log_interval": 1}
-    path = write_config(tmp_path, trainer=trainer | {"fsdp_axis": "embed" if is_split else None})
-    port, ranks = free_port(), []
-    for rank in range(2):
-        environ = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        words = [sys.executable, "-m", "ostro.cli.main", "train", "--config_path", str(path)]
-        with (tmp_path / f"out{rank}").open("w") as out:
-            pipes = {"stdout": out, "stderr": out}
-            ranks.append(subprocess.Popen(words, env=os.environ | environ, **pipes))
-    first, second = ranks
-    metrics = tmp_path / "logs" / "tiny" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    try:
-        while not (metrics.exists() and '"step": 20' in metrics.read_text()):
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        second.send_signal(signal.SIGSTOP)
-        time.sleep(1)
-        begin = time.monotonic()
-        first.send_signal(signal.SIGTERM)
-        code, seconds = first.wait(60), time.monotonic() - begin
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    text = (tmp_path / "out0").read_text()
-    assert code == 143, text
-    assert seconds < 15, text  # 10 where cores are free
-    assert "stopped by SIGTERM, while this rank waited for others" in text
-    saved = find_latest(str(tmp_path / "checkpoints"))
-    if is_split:
-        assert saved is None, "the other part is out of reach"
-        return
-    assert saved is not None and saved.values["step"] == max(read_metrics(tmp_path)) + 1, text
-    more = ["--trainer.num_train_steps", str(saved.values["step"] + 1)]
-    assert run_command(["train", "--config_path", str(path), *more]) == 0
 
 
 SLOW = """
@@ -186,3 +151,14 @@ def test_c_code_does_not_keep_the_process(is_deferred):
             process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
     assert time.monotonic() - begin < 12
+
+
+def test_a_second_signal_ends_a_slow_leave():
+    with subprocess.Popen([sys.executable, "-c", LEAVING], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"begins\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == b"leaves\n"
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert time.monotonic() - begin < 5

@@ -70,7 +70,7 @@ class Meeting:
         if rank == 0:
             store.set("round", me)
         while True:
-            with _quiet(), self._watched():
+            with quiet_torch(), self._watched():
                 missing = [0]
                 if store.check(["round"]):
                     name = store.get("round").decode()
@@ -112,7 +112,7 @@ class Meeting:
         """
         deadline = time.monotonic() + timeout.total_seconds()
         while True:
-            with _quiet(), self._watched():
+            with quiet_torch(), self._watched():
                 if store.check(list(keys.values())):
                     return
                 if not self.place.has_agent and self._store.check([self._failure]):
@@ -125,7 +125,7 @@ class Meeting:
     def wait_for_first(self, is_over: Callable[[], bool]) -> None:
         """Return once rank 0 calls this too, or has failed, or when it `is_over`."""
         # By the connection that is there: another waits for a rank 0 that kept the store and left.
-        with contextlib.suppress(dist.DistError), _quiet():
+        with contextlib.suppress(dist.DistError), quiet_torch():
             if self.place.rank == 0:
                 self._round.set("first", "is here")
             failed = partial(self._store.check, [self._failure])
@@ -148,7 +148,7 @@ class Meeting:
 
     def _who_failed(self, error: Exception | None = None) -> str:
         try:
-            with _quiet():
+            with quiet_torch():
                 if self._store.check([self._failure]):
                     failure = self._store.get(self._failure).decode()
                     return f"another process of the run has failed: {failure}"
@@ -177,7 +177,7 @@ class Meeting:
         A rank 0 that has come to the meeting does not refuse the settings: no need to wait for it.
         """
         early = Meeting.current is None and not self.place.attempt
-        with contextlib.suppress(dist.DistError), _quiet():
+        with contextlib.suppress(dist.DistError), quiet_torch():
             while not (said := self._store.check([self._said])) and time.monotonic() < deadline:
                 if early and self._store.check(["round"]):
                     break
@@ -192,7 +192,7 @@ class Meeting:
         lines = text.strip().splitlines()
         summary = lines[-1 if text.startswith("Traceback") else 0].removeprefix("ostro: error: ")
         rank, deadline = self.place.rank, time.monotonic() + patience.total_seconds()
-        with contextlib.suppress(dist.DistError), _quiet():
+        with contextlib.suppress(dist.DistError), quiet_torch():
             word = f"rank {rank} ({socket.gethostname()}): {summary}"
             self._store.compare_set(self._failure, "", word)
             if rank == 0:
@@ -250,7 +250,7 @@ def _connect(place: Place, keeps_store: bool, timeout: timedelta) -> dist.Store:
     server = _listen(addresses, place) if keeps_store else None
     while True:
         try:
-            with _quiet():
+            with quiet_torch():
                 store = dist.TCPStore(
                     host, int(port),
                     is_master=keeps_store, timeout=attempt, wait_for_workers=False,
@@ -385,7 +385,7 @@ def _torch_log() -> _TorchLog:
     return _TorchLog()
 
 
-def _quiet() -> contextlib.AbstractContextManager[None]:
+def quiet_torch() -> contextlib.AbstractContextManager[None]:
     """Keep torch's pages of C++ frames off the terminal: what fails here is said in one line.
 
     Nothing else is muted. What this process prints meanwhile, from any thread, is seen.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ostro.callbacks import StepInfo, is_due
-from ostro.checkpoint import Checkpointer, Decision, State, checkpoint_bytes, require_budget
+from ostro.checkpoint import Checkpointer, Decision, Due, State, checkpoint_bytes, require_budget
 from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.storage import PARTIAL
 from ostro.config import dump_yaml
@@ -27,6 +27,7 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
 from ostro.errors import CheckpointError
 from ostro.evaluate import evaluate
+from ostro.heartbeat import Heartbeat, beating
 from ostro.hf import read_weights
 from ostro.lm_config import TrainLmConfig, vocab_size
 from ostro.meeting import Meeting
@@ -46,7 +47,7 @@ from ostro.trainer import (
     restore,
 )
 from ostro.trainer.state import load_weights
-from ostro.watchdog import Stuck, watching
+from ostro.watchdog import watching
 
 log = logging.getLogger("ostro")
 
@@ -108,7 +109,8 @@ class Session:
         self._eval_metrics: dict[str, float] = {}
         self._improved: bool | None = None
         self._changing: int | None = None  # the step whose update may be half made
-        self._stuck, self._is_stopping = Stuck(), False
+        self._heartbeat: Heartbeat | None = None
+        self._is_saving = self._is_stopping = False
         self._ruined: int | None = None  # the step whose update left weights of no use
         saving = config.trainer.checkpointer
         # DeepSpeed's folders have no size before they are written.
@@ -128,6 +130,7 @@ class Session:
             self.signals.deferred(self._loses_nothing, self._leave, self._is_stuck),
             compilation_marked(self.signals.compilation),
             watching(trainer.hang_timeout, run_folder(trainer.log_dir, trainer.id), meeting),
+            beating(meeting, self._saves) as self._heartbeat,
         ):
             return self._fit()
 
@@ -285,10 +288,15 @@ class Session:
             self._changing = self.state.step
         self.checkpointer.before_update()
 
+    def _saves(self) -> bool:
+        """Whether a checkpoint is being made, by the main thread or beside it."""
+        return self._is_saving or self.checkpointer.is_saving
+
     def _is_stuck(self) -> bool:
-        """Whether this rank has waited for the others for so long that they may never come."""
-        # Once all have agreed to stop, those that come to an exchange first wait for slow saves.
-        return self.world.num_ranks > 1 and not self._is_stopping and self._stuck.look()
+        """Whether this rank waits for another that hangs."""
+        if self._heartbeat is None or self._is_stopping:  # all have agreed, and wait for saves
+            return False
+        return self._heartbeat.finds_one_hanging(self.engine.is_collective and self._saves())
 
     def _leave(self) -> None:
         """Stop, from another thread, while the main one compiles or waits for other ranks."""
@@ -302,20 +310,23 @@ class Session:
         """Whether this rank alone has a state to save, between two updates or before the next."""
         alone = self.world.is_first and not self.engine.is_collective
         # What moves it otherwise; the first compilation comes before the first update.
-        moves = place().phase in ("rollback", "stage", "save", "commit", "compile")
+        moves = self._is_saving or place().phase in ("rollback", "compile")
         is_whole = self._changing != self.state.step and self.state.step > self._first_step
         return alone and is_whole and not moves and self.world.device.type == "cpu"
 
     def _save_alone(self) -> None:
-        """Save the copy that this rank has, without the others."""
-        with contextlib.suppress(TrainingDivergedError):
+        """Save the copy that this rank has, without the others, where all would save theirs."""
+        try:
             self.trainer.flush(alone=True)
+        except TrainingDivergedError as error:
+            if self.config.trainer.recover is not None:
+                log.warning("step %d: not saved, %s", self.state.step - 1, error.spike.reason)
+                return
         self._report_save(wait=True)
         step = self.state.step - 1
         due = self.checkpointer.due(step, interrupted=True)
         if due is not None and step >= self._first_step:
-            self.checkpointer.save(step, due, lambda: self.make_state(Path()))
-            self._report_save(wait=True, must=True)
+            self._write(step, due, must=True)
         log.info("stopped after %d of %d steps", step + 1, self.config.trainer.num_train_steps)
 
     def _loses_nothing(self) -> bool:
@@ -387,18 +398,25 @@ class Session:
             return
         self.trainer.flush()  # all ranks together: it may find a spike
         self._require_usable(step)
+        self._write(step, due, must=must)
+
+    def _write(self, step: int, due: Due, *, must: bool) -> None:
+        """Save what is due, where this rank has something to save and nothing speaks against it."""
         if self.state.recovery.suspects and due.kind == "temporary":
             # It would replace a good one, to which the run may have to go back.
             log.warning("step %d: not saved, its loss may be the beginning of a spike", step)
             return
         if not (self.world.is_first or self.engine.is_collective):
             return
-        self._report_save(wait=True)
+        with self.signals.compilation:  # another thread may be saving, and end the process then
+            self._is_saving = True
         shards = Path(self.checkpointer.folder).expanduser() / f"{PARTIAL}shards-{step}"
         try:
+            self._report_save(wait=True)
             self.checkpointer.save(step, due, lambda: self.make_state(shards))
             self._report_save(wait=must, must=must)
         finally:
+            self._is_saving = False
             if self.world.is_first:
                 shutil.rmtree(shards, ignore_errors=True)
 

@@ -7,19 +7,22 @@ cannot heed a signal, a thread of this module leaves in its place.
 """
 
 import os
-import select
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from ostro.errors import OstroError
 from ostro.phases import place
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_PATIENCE = 8  # seconds in which the main thread heeds a signal, if it does at all
+_PATIENCE = 8.0  # seconds in which the main thread heeds a signal, if it does at all
+_LOOK = 0.5  # seconds between two looks at whether it does
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,12 +52,13 @@ class Signals:
         self._may_raise: Callable[[], bool] | None = None  # None: anywhere
         self._leave: Callable[[], None] | None = None
         self._is_stuck: Callable[[], bool] = lambda: False
-        self.compilation = threading.Lock()
+        self.compilation = threading.RLock()
         """Held while a compilation is marked as ended, when ranks have agreed on something, before
-        the state changes; and, never to be given back, by the thread that leaves meanwhile."""
+        the state changes or is saved; and, never to be given back, by the thread that leaves."""
         self.go_on: Callable[[], str] = lambda: Interrupted.go_on
         """What to type after a signal, as things stand when it is asked."""
         self._previous: dict[int, object] = {}
+        self._over = threading.Event()
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is not threading.main_thread():
@@ -76,6 +80,7 @@ class Signals:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._previous_pipe)
+        self._over.set()
         os.close(self._pipe)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
@@ -92,21 +97,25 @@ class Signals:
         print(message, file=sys.stderr, flush=True)
 
     def _insist(self, come: int) -> None:
-        """End the process at a second signal, or where the main thread does not heed the first."""
-        signum = num_come = waited = 0
-        while True:
-            if signum and not select.select([come], [], [], 1)[0]:
-                waited += 1
-                if self._received is None and self._may_raise is None and waited >= _PATIENCE:
-                    _end(signum, f"stopped by {signal.Signals(signum).name}")
-                self._leave_for_main(signum)
-            elif not (byte := os.read(come, 1)):
-                break
-            elif byte[0] in _SIGNALS:
-                signum, num_come = byte[0], num_come + 1
+        """End the process at a second signal; see to it that the first is heeded."""
+        num_come = 0
+        while byte := os.read(come, 1):
+            if byte[0] in _SIGNALS:
+                num_come += 1
                 if num_come > 1:
-                    _end(signum, "stopped at once by a second signal")
+                    _end(byte[0], "stopped at once by a second signal")
+                stand_in = threading.Thread(target=self._stand_in, args=[byte[0]], daemon=True)
+                stand_in.start()
         os.close(come)
+
+    def _stand_in(self, signum: int) -> None:
+        """Leave in place of a main thread that does not heed the signal, or cannot."""
+        begin = time.monotonic()
+        while not self._over.wait(_LOOK):
+            is_late = time.monotonic() - begin >= _PATIENCE
+            if is_late and self._received is None and self._may_raise is None:
+                _end(signum, f"stopped by {signal.Signals(signum).name}")
+            self._leave_for_main(signum)
 
     def _leave_for_main(self, signum: int) -> None:
         """Leave from this thread where the main one cannot: what torch compiles with loses an
@@ -125,6 +134,10 @@ class Signals:
                 return
             try:
                 leave()
+            except OstroError as error:
+                print(f"\nostro: error: {error}", file=sys.stderr, flush=True)
+            except Exception:
+                traceback.print_exc()
             finally:
                 _end(signum, f"{why}; {self.go_on()}".removesuffix("; "))
 
@@ -148,7 +161,7 @@ class Signals:
         """Inside, a signal is only noted as `received`, unless that says that it may raise.
 
         In a compilation nothing is raised: `leave` is called there, in a thread, and the process
-        ends. So it is where the main thread `is_stuck`, which is asked every second.
+        ends. So it is where the main thread `is_stuck`, which is asked twice a second.
         """
         self._may_raise, self._leave, self._is_stuck = unless, leave, is_stuck
         try:

@@ -194,29 +194,16 @@ class _Watchdog(threading.Thread):
         return "\n  ".join([f"{who} - {rule} - {advice}", *map(str, listed[:8])])
 
 
-def unfinished_collective() -> int | None:
-    """The number of the collective in which this rank waits for others, if it does."""
+def unfinished_collective() -> str | None:
+    """The collective in which this rank waits for others, if it does: its number, and what it is.
+
+    FSDP begins one while another goes on; then it is the last, which need not be the one that is
+    waited for. It is the same on ranks that wait for each other.
+    """
     sent = _collectives()
-    # FSDP begins one while another goes on: the last need not be the one that is waited for.
-    return None if all(entry["retired"] for entry in sent) else _number(sent)
-
-
-class Stuck:
-    """Tells that one and the same collective has not finished for `PATIENCE` seconds."""
-
-    PATIENCE = 4.0
-
-    def __init__(self) -> None:
-        self._number: int | None = None
-        self._since = 0.0
-
-    def look(self) -> bool:
-        """Look again; the first look never tells it."""
-        number = unfinished_collective()
-        if number is None or number != self._number:
-            self._number, self._since = number, time.monotonic()
-            return False
-        return time.monotonic() - self._since >= self.PATIENCE
+    if all(entry["retired"] for entry in sent):
+        return None
+    return f"{_number(sent)}, {_kind(sent[-1])}"
 
 
 def _collectives() -> list[dict]:
@@ -226,9 +213,8 @@ def _collectives() -> list[dict]:
 
 
 def _number(sent: Sequence[dict]) -> int:
-    return sum(
-        {e["pg_id"]: e["collective_seq_id"] for e in sent}.values()
-    )  # of each group the last
+    last = {entry["pg_id"]: entry["collective_seq_id"] for entry in sent}  # of each group
+    return sum(last.values())
 
 
 def _report(rank: int) -> Report:

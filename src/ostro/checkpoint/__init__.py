@@ -3,6 +3,7 @@
 from ostro.checkpoint.checkpointer import (
     Checkpointer,
     CheckpointerConfig,
+    Due,
     SaveReport,
     deletions,
     disk_bytes,

@@ -263,6 +263,11 @@ class Checkpointer:
             write()
         self._begun = (step, due.kind, time.perf_counter() - start)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return (future := self._under_way) is not None and not future.done()
+
     def prepare(self, tensors: Tensors) -> None:
         """Make room for copies of these tensors, in a thread, that saving is to find ready."""
         if self._config.async_save:
