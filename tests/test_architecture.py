@@ -31,7 +31,7 @@ LEVELS = [
         "watchdog",
         "squad",
     },
-    {"models", "checkpoint", "contract", "guard", "recover"},
+    {"models", "checkpoint", "contract", "guard", "recover", "heartbeat"},
     {"parallel", "decode", "agreement"},
     {"evaluate", "trainer", "sample", "hf"},
     {"lm_config"},

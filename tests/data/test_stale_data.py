@@ -63,7 +63,8 @@ def test_files_are_read_once_while_nothing_about_them_changes(tmp_path, where, h
     assert hashed == ["1.txt"]
     open_cache(request_for(*files), where)
     assert hashed == ["1.txt"]
-    (where.local / "train" / ".stamps.json").write_text("damaged")
+    for name in (".stamps.json", ".listing"):
+        (where.local / "train" / name).write_text("damaged")
     open_cache(request_for(*files), where)
     assert hashed == ["1.txt", "0.txt", "1.txt", "2.txt"]
 

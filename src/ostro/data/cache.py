@@ -27,7 +27,7 @@ from ostro.data.documents import ROW, DocumentIndex, Documents, TokenFiles
 from ostro.data.encode import Encoded, Piece, encoder, pieces
 from ostro.data.files import BadRecord, Shard
 from ostro.data.fingerprints import file_list, require_as_listed
-from ostro.data.identity import STAMPS, Stamps
+from ostro.data.identity import LISTING, STAMPS, Stamps
 from ostro.data.store import LEDGER, CacheDir, TokenStore, is_own, write_json
 from ostro.errors import DataError
 from ostro.secrets import redact
@@ -286,7 +286,7 @@ class _Writer:
             if found:
                 logger.warning("%s: an unfinished cache that does not fit is thrown away", folder)
             for path in folder.iterdir():
-                if is_own(path) or path.name == STAMPS:
+                if is_own(path) or path.name in (STAMPS, LISTING):
                     path.unlink()
         sizes = {name: size for name, (size, _, _) in self._state["files"].items()}
         self._files: dict[str, BinaryIO] = {}

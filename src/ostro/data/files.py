@@ -77,9 +77,11 @@ class LocalFile(NamedTuple):
     stamp: Stamp
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One file (or one part of a data set): the unit in which a source is listed and read."""
+class Shard(NamedTuple):
+    """One file (or one part of a data set): the unit in which a source is listed and read.
+
+    There may be very many: a named tuple is made in a fifth of a frozen dataclass's time.
+    """
 
     name: str
     size: int  # stored bytes; 0 where unknown
@@ -120,7 +122,6 @@ _About = os.stat_result | Mapping[str, Any]
 
 def _find(patterns: Sequence[str], setting: str) -> dict[str, _About]:
     found: dict[str, _About] = {}
-    first: dict[object, str] = {}  # path by what tells files apart
     wrong: list[str] = []
     for pattern in patterns:
         try:
@@ -138,12 +139,10 @@ def _find(patterns: Sequence[str], setting: str) -> dict[str, _About]:
                 what = "the pattern matches no file" if _is_pattern(url) else "no such file"
                 wrong.append(f"{url}: {what}")
             for path, about in matches:
-                twin = first.setdefault(_identity(path, about), path)
                 if path in found:
                     wrong.append(f"{path}: listed twice")
-                elif twin != path:
-                    wrong.append(f"{path}: listed twice, it is the same file as {twin}")
                 found[path] = about
+    wrong += _twins(found)
     if wrong:
         listing = "\n".join(f"  {line}" for line in wrong[:_MAX_SHOWN])
         more = f"\n  and {len(wrong) - _MAX_SHOWN} more" if len(wrong) > _MAX_SHOWN else ""
@@ -154,10 +153,21 @@ def _find(patterns: Sequence[str], setting: str) -> dict[str, _About]:
     return found
 
 
-def _identity(path: str, about: _About) -> object:
-    """What two spellings of one file have in common."""
-    is_full = isinstance(about, os.stat_result) and about.st_size
-    return (about.st_dev, about.st_ino) if is_full else path
+def _twins(found: Mapping[str, _About]) -> list[str]:
+    """What is wrong where two paths are the same file; empty ones may be."""
+    local = {
+        path: (about.st_dev, about.st_ino)
+        for path, about in found.items()
+        if isinstance(about, os.stat_result) and about.st_size
+    }
+    if len(set(local.values())) == len(local):
+        return []
+    first: dict[tuple[int, int], str] = {}
+    return [
+        f"{path}: listed twice, it is the same file as {first[file]}"
+        for path, file in local.items()
+        if first.setdefault(file, path) != path
+    ]
 
 
 def _is_pattern(url: str) -> bool:
@@ -256,7 +266,7 @@ def reason(error: BaseException) -> str:
 
 def _name_in(url: str) -> str:
     """The file's own name, in lower case: of a chain its first part, of a URL without the query."""
-    if is_url(url):
+    if ("://" in url or "${" in url) and is_url(url):
         url = next((part for part in url.split("::") if "://" in part), url)
         is_web = url.startswith(("http://", "https://"))
         url = re.sub(r"[?#].*" if is_web else r"\?[^?/]*=.*", "", url)
@@ -272,12 +282,12 @@ class _Kind(NamedTuple):
 
 
 def _kind(path: str) -> _Kind:
-    return _kind_of(".".join(_name_in(path).split(".")[1:][-3:]))
+    return _kind_of(_name_in(path).partition(".")[2])
 
 
 @lru_cache(maxsize=1024)
 def _kind_of(suffixes: str) -> _Kind:
-    rest = suffixes.split(".")
+    rest = suffixes.split(".")[-3:]
     compression = archive = None
     if rest[-1] in _TARS:
         compression, archive = _TARS[rest.pop()], "tar"
@@ -314,9 +324,10 @@ def _format_of(suffix: str) -> str | None:
 
 def guess_format(path: str, given: str = "auto") -> str:
     """The format of a file by its name, unless one is given; `auto` for an archive of files."""
-    if given != "auto" or (kind := _kind(path)).archive:
+    if given != "auto":
         return given
-    return _format_of(kind.suffix) or _refuse(path, path)
+    kind = _kind(path)
+    return given if kind.archive else _format_of(kind.suffix) or _refuse(path, path)
 
 
 def member_format(archive: str, member: str, given: str) -> str:

@@ -1,5 +1,6 @@
 """Fingerprints of a source's shards, as ledgers list them: `[name, size, fingerprint]`."""
 
+import contextlib
 import hashlib
 import logging
 import marshal
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from ostro.data.files import Shard
 from ostro.data.garbage import no_collections
-from ostro.data.identity import Stamps, is_sampled, require_unchanged
+from ostro.data.identity import LISTING, Stamps, is_sampled, require_unchanged, write_whole
 from ostro.secrets import redact
 
 logger = logging.getLogger("ostro.data")
@@ -29,9 +30,11 @@ def known_files(folder: Path, shards: Sequence[Shard], recorded: list[list]) -> 
 
     Files that have changed since they were last read, by their stamps, are read again.
     """
-    stamps, listing = Stamps(folder), _digest(shards, recorded)
-    if stamps.listing == listing:  # very many files take long one by one
-        return recorded
+    listed, digest = folder / LISTING, _digest(shards, recorded)
+    with contextlib.suppress(OSError):
+        if listed.read_bytes() == digest:  # very many files take long one by one
+            return recorded
+    stamps = Stamps(folder)
     by_size = {size: print_ for _, size, print_ in recorded}
     prints, num_read, unsure = [], 0, []
     for shard in shards:
@@ -57,16 +60,19 @@ def known_files(folder: Path, shards: Sequence[Shard], recorded: list[list]) -> 
         )  # fmt: skip
     files = file_list(shards, prints)
     if not num_read and [row[1:] for row in files] == [row[1:] for row in recorded]:
-        stamps.listing = listing
+        with contextlib.suppress(OSError):
+            write_whole(listed, digest)
     stamps.save()
     return files
 
 
-def _digest(shards: Sequence[Shard], recorded: list[list]) -> str:
+def _digest(shards: Sequence[Shard], recorded: list[list]) -> bytes:
     """What stands for all that shards are known by, beside what was recorded of them."""
-    rows = [(shard.name, shard.size, shard.fingerprint or shard.stamps) for shard in shards]
-    # JSON takes ten times as long; version 2 has no references between equal objects.
-    return hashlib.sha256(marshal.dumps([rows, recorded], 2)).hexdigest()
+    # By columns, which marshal takes, as JSON in a tenth of the time, but without named tuples;
+    # its version 2 has no references between equal objects.
+    known = [shard[:3] for shard in shards]
+    stamps = [[file.stamp for file in shard.files] for shard in shards]
+    return hashlib.sha256(marshal.dumps([known, stamps, recorded], 2)).hexdigest().encode()
 
 
 def _is_other(print_: str, like: str, shard: Shard) -> bool:

@@ -5,7 +5,8 @@ stands for that hash: while the stamp is the same, later starts do not read the 
 differs, it is hashed again and its content decides. For example, `touch a.txt` costs one reading of
 `a.txt` at the next start, and an edit that keeps the size is noticed.
 
-Stamps are kept beside the cache, in `.stamps.json`. They are not part of it: they say something
+Stamps are kept beside the cache, in `.stamps.json`; what stands for all of them together when the
+files were last compared one by one, in `.listing`. They are not part of it: they say something
 about this machine's files, and without them every file is hashed again.
 """
 
@@ -25,10 +26,10 @@ Stamp = tuple[int, int, int, int]
 """Size, modification and change time in nanoseconds, inode."""
 
 STAMPS = ".stamps.json"
+LISTING = ".listing"
 _WHOLE = "whole:"  # begins the fingerprint of a large file of which every byte was read
 _SMALL_FILE = 16 << 20  # bytes up to which earlier versions read a file whole, too
 _BLOCK = 1 << 16
-_LISTING = "listing"
 _TICK, _COARSE_TICK = 20_000_000, 2_000_000_000  # ns within which two changes may look like one
 
 
@@ -107,13 +108,11 @@ class Stamps:
         self._known: dict[str, str] = {}
         self._new: dict[str, str] = {}
         self.were_kept = False
-        self.listing = self._was_listing = ""
-        """What stands for all files together when they were last found unchanged, one by one."""
         self._since = time.time_ns()
         with contextlib.suppress(OSError, ValueError, RecursionError):
             known: Any = json.loads(self._path.read_bytes())
             if isinstance(known, dict) and all(type(each) is str for each in known.values()):
-                self.listing = self._was_listing = known.pop(_LISTING, "")
+                known.pop("listing", None)  # of a version that kept it here
                 self._known, self.were_kept = known, True
 
     def get(self, stamps: Sequence[Stamp]) -> str | None:
@@ -138,11 +137,9 @@ class Stamps:
 
     def save(self) -> None:
         """Keep what was asked for or noted, if the folder lets us."""
-        if self._new == self._known and self.listing == self._was_listing:
-            return
-        with contextlib.suppress(OSError):
-            kept = self._new | ({_LISTING: self.listing} if self.listing else {})
-            write_whole(self._path, json.dumps(kept).encode())
+        if self._new != self._known:
+            with contextlib.suppress(OSError):
+                write_whole(self._path, json.dumps(self._new).encode())
 
 
 def _key(stamps: Sequence[Stamp]) -> str:

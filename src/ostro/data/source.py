@@ -10,7 +10,7 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,7 +121,8 @@ class StdlibSource(SourceConfig):
         for name in sorted(path.relative_to(_STDLIB).as_posix() for path in found):
             held_out = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 50 == 0
             if held_out == (split == "validation"):
-                shards.append(replace(files.make_shard(str(_STDLIB / name), "text"), name=name))
+                shard = files.make_shard(str(_STDLIB / name), "text")
+                shards.append(shard._replace(name=name))
         if not shards:
             raise Unreachable(f"stdlib - {_STDLIB} holds no .py files - use another source")
         return shards
