@@ -66,7 +66,8 @@ class Dying(ByteTokenizer):
 
 
 def content(folder):
-    beside = (".lock", ".stamps.json", ".listing")  # they are about this machine, and not part of the cache
+    # These are about this machine, and not part of the cache.
+    beside = (".lock", ".stamps.json", ".listing")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in beside}
 
 
