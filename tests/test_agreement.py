@@ -10,8 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_meeting import PLAIN, free_port
-from tiny_run import write_config, write_text
+from tiny_run import PLAIN, free_port, write_config, write_text
 
 from ostro import agreement
 from ostro.agreement import Fact, agreeing, facts_of_data, require_agreement

@@ -8,8 +8,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-from test_meeting import free_port
-from tiny_run import read_metrics, write_config
+from tiny_run import TESTS, free_port, read_metrics, write_config
 
 from ostro.checkpoint import find_latest
 from ostro.cli.main import run_command
@@ -17,7 +16,7 @@ from ostro.recover import RecoverConfig, Spike
 from ostro.session import Session
 from ostro.trainer import TrainingDivergedError
 
-PROGRAM = Path(__file__).with_name("hang_program.py")
+PROGRAM = TESTS / "hang_program.py"
 STOPPED = "stopped by SIGTERM, while this rank waited for others"
 
 

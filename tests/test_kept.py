@@ -1,4 +1,4 @@
-"""A checkpoint and a cache that an earlier version wrote, kept as files: a run resumes from them."""
+"""A run resumes from a checkpoint and a cache that an earlier version wrote, kept as files."""
 
 import json
 import shutil

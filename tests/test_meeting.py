@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from tiny_run import torchrun_words
+from tiny_run import PLAIN, TESTS, free_port, torchrun_words
 
 from ostro.cluster import Place
 from ostro.distributed import DistributedConfig, join
@@ -19,9 +19,7 @@ from ostro.meeting import Meeting
 
 pytestmark = pytest.mark.dist
 
-PROGRAM = Path(__file__).with_name("ranks_program.py")
-LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "OMPI_", "PMI_", "LOCAL_WORLD_SIZE")
-PLAIN = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
+PROGRAM = TESTS / "ranks_program.py"
 
 
 def slurm(rank: int, num_ranks: int) -> dict[str, str]:
@@ -39,12 +37,6 @@ def open_mpi(rank: int, num_ranks: int) -> dict[str, str]:
     name = "OMPI_COMM_WORLD"
     count = {f"{name}_SIZE": str(num_ranks), f"{name}_LOCAL_SIZE": str(num_ranks)}
     return {f"{name}_RANK": str(rank), f"{name}_LOCAL_RANK": str(rank)} | count
-
-
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return str(found.getsockname()[1])
 
 
 def start(mode: str, environ: dict[str, str], out: Path, words=()) -> subprocess.Popen:

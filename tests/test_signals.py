@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import read_metrics, torchrun_words, write_config
+from tiny_run import TESTS, read_metrics, torchrun_words, write_config
 
 from ostro.checkpoint import find_latest
 
-PROGRAM = Path(__file__).with_name("signals_program.py")
+PROGRAM = TESTS / "signals_program.py"
 PHASES = ("data", "backward", "evaluation", "sample", "stage")
 
 COMPILING = """

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_run import torchrun_words, write_config
+from tiny_run import TESTS, torchrun_words, write_config
 
 from ostro.watchdog import Report, find_odd
 
-PROGRAM = Path(__file__).with_name("hang_program.py")
+PROGRAM = TESTS / "hang_program.py"
 TRAINER = {"hang_timeout": "4s"}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,13 @@ WORDS = [
     "knows",
     "why",
 ]
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "OMPI_", "PMI_", "LOCAL_WORLD_SIZE")
+PLAIN = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
+"""The environment without what launchers leave in it."""
 
 TINY = {
     "data": {"tokenizer": "bytes", "shuffle": True},
@@ -159,3 +167,9 @@ def torchrun_words(num_processes: int, *words: str | Path) -> list[str]:
     """The command line that starts `words` in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, f"--nproc_per_node={num_processes}", *map(str, words)]
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return str(found.getsockname()[1])
