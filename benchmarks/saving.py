@@ -33,6 +33,7 @@ import torch
 from benchmarks.common import command_line, figure, paired_ratio, spread, table, take_turns
 from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import CheckpointerConfig, State, write
+from ostro.core.units import Precision
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.models import Gpt2Config
@@ -41,7 +42,6 @@ from ostro.throughput import DevicePeak, Throughput
 from ostro.tracker import CompositeTracker
 from ostro.trainer import Trainer, TrainerConfig, allocate, build_model
 from ostro.trainer.engine import TorchEngine
-from ostro.units import Precision
 
 VOCAB = 50304
 SEQ_LEN, BATCH_SIZE = 256, 2

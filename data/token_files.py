@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ostro.core.errors import DataError, OstroError
+from ostro.core.units import format_count
 from ostro.data.encode import Piece, encoder, pieces
 from ostro.data.tokenizer import Tokenizer
-from ostro.errors import DataError, OstroError
-from ostro.units import format_count
 
 SPLITS = ("train", "val")
 Document = tuple[str, str]

@@ -35,10 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "secrets": "core",
-    "errors": "core",
-    "units": "core",
-    "axes": "core",
     "pickles": "io",
     "shapes": "io",
     "cluster": "distributed",

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ostro.cluster import Place, find_place, slurm_address, slurm_nodes, visible_devices
+from ostro.core.errors import ConfigError
 from ostro.distributed import DistributedConfig, join, place_of
-from ostro.errors import ConfigError
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",

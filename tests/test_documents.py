@@ -6,10 +6,10 @@ import pytest
 
 from ostro.cli.aliases import NATIVE
 from ostro.config import load
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
+from ostro.core.units import Precision
 from ostro.lm_config import TrainLmConfig
 from ostro.tracker import TensorboardConfig, WandbConfig
-from ostro.units import Precision
 
 MY_RUN = """
 data:

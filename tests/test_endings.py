@@ -10,7 +10,7 @@ from endings_program import count_finished
 BUSY = """
 import sys, threading, time
 import torch
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
 from ostro.guard import run_script
 
 def work():  # as a loader does whose batch nobody waits for any more

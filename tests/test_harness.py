@@ -8,7 +8,7 @@ from ostro import harness, native, squad
 from ostro.checkpoint import find_latest
 from ostro.cli.benchmark import table
 from ostro.cli.native import saved_config
-from ostro.errors import ConfigError, DataError
+from ostro.core.errors import ConfigError, DataError
 from ostro.inference import load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

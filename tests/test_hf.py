@@ -16,9 +16,9 @@ from ostro.checkpoint import find_latest
 from ostro.cli.arguments import load_run
 from ostro.cli.main import run_command
 from ostro.config import check
+from ostro.core.errors import CheckpointError, ConfigError
 from ostro.data.tokenizer import tokenizer_from_text
 from ostro.data.tokenizer_config import BpeTokenizer, PretrainedTokenizer
-from ostro.errors import CheckpointError, ConfigError
 from ostro.hf import (
     from_hf,
     gpt2_parameters,

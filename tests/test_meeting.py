@@ -13,8 +13,8 @@ import pytest
 from tiny_run import PLAIN, TESTS, free_port, torchrun_words
 
 from ostro.cluster import Place
+from ostro.core.errors import OstroError
 from ostro.distributed import DistributedConfig, join
-from ostro.errors import OstroError
 from ostro.meeting import Meeting
 
 pytestmark = pytest.mark.dist

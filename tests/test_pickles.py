@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ostro.core.errors import DataError
 from ostro.data.meta import read_alphabet
-from ostro.errors import DataError
 from ostro.pickles import scan
 
 

@@ -5,10 +5,10 @@ import torch
 from group import MODELS, OPTIMIZER, VOCAB, batch_of, spawned, trainer_config
 
 from ostro.cli.main import run_command
+from ostro.core.errors import ConfigError
 from ostro.data.source import StdlibSource
 from ostro.data.text import LMDatasetConfig
 from ostro.distributed import World
-from ostro.errors import ConfigError
 from ostro.lm_config import TrainLmConfig
 from ostro.models.gpt2 import Gpt2Config
 from ostro.rehearsal import CollectiveCounter, rehearse

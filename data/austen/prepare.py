@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ostro.core.errors import DataError
 from ostro.data.tokenizer_config import Gpt2Tokenizer
-from ostro.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from token_files import (

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ostro.core.errors import DataError
 from ostro.data.tokenizer_config import Gpt2Tokenizer
-from ostro.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from token_files import Document, report, run_script, write_token_files

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ostro.core.errors import DataError
 from ostro.data.files import BadRecord
 from ostro.data.source import StdlibSource, UrlsSource
 from ostro.data.tokenizer_config import Gpt2Tokenizer
-from ostro.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from token_files import Document, cut_in_two, report, run_script, write_token_files

@@ -13,8 +13,8 @@ import pickle
 import sys
 from pathlib import Path
 
+from ostro.core.errors import DataError
 from ostro.data.tokenizer import CharTokenizer
-from ostro.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from token_files import cut_in_two, download, read_text, report, run_script, write_token_files

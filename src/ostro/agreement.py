@@ -29,10 +29,10 @@ import ostro
 from ostro.config import leaves, public
 from ostro.config.nodes import value_text
 from ostro.contract import code_fingerprint
+from ostro.core.errors import ConfigError, Problem
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import pick_device
-from ostro.errors import ConfigError, Problem
 from ostro.meeting import LostRankError, Meeting
 
 MAY_DIFFER = {

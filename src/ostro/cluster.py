@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 
-from ostro.errors import ConfigError, Problem
-from ostro.units import expand_braces
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.units import expand_braces
 
 PORT = 29500
 """Port of the first process where nothing says another: torchrun's own default."""

@@ -20,9 +20,9 @@ from ostro import native
 from ostro.config import encode
 from ostro.config.fields import join
 from ostro.config.nodes import children, value_text
+from ostro.core.errors import CheckpointError, Problem, did_you_mean
+from ostro.core.redaction import redacted
 from ostro.distributed import World
-from ostro.errors import CheckpointError, Problem, did_you_mean
-from ostro.secrets import redacted
 
 log = logging.getLogger("ostro")
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ostro.cluster import Place, find_place, visible_devices
-from ostro.errors import ConfigError, Problem, at_least
+from ostro.core.errors import ConfigError, Problem, at_least
 from ostro.meeting import LostRankError, Meeting
 
 Value = TypeVar("Value")

@@ -7,14 +7,14 @@ import torch
 
 from ostro.checkpoint import State, checkpoint_bytes, deletions, disk_bytes
 from ostro.config import dump_yaml
-from ostro.errors import ConfigError, Problem
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.units import format_bytes, format_count
 from ostro.lm_config import TrainLmConfig
 from ostro.models.lm_model import LmModel
 from ostro.nn import axes_of
 from ostro.optim import Schedule, optimizer_tensors
 from ostro.parallel.plan import ParameterPlan, plan_sharding, table
 from ostro.recover import Recovery
-from ostro.units import format_bytes, format_count
 
 
 def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:

@@ -15,9 +15,9 @@ from typing import Any, NoReturn, TextIO
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ostro.compiled import unusable_cache
-from ostro.errors import OstroError
+from ostro.core.errors import OstroError
+from ostro.core.redaction import redact
 from ostro.meeting import LostRankError, Meeting, last_words
-from ostro.secrets import redact
 from ostro.signals import Interrupted, Signals
 
 

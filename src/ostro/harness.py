@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ostro import squad
+from ostro.core.errors import ConfigError, DataError, Problem, did_you_mean
 from ostro.data.tokenizer import Tokenizer
-from ostro.errors import ConfigError, DataError, Problem, did_you_mean
 from ostro.models.lm_model import LmModel, inference
 from ostro.sample import generate, start_of_text
 

@@ -3,8 +3,8 @@
 import torch
 
 from ostro.checkpoint import Saved, SavedFile
+from ostro.core.errors import CheckpointError
 from ostro.data.tokenizer import Tokenizer, tokenizer_from_text
-from ostro.errors import CheckpointError
 from ostro.lm_config import TrainLmConfig, vocab_size
 from ostro.models.lm_model import LmModel
 from ostro.trainer.state import load_weights

@@ -11,7 +11,7 @@ from torch.distributed.run import parse_args
 from torch.distributed.run import run as run_launcher
 
 from ostro.cluster import PORT, slurm_address
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
 
 
 def launch(

@@ -12,16 +12,16 @@ from ostro.checkpoint import entries
 from ostro.checkpoint.single_file import LATEST
 from ostro.config.fields import dotted_names
 from ostro.contract import policy_problems
+from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
+from ostro.core.redaction import Location, local_path
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
-from ostro.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.hf import read_model
 from ostro.meeting import remembered
 from ostro.models import Gpt2Config
 from ostro.models.lm_model import LmConfig
 from ostro.optim import AdamConfig, OptimizerConfig
 from ostro.sample import SamplingConfig
-from ostro.secrets import Location, local_path
 from ostro.tracker import ConsoleConfig, TrackerConfig, WandbConfig
 from ostro.trainer import TrainerConfig
 from ostro.trainer.config import run_id_problems

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ostro.cluster import Place, find_place
-from ostro.errors import ConfigError, OstroError, Problem
+from ostro.core.errors import ConfigError, OstroError, Problem
 
 log = logging.getLogger("ostro")
 

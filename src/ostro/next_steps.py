@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ostro.commands import Dialect, NativeDialect, RunFacts
+from ostro.core.errors import DataError
+from ostro.core.redaction import REDACTED
 from ostro.data.tokenizer import Tokenizer
-from ostro.errors import DataError
 from ostro.lm_config import TrainLmConfig, trackers
-from ostro.secrets import REDACTED
 from ostro.tracker import TensorboardConfig
 
 log = logging.getLogger("ostro")

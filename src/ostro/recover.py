@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import inf, sqrt
 from typing import Any
 
+from ostro.core.errors import Problem, at_least
 from ostro.data.mixture import BatchSchedule
-from ostro.errors import Problem, at_least
 
 _MIN_DEVIATION = 1e-6
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.units import format_bytes
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.dry_run import num_tokens_of
-from ostro.errors import ConfigError, Problem
 from ostro.lm_config import TrainLmConfig
 from ostro.trainer import allocate, build_model, choose_engine, lay_out
-from ostro.units import format_bytes
 
 _NAMES = {
     "allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce",

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ostro.secrets import redact
+from ostro.core.redaction import redact
 
 log = logging.getLogger("ostro")
 

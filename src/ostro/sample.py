@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ostro.core.errors import Problem, seed_problems
 from ostro.data.tokenizer import Tokenizer
 from ostro.decode import decoder_of, in_compute_dtype
-from ostro.errors import Problem, seed_problems
 from ostro.models.lm_model import LmModel, inference
 from ostro.native.decoder import Decoder
 from ostro.nn import KeyValueCache

@@ -20,12 +20,12 @@ from ostro.checkpoint import Checkpointer, Decision, Due, State, checkpoint_byte
 from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.storage import PARTIAL
 from ostro.config import dump_yaml
+from ostro.core.errors import CheckpointError
 from ostro.data.loader import Loader
 from ostro.data.sequences import Batch
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
-from ostro.errors import CheckpointError
 from ostro.evaluate import evaluate
 from ostro.heartbeat import Heartbeat, beating
 from ostro.hf import read_weights

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
-from ostro.errors import OstroError
+from ostro.core.errors import OstroError
 
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 """How a file may name others in its folder, lest it reaches out of there."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from ostro.errors import OstroError
+from ostro.core.errors import OstroError
 from ostro.phases import place
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -18,10 +18,11 @@ from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
 from ostro.commands import Dialect, NativeDialect
 from ostro.compiled import unusable_cache
 from ostro.config import check, dump_yaml, public
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.units import format_bytes, format_count, format_duration
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World, joined
-from ostro.errors import ConfigError, Problem
 from ostro.lm_config import (
     TrainLmConfig,
     choose_run_id,
@@ -56,7 +57,6 @@ from ostro.trainer import (
     lay_out,
     restore,
 )
-from ostro.units import format_bytes, format_count, format_duration
 
 log = logging.getLogger("ostro")
 

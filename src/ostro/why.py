@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.units import columns
 from ostro.data.documents import Part, TokenFiles
 from ostro.data.sequences import Batch
 from ostro.data.source import TokensSource
 from ostro.data.store import TokenStore
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
-from ostro.errors import ConfigError, Problem
 from ostro.lm_config import TrainLmConfig
 from ostro.models.lm_model import LmModel, inference
 from ostro.recover import Recovery
 from ostro.train_lm import with_epochs
-from ostro.units import columns
 
 _TOKENS_AT_ONCE = 8192
 _EXCERPT_TOKENS, _EXCERPT_CHARS = 32, 40

@@ -31,8 +31,8 @@ from ostro.checkpoint import (
     whole,
     write,
 )
+from ostro.core.errors import CheckpointError
 from ostro.distributed import World
-from ostro.errors import CheckpointError
 from ostro.phases import listening
 from ostro.trainer import TrainState
 

@@ -25,8 +25,8 @@ from ostro.checkpoint import (
     total_bytes,
 )
 from ostro.checkpoint.metadata import sealed
-from ostro.errors import CheckpointError
-from ostro.units import ByteSize
+from ostro.core.errors import CheckpointError
+from ostro.core.units import ByteSize
 
 
 class Run:

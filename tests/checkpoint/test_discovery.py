@@ -14,7 +14,7 @@ from ostro.checkpoint import discovery, entries, find_latest, scan, storage, whi
 from ostro.checkpoint.discovery import Search
 from ostro.checkpoint.single_file import FORMATS, point_to, write_file
 from ostro.checkpoint.stamp import Stamp
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 
 def save(folder, step, timestamp=None, **fields):

@@ -18,7 +18,7 @@ from flaky_store import KINDS, Faults, flaky_server
 from ostro.checkpoint import find_latest, load, patience, storage, store, write
 from ostro.checkpoint.folders import FolderStore, tidy_up
 from ostro.checkpoint.patience import UnreachableError
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 pytestmark = pytest.mark.dist
 

@@ -20,7 +20,7 @@ from ostro.checkpoint import load, read_settings, write
 from ostro.checkpoint.metadata import sealed
 from ostro.checkpoint.single_file import load_file, read_file
 from ostro.checkpoint.tiling import tiles
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 CONTENT = {
     "format": "ostro",

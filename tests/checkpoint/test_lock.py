@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ostro.checkpoint import alone_in, lock
+from ostro.core.errors import CheckpointError
 from ostro.distributed import World
-from ostro.errors import CheckpointError
 
 WORLD = World(torch.device("cpu"))
 

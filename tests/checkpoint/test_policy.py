@@ -14,8 +14,8 @@ from ostro.checkpoint import (
     deletions,
     disk_bytes,
 )
-from ostro.errors import ConfigError
-from ostro.units import ByteSize
+from ostro.core.errors import ConfigError
+from ostro.core.units import ByteSize
 
 
 def policy(*keep, seconds=None):

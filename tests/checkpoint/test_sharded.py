@@ -13,7 +13,7 @@ from tiny_run import read_metrics, write_config
 
 from ostro.checkpoint import find_latest, load
 from ostro.cli.main import run_command
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 pytestmark = pytest.mark.dist
 

@@ -14,7 +14,7 @@ from checkpoint_states import small_state
 
 from ostro.checkpoint import State, checkpoint_bytes, load, store, write
 from ostro.checkpoint.metadata import parse_metadata, sealed
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 
 def save(folder, number=7, **fields):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ostro.cli.main import run_command
 from ostro.cli.plot import draw, find_metrics, pyplot_for, read_curves
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
 from ostro.tracker.json_logger import read_metrics
 
 

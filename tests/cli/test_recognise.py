@@ -12,7 +12,7 @@ import yaml
 from tiny_run import ostro
 
 from ostro.cli import nanogpt
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
 from ostro.signals import Signals
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ from datetime import timedelta
 from typing import Literal
 
 from ostro.config import Alias, Choice
-from ostro.errors import Problem
-from ostro.units import Precision
+from ostro.core.errors import Problem
+from ostro.core.units import Precision
 
 
 class TrackerConfig(Choice):

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ostro.config import load
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)

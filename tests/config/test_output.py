@@ -33,8 +33,8 @@ from hypothesis import strategies as st
 
 import ostro.config
 from ostro.config import dump_yaml, encode, format_tree, help_text, json_schema, load
-from ostro.secrets import redacted
-from ostro.units import Precision
+from ostro.core.redaction import redacted
+from ostro.core.units import Precision
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +208,7 @@ from dataclasses import dataclass, field
 sys.path.insert(0, {tests!r})
 from config_sample import Gpt2, ModelConfig as LmConfig, Optimizer, Trainer
 import ostro.config
-from ostro.errors import DataError
+from ostro.core.errors import DataError
 
 
 @dataclass
@@ -257,7 +257,7 @@ class Mine:
 @ostro.config.main
 def decorated(config: Mine) -> Mine:
     if config.trainer.seed == 13:
-        raise ostro.errors.DataError("no data")
+        raise ostro.core.errors.DataError("no data")
     return config
 
 

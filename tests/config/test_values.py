@@ -24,8 +24,8 @@ from config_sample import (
 )
 
 from ostro.config import Alias, Loaded, check, convert, load
-from ostro.errors import ConfigError, Problem
-from ostro.units import Precision
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.units import Precision
 
 
 @pytest.fixture(autouse=True)

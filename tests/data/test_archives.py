@@ -11,9 +11,9 @@ import zipfile
 import pytest
 import zstandard
 
+from ostro.core.errors import DataError
 from ostro.data.files import BadRecord
 from ostro.data.source import UrlsSource
-from ostro.errors import DataError
 
 MEMBERS = {
     "b/two.jsonl": b'{"text": "3"}\n{"text": "4"}\n',

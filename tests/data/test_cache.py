@@ -15,11 +15,11 @@ import fsspec
 import numpy as np
 import pytest
 
+from ostro.core.errors import DataError
 from ostro.data.cache import CacheRequest, open_cache
 from ostro.data.source import UrlsSource
 from ostro.data.store import CacheDir, TokenStore, locked
 from ostro.data.tokenizer_config import BytesTokenizer, Gpt2Tokenizer
-from ostro.errors import DataError
 
 BYTES = BytesTokenizer().build()
 

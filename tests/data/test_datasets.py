@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ostro.config import check, load
+from ostro.core.errors import ConfigError, DataError
 from ostro.data.cache import CacheRequest, open_cache
 from ostro.data.loader import Loader
 from ostro.data.mixture import BatchSchedule
@@ -19,7 +20,6 @@ from ostro.data.source import HfSource, StdlibSource, TokensSource, UrlsSource
 from ostro.data.store import CacheDir
 from ostro.data.text import LMDatasetConfig, WeightStage
 from ostro.data.tokenizer_config import BpeTokenizer, BytesTokenizer, CharsTokenizer, Gpt2Tokenizer
-from ostro.errors import ConfigError, DataError
 
 SCHEDULE = BatchSchedule(((0, 4),))
 

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from ostro.core.errors import DataError
 from ostro.data.files import find_files, guess_format, list_files
 from ostro.data.source import UrlsSource
-from ostro.errors import DataError
 
 NAMES = ["what?.txt", "std::vector.txt", "a#b.txt", "[1].txt", "{1..3}.txt", "a*b.txt", "50%.txt"]
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from ostro.core.errors import ConfigError, DataError
 from ostro.data.loader import Loader
 from ostro.data.mapped import LARGE
 from ostro.data.mixture import BatchSchedule
 from ostro.data.permutation import derive_key, shuffled
 from ostro.data.sequences import IGNORE, EvalData, TrainData, cut
 from ostro.data.store import TokenStore
-from ostro.errors import ConfigError, DataError
 
 
 def store(count, files=1, start=0):

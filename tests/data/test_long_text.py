@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from ostro.core.errors import DataError
 from ostro.data import long_text, reading
 from ostro.data.cache import open_cache
 from ostro.data.cache_request import CacheRequest
@@ -14,7 +15,6 @@ from ostro.data.source import UrlsSource
 from ostro.data.store import CacheDir
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer_config import BpeTokenizer, BytesTokenizer, CharsTokenizer
-from ostro.errors import DataError
 
 TEXTS = {
     "lines": "\N{GRINNING FACE} So many words, \u00e9t\u00e9!\n  And lines\u3002\uff1fYes.\n" * 300,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from ostro.core.errors import ConfigError
 from ostro.data.mixture import BatchSchedule, Mixture, block_counts
-from ostro.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from ostro.cli.main import run_command
+from ostro.core.errors import ConfigError, DataError
 from ostro.data.cache import CacheRequest, open_cache
 from ostro.data.on_ray import _connected
 from ostro.data.source import UrlsSource
@@ -21,7 +22,6 @@ from ostro.data.store import CacheDir
 from ostro.data.tokenizer import ByteTokenizer, CharTokenizer
 from ostro.data.tokenizer_config import BytesTokenizer
 from ostro.distributed import RayConfig, _ray_node
-from ostro.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from token_files import write_token_files
 
+from ostro.core.errors import DataError
 from ostro.data.tokenizer import CharTokenizer
 from ostro.data.tokenizer_config import Gpt2Tokenizer, MetaTokenizer
-from ostro.errors import DataError
 
 SCRIPTS = Path(__file__).parents[2] / "data"
 EOT = 50256

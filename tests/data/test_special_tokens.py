@@ -6,6 +6,7 @@ import logging
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from ostro.core.errors import DataError
 from ostro.data.cache import CacheRequest, open_cache
 from ostro.data.encode import Piece, encode
 from ostro.data.source import UrlsSource
@@ -18,7 +19,6 @@ from ostro.data.tokenizer_config import (
     Gpt2Tokenizer,
     PretrainedTokenizer,
 )
-from ostro.errors import DataError
 
 VOCAB = {"[UNK]": 0, "<s>": 1, "</s>": 2, "<stop>": 3, "a": 4, "b": 5}
 NAMES = [("<s>", 1), ("</s>", 2)]

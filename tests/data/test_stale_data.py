@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ostro.core.errors import DataError
 from ostro.data import checksums
 from ostro.data.cache import CacheRequest, open_cache
 from ostro.data.identity import Stamps, hash_of
@@ -20,7 +21,6 @@ from ostro.data.source import UrlsSource
 from ostro.data.store import CacheDir
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer_config import BytesTokenizer
-from ostro.errors import DataError
 
 BYTES = BytesTokenizer().build()
 

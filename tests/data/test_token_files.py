@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 
+from ostro.core.errors import DataError
 from ostro.data.source import TokensSource
 from ostro.data.store import TokenStore
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import ByteTokenizer
 from ostro.data.tokenizer_config import Gpt2Tokenizer
-from ostro.errors import DataError
 
 IDS = np.random.RandomState(0).randint(0, 50000, 4000)
 

@@ -12,6 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ostro.core.errors import DataError
 from ostro.data.encode import PIECE_CHARS, Piece, encode, pieces
 from ostro.data.tokenizer import CharTokenizer, tokenizer_from_text
 from ostro.data.tokenizer_config import (
@@ -23,7 +24,6 @@ from ostro.data.tokenizer_config import (
     PretrainedTokenizer,
     TokenizerConfig,
 )
-from ostro.errors import DataError
 
 TEXT = "def main():\n    print('Grüße, 世界 🎉')\n\n\nclass A:\n\tpass  # don't\n" * 20
 

@@ -11,8 +11,8 @@ from tiny_run import write_text
 
 from ostro.checkpoint import disk_bytes, find_latest
 from ostro.cli.gpt3 import load_gpt3, processes, train
+from ostro.core.errors import CheckpointError, ConfigError
 from ostro.dialects import gpt3
-from ostro.errors import CheckpointError, ConfigError
 from ostro.launch import launch
 from ostro.optim import MuonConfig
 from ostro.signals import Signals

@@ -33,6 +33,7 @@ from ostro.checkpoint.saved import load as load_folder
 from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
 from ostro.cli.aliases import NATIVE
 from ostro.config import check, dump_yaml, load, loading
+from ostro.core.errors import OstroError
 from ostro.data import cache, meta
 from ostro.data.fingerprints import read_files
 from ostro.data.source import TokensSource, UrlsSource
@@ -40,7 +41,6 @@ from ostro.data.store import CacheDir
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_text
 from ostro.dialects import nanogpt_file
-from ostro.errors import OstroError
 from ostro.lm_config import TrainLmConfig
 
 SECONDS = 10

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ostro.axes import EMBED, MLP, ParameterAxes
+from ostro.core.axes import EMBED, MLP, ParameterAxes
 from ostro.models import Gpt2Config, LlamaConfig
 from ostro.optim import AdamConfig, apply_update, clip_scale, gradient_norm
 

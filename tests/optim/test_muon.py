@@ -7,7 +7,7 @@ import torch
 from test_update import make_parameters, set_gradients
 from torch import nn
 
-from ostro.axes import EMBED, MLP, VOCAB, ParameterAxes
+from ostro.core.axes import EMBED, MLP, VOCAB, ParameterAxes
 from ostro.models import Gpt2Config, LlamaConfig
 from ostro.nn import axes_of
 from ostro.optim import (

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
 from ostro.optim import AdamConfig, LrScheduleConfig, Schedule
 from ostro.optim.schedule import cycle_boundaries
 

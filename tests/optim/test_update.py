@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ostro import native
-from ostro.axes import EMBED, MLP, POSITION, VOCAB, ParameterAxes
-from ostro.errors import ConfigError
+from ostro.core.axes import EMBED, MLP, POSITION, VOCAB, ParameterAxes
+from ostro.core.errors import ConfigError
 from ostro.optim import (
     AdamConfig,
     LossScaler,

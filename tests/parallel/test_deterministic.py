@@ -7,12 +7,12 @@ import torch
 from group import ALONE, BATCH_SIZE, MODELS, OPTIMIZER, spawned, train, trainer_config
 from torch.distributed.tensor import DTensor
 
+from ostro.core.errors import ConfigError
+from ostro.core.units import Precision
 from ostro.distributed import World
-from ostro.errors import ConfigError
 from ostro.optim import MuonConfig
 from ostro.trainer import TrainerConfig, lay_out
 from ostro.trainer.deterministic import PairwiseSum, pairwise_sum
-from ostro.units import Precision
 
 NUM_STEPS = 3
 CASES: dict[str, dict[str, Any]] = {

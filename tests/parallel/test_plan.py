@@ -2,10 +2,10 @@
 
 import pytest
 
-from ostro.axes import MeshSizes, map_axes
-from ostro.axes import ParameterAxes as Axes
 from ostro.cli.main import run_command
-from ostro.errors import ConfigError
+from ostro.core.axes import MeshSizes, map_axes
+from ostro.core.axes import ParameterAxes as Axes
+from ostro.core.errors import ConfigError
 from ostro.parallel.plan import plan_sharding
 from ostro.trainer import TrainerConfig
 

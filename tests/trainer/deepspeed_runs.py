@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from ostro import train_lm
 from ostro.cli.arguments import load_run
+from ostro.core.errors import OstroError
 from ostro.distributed import World
-from ostro.errors import OstroError
 from ostro.trainer import TrainingDivergedError
 from ostro.trainer.deepspeed import DeepSpeedEngine
 

@@ -11,11 +11,11 @@ import torch
 from tiny_run import ostro, read_metrics, torchrun_words, write_config
 
 from ostro.checkpoint import CheckpointerConfig, find_latest
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
+from ostro.core.units import Precision
 from ostro.optim import AdamConfig, MuonConfig
 from ostro.trainer import BatchStage, TrainerConfig
 from ostro.trainer.deepspeed import deepspeed_settings
-from ostro.units import Precision
 
 SHIPPED = {
     "train_batch_size": "auto",

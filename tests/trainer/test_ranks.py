@@ -11,8 +11,8 @@ from tiny_run import ostro, read_metrics, torchrun, torchrun_words, write_config
 
 from ostro.checkpoint import find_latest
 from ostro.cli.main import run_command
+from ostro.core.errors import ConfigError
 from ostro.distributed import DistributedConfig, join
-from ostro.errors import ConfigError
 
 pytestmark = pytest.mark.dist
 

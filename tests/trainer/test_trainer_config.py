@@ -4,7 +4,7 @@ import pytest
 
 from ostro.checkpoint import CheckpointerConfig
 from ostro.config import check
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
 from ostro.recover import RecoverConfig, StepRange
 from ostro.trainer import BatchStage, TrainerConfig
 

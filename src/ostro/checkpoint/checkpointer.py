@@ -18,9 +18,9 @@ from ostro.checkpoint.retention import planned_deletions
 from ostro.checkpoint.sharded import Tensors
 from ostro.checkpoint.stager import Stager
 from ostro.checkpoint.store import State
-from ostro.errors import ConfigError, Problem, at_least
-from ostro.secrets import Location, local_path
-from ostro.units import ByteSize, format_bytes, in_run_folder
+from ostro.core.errors import ConfigError, Problem, at_least
+from ostro.core.redaction import Location, local_path
+from ostro.core.units import ByteSize, format_bytes, in_run_folder
 
 _RUN_ID = "${run_id}"
 

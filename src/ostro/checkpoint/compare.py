@@ -13,7 +13,7 @@ from ostro.checkpoint.saved import Saved
 from ostro.checkpoint.single_file import SavedFile
 from ostro.checkpoint.store import State
 from ostro.config import leaves
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 
 @dataclass(frozen=True)

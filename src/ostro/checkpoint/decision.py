@@ -6,8 +6,8 @@ from typing import Literal
 from ostro.checkpoint.discovery import ALONE, Search, look, search
 from ostro.checkpoint.saved import Saved
 from ostro.checkpoint.single_file import SavedFile
+from ostro.core.errors import CheckpointError
 from ostro.distributed import World
-from ostro.errors import CheckpointError
 
 
 @dataclass(frozen=True)

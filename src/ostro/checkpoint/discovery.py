@@ -30,10 +30,10 @@ from ostro.checkpoint.single_file import (
     read_stamp,
 )
 from ostro.checkpoint.stamp import Stamp
+from ostro.core.errors import CheckpointError
+from ostro.core.redaction import local_path
+from ostro.core.units import format_bytes
 from ostro.distributed import World
-from ostro.errors import CheckpointError
-from ostro.secrets import local_path
-from ostro.units import format_bytes
 
 _log = logging.getLogger(__name__)
 ALONE = World(torch.device("cpu"))

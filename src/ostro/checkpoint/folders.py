@@ -17,7 +17,7 @@ from ostro.checkpoint.saved import read_metadata
 from ostro.checkpoint.sharded import full_tensors, on_first
 from ostro.checkpoint.stamp import Stamp
 from ostro.checkpoint.store import State, step_folder, write
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 MakeRoom = Callable[[int, int], None]

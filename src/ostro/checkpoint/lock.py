@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ostro.checkpoint import storage
+from ostro.core.errors import CheckpointError
 from ostro.distributed import World
-from ostro.errors import CheckpointError
 
 _PATIENCE = 5.0  # seconds
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ostro.config.files import MAX_BYTES
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 from ostro.shapes import FILE_NAME, has_shape, read_object
 
 FORMAT = 3

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")

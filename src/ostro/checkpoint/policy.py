@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
-from ostro.errors import Problem
+from ostro.core.errors import Problem
 
 Kind = Literal["permanent", "temporary"]
 

@@ -18,7 +18,7 @@ from ostro.checkpoint.pieces import Piece, Stored, whole
 from ostro.checkpoint.sharded import SUFFIX, Index
 from ostro.checkpoint.tensorfile import read_tensors
 from ostro.checkpoint.tiling import tiles
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 from ostro.shapes import has_shape, read_object
 
 WEIGHTS = "model"

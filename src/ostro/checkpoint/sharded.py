@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from ostro.checkpoint.metadata import FileRecord
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 SUFFIX = ".safetensors"
 

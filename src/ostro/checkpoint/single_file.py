@@ -31,7 +31,7 @@ from ostro.checkpoint.metadata import YEAR_9999
 from ostro.checkpoint.pieces import Stored, whole
 from ostro.checkpoint.stamp import Stamp
 from ostro.checkpoint.store import State
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 from ostro.phases import mark
 from ostro.shapes import FILE_NAME, read_object
 

@@ -18,9 +18,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ostro.checkpoint.patience import Result, patiently
-from ostro.errors import CheckpointError
-from ostro.secrets import with_secrets
-from ostro.units import format_bytes
+from ostro.core.errors import CheckpointError
+from ostro.core.redaction import with_secrets
+from ostro.core.units import format_bytes
 
 MARKER = "metadata.json"
 STEP = re.compile(r"step-\d+")

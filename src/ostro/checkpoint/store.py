@@ -37,7 +37,7 @@ from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import SHARDS, VALUES, FileRecord, Metadata
 from ostro.checkpoint.sharded import SUFFIX, Index, save_shares
 from ostro.checkpoint.tensorfile import file_size, tensor_pieces
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 from ostro.phases import mark
 from ostro.shapes import FILE_NAME
 

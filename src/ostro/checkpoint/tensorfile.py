@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 
 _CHUNK = 1 << 24
 _NAMES = {

@@ -21,11 +21,11 @@ from ostro.config import (
     load,
     script_folders,
 )
+from ostro.core.errors import ConfigError, OstroError, Problem
+from ostro.core.redaction import redact
 from ostro.distributed import place_of
 from ostro.dry_run import describe
-from ostro.errors import ConfigError, OstroError, Problem
 from ostro.lm_config import TrainLmConfig, with_hf_model
-from ostro.secrets import redact
 from ostro.signals import Signals
 from ostro.train_lm import run
 

@@ -11,13 +11,13 @@ from typing import Any
 from ostro.checkpoint import Saved, SavedFile
 from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint, saved_config
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.redaction import redact
+from ostro.core.units import columns
 from ostro.distributed import pick_device
-from ostro.errors import ConfigError, Problem
 from ostro.harness import load_benchmarks, run_harness
 from ostro.inference import load_model, load_tokenizer
-from ostro.secrets import redact
 from ostro.signals import Signals
-from ostro.units import columns
 
 
 def benchmark(argv: list[str], signals: Signals) -> None:

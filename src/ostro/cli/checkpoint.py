@@ -8,10 +8,10 @@ from ostro import checkpoint as checkpoints
 from ostro.checkpoint.storage import is_folder
 from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint
-from ostro.errors import CheckpointError, ConfigError, Problem, did_you_mean
-from ostro.secrets import redact
+from ostro.core.errors import CheckpointError, ConfigError, Problem, did_you_mean
+from ostro.core.redaction import redact
+from ostro.core.units import ByteSize, format_bytes
 from ostro.signals import Signals
-from ostro.units import ByteSize, format_bytes
 
 _USAGE = """usage: ostro checkpoint <what> ...
 

@@ -2,9 +2,9 @@
 
 from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint, saved_config
+from ostro.core.redaction import redact
 from ostro.hf import is_library_tokenizer, write_hf
 from ostro.inference import load_tokenizer
-from ostro.secrets import redact
 from ostro.signals import Signals
 
 

@@ -15,10 +15,10 @@ from ostro.cli.recognise import recognising
 from ostro.cluster import find_place
 from ostro.commands import STARTED_AS
 from ostro.config import Loaded, help_text, load, script_folders
+from ostro.core.errors import ConfigError, Problem, did_you_mean
 from ostro.dialects import gpt3
 from ostro.dialects.commands import Gpt3Dialect
 from ostro.dialects.translation import Translation
-from ostro.errors import ConfigError, Problem, did_you_mean
 from ostro.launch import launch
 from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals

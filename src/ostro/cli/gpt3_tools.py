@@ -7,8 +7,8 @@ from ostro.cli.arguments import Parser, sampling_flags
 from ostro.cli.benchmark import add_benchmark_options, score
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.config import load
+from ostro.core.errors import ConfigError, Problem
 from ostro.distributed import pick_device
-from ostro.errors import ConfigError, Problem
 from ostro.inference import load_model, load_tokenizer
 from ostro.sample import SamplingConfig, complete_all
 from ostro.signals import Signals

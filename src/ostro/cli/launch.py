@@ -1,9 +1,9 @@
 """`ostro launch slurm`: a run as a job of a cluster."""
 
 from ostro.cli.arguments import Parser, explained, load_run
-from ostro.errors import ConfigError, Problem
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.redaction import redact
 from ostro.launch import SlurmJob
-from ostro.secrets import redact
 from ostro.signals import Signals
 
 _OPTIONS = {

@@ -12,7 +12,7 @@ from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, tr
 from ostro.cli.plot import plot
 from ostro.cli.recognise import recognising
 from ostro.cli.why import why
-from ostro.errors import ConfigError, did_you_mean
+from ostro.core.errors import ConfigError, did_you_mean
 from ostro.guard import guarded, leave_after
 from ostro.signals import Signals
 

@@ -19,12 +19,12 @@ from ostro.commands import CommandLine, grouped, typed_program
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.config.nodes import Mapping as Layer
 from ostro.config.nodes import from_plain
+from ostro.core.errors import CheckpointError, ConfigError, Problem, did_you_mean
+from ostro.core.redaction import local_path
 from ostro.dialects import nanogpt, nanogpt_file
 from ostro.dialects.commands import NanoGptDialect
 from ostro.dialects.translation import Translation
-from ostro.errors import CheckpointError, ConfigError, Problem, did_you_mean
 from ostro.lm_config import TrainLmConfig
-from ostro.secrets import local_path
 from ostro.signals import Signals
 
 _USAGE = """usage: python train.py [config.yaml | config.py] [key=value ...] [--dry_run] [--help]

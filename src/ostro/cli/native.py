@@ -18,16 +18,16 @@ from ostro.cluster import find_place
 from ostro.commands import NativeDialect
 from ostro.config import format_tree, json_schema, load, public
 from ostro.contract import compare
+from ostro.core.errors import CheckpointError, ConfigError, DataError, Problem
+from ostro.core.redaction import redact
 from ostro.distributed import World, pick_device
 from ostro.dry_run import describe_sharding, draw
-from ostro.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.evaluate import evaluate as evaluate_sets
 from ostro.inference import load_model, load_tokenizer
 from ostro.lm_config import TrainLmConfig
 from ostro.rehearsal import rehearse
 from ostro.run_log import logging_to_terminal
 from ostro.sample import SamplingConfig, complete_all
-from ostro.secrets import redact
 from ostro.signals import Signals
 from ostro.train_lm import build_data
 from ostro.trainer import TrainerConfig

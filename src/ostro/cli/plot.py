@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ostro.cli.arguments import Parser
-from ostro.errors import ConfigError, DataError, Problem
+from ostro.core.errors import ConfigError, DataError, Problem
 from ostro.signals import Signals
 from ostro.tracker.json_logger import METRICS, read_metrics
 

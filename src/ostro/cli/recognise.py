@@ -13,9 +13,9 @@ from ostro.commands import CommandLine, typed_program
 from ostro.config import script_folders
 from ostro.config.files import Reader
 from ostro.config.nodes import Mapping
+from ostro.core.errors import ConfigError
 from ostro.dialects.gpt3 import Gpt3ModelConfig, Gpt3TrainingConfig
 from ostro.dialects.nanogpt import NanoGptConfig
-from ostro.errors import ConfigError
 from ostro.lm_config import TrainLmConfig
 
 Kind = Literal["native", "nanogpt", "gpt3 model", "gpt3 training"]

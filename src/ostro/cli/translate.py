@@ -11,7 +11,7 @@ from ostro.cli.arguments import Parser, load_run
 from ostro.cli.gpt3 import load_gpt3
 from ostro.cli.nanogpt import load_nanogpt
 from ostro.config import encode
-from ostro.errors import ConfigError
+from ostro.core.errors import ConfigError
 from ostro.lm_config import TrainLmConfig
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from ostro.checkpoint import Saved, SavedFile, entries, find_latest
 from ostro.cli.arguments import Parser, load_run
 from ostro.cli.native import DATA, open_checkpoint, saved_config
+from ostro.core.errors import ConfigError
 from ostro.data.text import LMData
 from ostro.distributed import pick_device
-from ostro.errors import ConfigError
 from ostro.inference import load_model, load_tokenizer
 from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals

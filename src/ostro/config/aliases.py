@@ -6,7 +6,7 @@ from typing import Any
 
 from ostro.config import nodes
 from ostro.config.fields import join
-from ostro.errors import Problem
+from ostro.core.errors import Problem
 
 
 @dataclass(frozen=True)

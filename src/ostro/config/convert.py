@@ -19,7 +19,7 @@ from ostro.config import fields, nodes
 from ostro.config.foreign import ForeignSettings
 from ostro.config.merge import Stack, fold, settle
 from ostro.config.scalars import BadValue, plain, read_scalar
-from ostro.errors import Problem, did_you_mean
+from ostro.core.errors import Problem, did_you_mean
 
 _NONE = type(None)
 _loaded_plugins = False

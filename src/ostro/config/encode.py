@@ -9,8 +9,8 @@ import draccus
 import yaml
 
 from ostro.config.fields import choice_name, settings
-from ostro.secrets import redacted
-from ostro.units import format_duration
+from ostro.core.redaction import redacted
+from ostro.core.units import format_duration
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*|(\d+[dhms])+")
 _WORDS = {"true", "false", "yes", "no", "on", "off", "null", "none", "inf", "nan", "infinity"}

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ostro.config.choice import Choice
-from ostro.secrets import Location
+from ostro.core.redaction import Location
 
 _NAMES = {str: "text", timedelta: "duration", type(None): "null"}
 

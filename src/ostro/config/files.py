@@ -15,8 +15,8 @@ import yaml
 from yaml.resolver import Resolver
 
 from ostro.config.nodes import BAD, Mapping, Node, Scalar, Sequence
-from ostro.errors import Problem, did_you_mean
-from ostro.secrets import with_secrets
+from ostro.core.errors import Problem, did_you_mean
+from ostro.core.redaction import with_secrets
 
 MAX_DEPTH = 64
 MAX_NODES = 100_000

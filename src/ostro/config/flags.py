@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 from ostro.config.files import MAX_DEPTH, Reader
 from ostro.config.nodes import Mapping, Scalar, mapping_at
-from ostro.errors import did_you_mean
+from ostro.core.errors import did_you_mean
 
 _NAME = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ostro.config import nodes
-from ostro.errors import Problem
+from ostro.core.errors import Problem
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ostro.config import nodes
-from ostro.errors import ConfigError, Problem
+from ostro.core.errors import ConfigError, Problem
 
 _FOLDER = re.compile(r"step-\d+|\.(tmp|old)-.*")
 _FILES = {"metadata.json", "values.json", "shards.json"}

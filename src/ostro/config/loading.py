@@ -14,8 +14,8 @@ from ostro.config.files import Reader
 from ostro.config.flags import parse_flags
 from ostro.config.foreign import Foreign, ForeignSettings
 from ostro.config.imports import Modules
-from ostro.errors import ConfigError, Problem
-from ostro.secrets import REDACTED, location_fault
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.redaction import REDACTED, location_fault
 
 Config = TypeVar("Config")
 

@@ -13,8 +13,8 @@ from ostro.config.aliases import Alias
 from ostro.config.files import script_folders
 from ostro.config.help import help_text
 from ostro.config.loading import load
-from ostro.errors import ConfigError, OstroError
-from ostro.secrets import redact
+from ostro.core.errors import ConfigError, OstroError
+from ostro.core.redaction import redact
 
 _FILE_FLAGS = ("--config_path", "--config", "--configs")
 

@@ -9,8 +9,8 @@ import draccus
 
 from ostro.config.fields import is_text_class, literal_text
 from ostro.config.nodes import Mapping, Node, Scalar, Sequence
-from ostro.errors import did_you_mean
-from ostro.units import parse_duration
+from ostro.core.errors import did_you_mean
+from ostro.core.units import parse_duration
 
 _INT = re.compile(r"[+-]?\d[\d_]*")
 _FLOAT = re.compile(r"[+-]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][+-]?\d+)?")

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ostro.config import fields
 from ostro.config.encode import encode
-from ostro.units import ByteSize
+from ostro.core.units import ByteSize
 
 _SIMPLE = {
     str: {"type": "string"},

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ostro.core.errors import DataError
+from ostro.core.redaction import redact
 from ostro.data import checksums
 from ostro.data.cache_request import CacheRequest
 from ostro.data.documents import ROW, DocumentIndex, Documents, TokenFiles
@@ -29,8 +31,6 @@ from ostro.data.files import BadRecord, Shard
 from ostro.data.fingerprints import file_list, require_as_listed
 from ostro.data.identity import LISTING, STAMPS, Stamps
 from ostro.data.store import LEDGER, CacheDir, TokenStore, is_own, write_json
-from ostro.errors import DataError
-from ostro.secrets import redact
 from ostro.shapes import FILE_NAME, has_shape
 
 logger = logging.getLogger("ostro.data")

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ostro.core.redaction import redacted
 from ostro.data.files import Shard
 from ostro.data.fingerprints import known_files
 from ostro.data.source import SourceConfig
 from ostro.data.store import fits
 from ostro.data.tokenizer import SpecialTokens, Tokenizer
-from ostro.secrets import redacted
 
 FORMAT = 1
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ostro.core.errors import DataError
 from ostro.data.identity import write_whole
-from ostro.errors import DataError
 from ostro.shapes import FILE_NAME, has_shape
 
 FILE = "checksums.bin"

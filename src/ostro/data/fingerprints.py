@@ -7,10 +7,10 @@ import marshal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ostro.core.redaction import redact
 from ostro.data.files import Shard
 from ostro.data.garbage import no_collections
 from ostro.data.identity import LISTING, Stamps, is_sampled, require_unchanged, write_whole
-from ostro.secrets import redact
 
 logger = logging.getLogger("ostro.data")
 

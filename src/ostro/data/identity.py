@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ostro.errors import DataError
+from ostro.core.errors import DataError
 
 Stamp = tuple[int, int, int, int]
 """Size, modification and change time in nanoseconds, inode."""

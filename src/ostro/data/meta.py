@@ -9,8 +9,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from ostro.core.errors import DataError
 from ostro.data.files import is_unicode
-from ostro.errors import DataError
 from ostro.pickles import Part, refuse_call, scan
 
 META_FILES = ("meta.json", "meta.pkl")

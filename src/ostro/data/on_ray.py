@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from ostro.errors import ConfigError, DataError, OstroError, Problem
+from ostro.core.errors import ConfigError, DataError, OstroError, Problem
 
 logger = logging.getLogger("ostro.data")
 

@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 from fsspec.compression import compr
 
+from ostro.core.errors import DataError, did_you_mean
 from ostro.data.files import (
     BadRecord,
     Document,
@@ -35,7 +36,6 @@ from ostro.data.files import (
 )
 from ostro.data.identity import ContentHash
 from ostro.data.long_text import LONG, LongText
-from ostro.errors import DataError, did_you_mean
 
 _Record = str | LongText | BadRecord
 Records = Generator[_Record, None, str | None]

@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ostro.core.errors import DataError
 from ostro.data.mixture import BatchSchedule, Mixture
 from ostro.data.permutation import derive_key, mix, shuffled
 from ostro.data.store import TokenStore
-from ostro.errors import DataError
 
 IGNORE = -100
 """Target of a position at which there is nothing to predict."""

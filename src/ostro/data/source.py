@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ostro.config import Choice
+from ostro.core.errors import DataError, Problem
+from ostro.core.redaction import Location, local_path
 from ostro.data import files
 from ostro.data.files import BadRecord, Shard, Unreachable
 from ostro.data.identity import whole_hash
 from ostro.data.reading import Records, read_file, text_of
-from ostro.errors import DataError, Problem
-from ostro.secrets import Location, local_path
 
 SPLITS = ("train", "validation")
 _STDLIB = Path(sysconfig.get_path("stdlib"))

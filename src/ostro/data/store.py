@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ostro.core.errors import DataError
+from ostro.core.redaction import redacted
 from ostro.data import checksums
 from ostro.data.files import Unreachable, is_local, located, plain_path
 from ostro.data.garbage import no_collections
 from ostro.data.identity import write_whole
 from ostro.data.mapped import expect_random, map_file
-from ostro.errors import DataError
-from ostro.secrets import redacted
 from ostro.shapes import FILE_NAME, read_object
 
 Files = TypeVar("Files")

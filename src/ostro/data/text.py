@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ostro.core.errors import DataError, Problem, at_least
+from ostro.core.redaction import Location, redacted
 from ostro.data.cache import FILES, CacheRequest, Progress, open_cache
 from ostro.data.documents import Documents, TokenFiles
 from ostro.data.files import BadRecord, Shard, Unreachable
@@ -22,8 +24,6 @@ from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, write_json
 from ostro.data.token_files import open_token_files
 from ostro.data.tokenizer import SpecialTokens, Tokenizer, tokenizer_from_text
 from ostro.data.tokenizer_config import LEARNED, Gpt2Tokenizer, TokenizerConfig
-from ostro.errors import DataError, Problem, at_least
-from ostro.secrets import Location, redacted
 
 logger = logging.getLogger("ostro.data")
 

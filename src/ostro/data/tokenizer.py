@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 
+from ostro.core.errors import DataError
 from ostro.data.cuts import never_within
 from ostro.data.files import is_unicode
 from ostro.data.special_tokens import beginning, candidates, special_tokens, unspellable
-from ostro.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 SpecialTokens = Literal["text", "parse"]

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import tokenizers
 
 from ostro.config import Choice, encode
+from ostro.core.errors import DataError, Problem, at_least
+from ostro.core.redaction import Location, local_path
 from ostro.data.bpe import byte_level, learn_bpe
 from ostro.data.hf_files import FILES, end_of_document, read_described
 from ostro.data.meta import read_alphabet
@@ -25,8 +27,6 @@ from ostro.data.tokenizer import (
     Tokenizer,
     tokenizer_from_text,
 )
-from ostro.errors import DataError, Problem, at_least
-from ostro.secrets import Location, local_path
 
 LEARNED = "tokenizer"
 """Folder of a learned tokenizer within the cache directory."""

@@ -10,10 +10,10 @@ import torch
 
 from ostro.cluster import find_place
 from ostro.config import Loaded
+from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
+from ostro.core.redaction import Location, local_path
 from ostro.dialects.translation import Translation, ratio
-from ostro.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.hf import read_settings
-from ostro.secrets import Location, local_path
 
 DEFAULT_FILE = "train_config.yaml"
 GPT2_SIZES = {

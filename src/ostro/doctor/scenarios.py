@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from ostro.core.errors import ConfigError, Problem
 from ostro.data.source import UrlsSource
 from ostro.doctor.children import Orders, strike
 from ostro.doctor.faults import DAMAGES, SIGNALS, Fault, Strike
-from ostro.errors import ConfigError, Problem
 from ostro.lm_config import TrainLmConfig, replace_trainer
 from ostro.recover import RecoverConfig, StepRange
 from ostro.session import Session

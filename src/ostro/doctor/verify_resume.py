@@ -19,9 +19,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ostro.checkpoint import CheckpointInterval, Saved, find_latest, write
+from ostro.core.errors import ConfigError, OstroError, Problem
 from ostro.doctor import differences
 from ostro.doctor.children import Orders, quiet, sleep_on, strike, train
-from ostro.errors import ConfigError, OstroError, Problem
 from ostro.lm_config import TrainLmConfig
 from ostro.phases import place
 from ostro.session import Session

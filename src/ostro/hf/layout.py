@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 from ostro.models import Gpt2Config, LlamaConfig, LmConfig
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from ostro.config import check
-from ostro.errors import CheckpointError, ConfigError
+from ostro.core.errors import CheckpointError, ConfigError
 from ostro.models import Gpt2Config, LlamaConfig, LmConfig
 from ostro.nn import ACTIVATIONS
 from ostro.nn.rotary import RotaryConfig

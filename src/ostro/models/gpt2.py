@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ostro.axes import EMBED, HEADS, POSITION, VOCAB
-from ostro.errors import Problem
+from ostro.core.axes import EMBED, HEADS, POSITION, VOCAB
+from ostro.core.errors import Problem
 from ostro.models.lm_model import (
     Block,
     LmConfig,

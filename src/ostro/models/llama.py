@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ostro.axes import EMBED, HEADS, VOCAB
-from ostro.errors import Problem
+from ostro.core.axes import EMBED, HEADS, VOCAB
+from ostro.core.errors import Problem
 from ostro.models.lm_model import (
     Block,
     LmConfig,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ostro import native
-from ostro.axes import EMBED, MLP
 from ostro.config import Choice
-from ostro.errors import Problem, did_you_mean
+from ostro.core.axes import EMBED, MLP
+from ostro.core.errors import Problem, did_you_mean
 from ostro.nn import (
     ACTIVATIONS,
     KeyValueCache,

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ostro.axes import ParameterAxes
+from ostro.core.axes import ParameterAxes
 from ostro.nn.collectives import Group, leave, local
 from ostro.nn.init import Fill
 

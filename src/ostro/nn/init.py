@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ostro.axes import ParameterAxes
-from ostro.errors import ConfigError, Problem
+from ostro.core.axes import ParameterAxes
+from ostro.core.errors import ConfigError, Problem
 from ostro.nn.collectives import local
 
 _ADVICE = (
     "use Linear, Embedding, LayerNorm or RMSNorm of ostro.nn, or give the module that owns it"
-    ' parameter_axes = {{"{key}": ParameterAxes(outs, ins)}} (ostro.axes), by which it is'
+    ' parameter_axes = {{"{key}": ParameterAxes(outs, ins)}} (ostro.core.axes), by which it is'
     " sharded and decays or not, and parameter_fill ="
     ' {{"{key}": Fill(mean, deviation)}} (ostro.nn.init)'
 )

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ostro import native
-from ostro.axes import ParameterAxes
+from ostro.core.axes import ParameterAxes
 from ostro.nn.collectives import Group, enter, leave, local
 from ostro.nn.init import Fill
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ostro import native
-from ostro.axes import ParameterAxes
+from ostro.core.axes import ParameterAxes
 from ostro.nn.init import Fill
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ostro import native
 from ostro.config import Choice
-from ostro.errors import Problem
+from ostro.core.errors import Problem
 
 
 @dataclass(frozen=True)

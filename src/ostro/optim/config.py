@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ostro.axes import ParameterAxes
 from ostro.config import Choice
-from ostro.errors import ConfigError, Problem
+from ostro.core.axes import ParameterAxes
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.units import resolve_steps
 from ostro.optim.schedule import (
     CosineSchedule,
     LrScheduleConfig,
@@ -21,7 +22,6 @@ from ostro.optim.schedule import (
     make_schedule,
 )
 from ostro.optim.skip_step import SkipStepConfig
-from ostro.units import resolve_steps
 
 NamedParameters = Mapping[str, tuple[nn.Parameter, ParameterAxes]]
 """Full parameter name -> the parameter and what its dims mean."""

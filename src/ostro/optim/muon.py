@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ostro.axes import VOCAB, ParameterAxes
-from ostro.errors import Problem
+from ostro.core.axes import VOCAB, ParameterAxes
+from ostro.core.errors import Problem
 from ostro.optim.config import (
     AdamConfig,
     NamedParameters,

@@ -15,8 +15,8 @@ from itertools import accumulate, pairwise
 from typing import ClassVar, Literal
 
 from ostro.config import Choice
-from ostro.errors import Problem
-from ostro.units import resolve_steps
+from ostro.core.errors import Problem
+from ostro.core.units import resolve_steps
 
 
 class LrScheduleConfig(Choice, ABC):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ostro.errors import Problem
+from ostro.core.errors import Problem
 
 _MIN_DEVIATION = 1e-6
 

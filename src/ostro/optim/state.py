@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ostro.errors import ConfigError, Problem
+from ostro.core.errors import ConfigError, Problem
 from ostro.optim.config import NamedParameters, OptimizerConfig
 
 

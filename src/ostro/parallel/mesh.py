@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ostro.axes import MeshSizes
+from ostro.core.axes import MeshSizes
 from ostro.distributed import World
 from ostro.nn.collectives import Group
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ostro.axes import DATA, HEADS, MODEL, VOCAB, AxisMapping, MeshSizes
-from ostro.axes import ParameterAxes as Axes
-from ostro.errors import ConfigError, Problem
-from ostro.units import columns, format_bytes
+from ostro.core.axes import DATA, HEADS, MODEL, VOCAB, AxisMapping, MeshSizes
+from ostro.core.axes import ParameterAxes as Axes
+from ostro.core.errors import ConfigError, Problem
+from ostro.core.units import columns, format_bytes
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+from ostro.core.units import format_count, format_duration
 from ostro.tracker.tracker import RunInfo, Tracker, TrackerConfig
-from ostro.units import format_count, format_duration
 
 log = logging.getLogger("ostro")
 

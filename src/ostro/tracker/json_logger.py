@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ostro.errors import DataError
+from ostro.core.errors import DataError
 from ostro.tracker.tracker import RunInfo, Tracker, TrackerConfig
 
 METRICS = "metrics.jsonl"

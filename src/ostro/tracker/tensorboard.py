@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ostro.errors import Problem
-from ostro.secrets import Location
+from ostro.core.errors import Problem
+from ostro.core.redaction import Location
 from ostro.tracker.tracker import RunInfo, Tracker, TrackerConfig, run_folder
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ostro.config import Choice
-from ostro.secrets import with_secrets
-from ostro.units import in_run_folder
+from ostro.core.redaction import with_secrets
+from ostro.core.units import in_run_folder
 
 logger = logging.getLogger(__name__)
 

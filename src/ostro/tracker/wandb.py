@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ostro.errors import Problem, did_you_mean
-from ostro.secrets import local_path, redact
+from ostro.core.errors import Problem, did_you_mean
+from ostro.core.redaction import local_path, redact
 from ostro.tracker.tracker import RunInfo, Tracker, TrackerConfig
 
 logger = logging.getLogger(__name__)

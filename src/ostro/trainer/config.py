@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
-from ostro.axes import (
+from ostro.checkpoint import CheckpointerConfig
+from ostro.contract import Policy
+from ostro.core.axes import (
     BATCH,
     CONTEXT,
     DATA,
@@ -19,15 +21,13 @@ from ostro.axes import (
     MeshSizes,
     map_axes,
 )
-from ostro.checkpoint import CheckpointerConfig
-from ostro.contract import Policy
+from ostro.core.errors import ConfigError, Problem, did_you_mean, seed_problems
+from ostro.core.redaction import Location
+from ostro.core.units import Precision
 from ostro.data.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
-from ostro.errors import ConfigError, Problem, did_you_mean, seed_problems
 from ostro.recover import RecoverConfig, StepRange
-from ostro.secrets import Location
 from ostro.tracker import TrackerConfig, WandbConfig
-from ostro.units import Precision
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ostro.checkpoint import Saved, SavedFile
+from ostro.core.errors import CheckpointError, ConfigError, Problem
+from ostro.core.units import format_bytes
 from ostro.data.sequences import Batch
 from ostro.distributed import World
-from ostro.errors import CheckpointError, ConfigError, Problem
 from ostro.optim import OptimizerConfig, gradient_norm, set_learning_rate
 from ostro.phases import mark
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.engine import Engine
 from ostro.trainer.state import TrainState
-from ostro.units import format_bytes
 
 _log = logging.getLogger(__name__)
 

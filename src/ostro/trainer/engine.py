@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ostro.checkpoint import Saved, SavedFile
+from ostro.core.errors import CheckpointError
 from ostro.data.sequences import Batch
 from ostro.distributed import World
-from ostro.errors import CheckpointError
 from ostro.nn.loss import keep_memory
 from ostro.optim import apply_update, clip_scale, gradient_norm, set_learning_rate
 from ostro.parallel import Mesh

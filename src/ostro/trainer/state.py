@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ostro.checkpoint import Saved, SavedFile, State, Stored, copy_into, whole
-from ostro.errors import CheckpointError
+from ostro.core.errors import CheckpointError
 from ostro.models.lm_model import LmModel
 from ostro.nn.collectives import local
 from ostro.optim import (

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ostro.callbacks import Callback, StepInfo
+from ostro.core.errors import OstroError
 from ostro.data.sequences import Batch
-from ostro.errors import OstroError
 from ostro.models.lm_model import inference
 from ostro.optim import Schedule
 from ostro.phases import mark

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ostro.errors import (
+from ostro.core.errors import (
     CheckpointError,
     ConfigError,
     DataError,

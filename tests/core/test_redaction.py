@@ -10,14 +10,14 @@ import time
 import pytest
 from tiny_run import ostro, write_config
 
-from ostro import secrets
 from ostro.config import check, dump_yaml, load
+from ostro.core import redaction
+from ostro.core.errors import ConfigError, DataError
+from ostro.core.redaction import REDACTED, local_path, redact, redacted, with_secrets
 from ostro.data.store import CacheDir
-from ostro.errors import ConfigError, DataError
 from ostro.guard import guarded
 from ostro.lm_config import TrainLmConfig
 from ostro.run_log import logging_to
-from ostro.secrets import REDACTED, local_path, redact, redacted, with_secrets
 
 SECRET = "pl4nted/s3cret+value"
 
@@ -113,8 +113,8 @@ def test_the_host_of_a_url_is_shown_whatever_is_in_its_password():
 @pytest.fixture
 def forgetful(monkeypatch):
     """What is filled in meanwhile is forgotten."""
-    monkeypatch.setattr(secrets, "_remembered", {})
-    monkeypatch.setattr(secrets, "_locations", {})
+    monkeypatch.setattr(redaction, "_remembered", {})
+    monkeypatch.setattr(redaction, "_locations", {})
     return monkeypatch
 
 

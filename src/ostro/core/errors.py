@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from ostro.secrets import redact
+from ostro.core.redaction import redact
 
 
 class OstroError(Exception):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostro.units import (
+from ostro.core.units import (
     ByteSize,
     Precision,
     expand_braces,

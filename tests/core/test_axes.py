@@ -1,6 +1,6 @@
 """Axis names of parameters: their order, and which of them are matrices."""
 
-from ostro.axes import EMBED, HEADS, MLP, VOCAB, ParameterAxes
+from ostro.core.axes import EMBED, HEADS, MLP, VOCAB, ParameterAxes
 
 
 def test_a_weight_lists_its_outputs_first():
