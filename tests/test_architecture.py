@@ -35,8 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "pickles": "io",
-    "shapes": "io",
     "cluster": "distributed",
     "meeting": "distributed",
     "launch": "distributed",

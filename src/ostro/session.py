@@ -18,7 +18,6 @@ import torch
 from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Checkpointer, Decision, Due, State, checkpoint_bytes, require_budget
 from ostro.checkpoint.stager import Stager
-from ostro.checkpoint.storage import PARTIAL
 from ostro.config import dump_yaml
 from ostro.core.errors import CheckpointError
 from ostro.data.loader import Loader
@@ -29,6 +28,7 @@ from ostro.distributed import World
 from ostro.evaluate import evaluate
 from ostro.heartbeat import Heartbeat, beating
 from ostro.hf import read_weights
+from ostro.io.filesystem import PARTIAL
 from ostro.lm_config import TrainLmConfig, vocab_size
 from ostro.meeting import Meeting
 from ostro.phases import mark, place

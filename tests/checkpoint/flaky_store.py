@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
+import pytest
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 KINDS = (
     "500",
@@ -119,3 +122,20 @@ def flaky_server(faults: Faults) -> Iterator[str]:
         proxy.shutdown()
         proxy.server_close()
         server.stop()
+
+
+@contextlib.contextmanager
+def bucket(address: str, name: str) -> Iterator[None]:
+    """Let `s3://name` stand for a bucket of the server at that address.
+
+    It is not empty where a server of this process had it before: moto keeps them in one place.
+    """
+    S3FileSystem.clear_instance_cache()  # those of other tests speak to servers that are gone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(key, "anything")
+        fsspec.url_to_fs(f"s3://{name}")[0].makedirs(name, exist_ok=True)
+        yield
+    S3FileSystem.clear_instance_cache()

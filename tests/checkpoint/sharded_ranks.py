@@ -26,13 +26,13 @@ from ostro.checkpoint import (
     State,
     find_latest,
     load,
-    storage,
     store,
     whole,
     write,
 )
 from ostro.core.errors import CheckpointError
 from ostro.distributed import World
+from ostro.io import filesystem
 from ostro.phases import listening
 from ostro.trainer import TrainState
 
@@ -209,8 +209,8 @@ def what_fails_on_one_rank_fails_on_all(ranks: Ranks, folder: str) -> None:
     faults = [
         (2, store, "_write_file", full_disk, "rank 2: the disk is full"),
         (0, store, "_write_file", full_disk, "rank 0: the disk is full"),
-        (1, storage, "is_folder", lambda url: False, "rank 1: cannot be .* share one disk"),
-        (0, storage, "move", lambda *_: 1 / 0, "rank 0: cannot be written: division by zero"),
+        (1, filesystem, "is_folder", lambda url: False, "rank 1: cannot be .* share one disk"),
+        (0, filesystem, "move", lambda *_: 1 / 0, "rank 0: cannot be written: division by zero"),
     ]  # fmt: skip
     for rank, module, name, fault, message in faults:
         for step in (4, 7):
@@ -219,7 +219,7 @@ def what_fails_on_one_rank_fails_on_all(ranks: Ranks, folder: str) -> None:
                 setattr(module, name, fault)
             fails(message, save, State(state.tensors(), {"step": 99}), step=step)
             setattr(module, name, real)
-            assert storage.names(folder) == ["step-4"], storage.names(folder)
+            assert filesystem.names(folder) == ["step-4"], filesystem.names(folder)
             assert load(f"{folder}/step-4").values["step"] == 1
             dist.barrier()
     say("failed")
@@ -276,9 +276,9 @@ def training_goes_on_while_it_is_saved(ranks: Ranks, folder: str, mapping: str, 
         assert not differences(whole_again, {g: saved.tensors(g) for g in whole_again})
         assert again.step == 2
     if form == "folder":  # what was superseded is gone
-        assert storage.names(checkpointer.folder) == ["step-6"]
+        assert filesystem.names(checkpointer.folder) == ["step-6"]
     else:
-        assert storage.names(checkpointer.folder) == ["latest_checkpoint.pt", "step_6.pt"]
+        assert filesystem.names(checkpointer.folder) == ["latest_checkpoint.pt", "step_6.pt"]
     say(f"went on {mapping} {form}")
 
 

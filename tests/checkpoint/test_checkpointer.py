@@ -20,13 +20,13 @@ from ostro.checkpoint import (
     find_latest,
     load,
     scan,
-    storage,
     store,
     total_bytes,
 )
 from ostro.checkpoint.metadata import sealed
 from ostro.core.errors import CheckpointError
 from ostro.core.units import ByteSize
+from ostro.io import filesystem
 
 
 class Run:
@@ -283,7 +283,7 @@ def test_a_store_killed_while_it_moved_a_checkpoint_aside(folder):
     fs.rm_file(f"{path}/step-2/metadata.json")
     assert find_latest(run.folder).metadata.step == 2
     Run(folder).step(6, force=True)
-    assert storage.names(run.folder) == ["step-2", "step-6"]
+    assert filesystem.names(run.folder) == ["step-2", "step-6"]
     assert load(f"{run.folder}/step-2").values["step"] == 2
 
 
@@ -291,10 +291,10 @@ def test_what_was_uploaded_of_one_that_never_became_complete_goes():
     run = Run("memory://begun")
     fs, path = fsspec.url_to_fs(run.folder)
     fs.pipe_file(f"{path}/step-9/model.safetensors", b"half")
-    fs.pipe_file(f"{path}/step-9/{storage.BEGUN}", b"{}")
+    fs.pipe_file(f"{path}/step-9/{filesystem.BEGUN}", b"{}")
     fs.pipe_file(f"{path}/notes/mine.txt", b"not a checkpoint")
     run.step(10, force=True)
-    assert storage.names(run.folder) == ["notes", "step-10"]
+    assert filesystem.names(run.folder) == ["notes", "step-10"]
 
 
 def test_a_temporary_one_of_the_same_step_as_before_the_restart_stays(folder):

@@ -10,11 +10,12 @@ import pytest
 from checkpoint_states import small_state
 from fsspec.implementations.local import LocalFileSystem
 
-from ostro.checkpoint import discovery, entries, find_latest, scan, storage, which_checkpoint, write
+from ostro.checkpoint import discovery, entries, find_latest, scan, which_checkpoint, write
 from ostro.checkpoint.discovery import Search
 from ostro.checkpoint.single_file import FORMATS, point_to, write_file
 from ostro.checkpoint.stamp import Stamp
 from ostro.core.errors import CheckpointError
+from ostro.io import filesystem
 
 
 def save(folder, step, timestamp=None, **fields):
@@ -339,7 +340,7 @@ def test_no_weights_are_offered_that_are_not_intact(tmp_path, name):
 def test_weights_without_the_rest_are_found_where_they_do(folder):
     save(folder, 10, timestamp=1000)
     path = save(folder, 20, timestamp=2000)
-    fs, root = storage.locate(path)
+    fs, root = filesystem.locate(path)
     fs.rm_file(f"{root}/optimizer.safetensors")
     assert found(folder) == 10
     newest = find_latest(folder, weights=True)
@@ -371,8 +372,8 @@ def test_a_start_reads_markers_and_opens_one_checkpoint(tmp_path, monkeypatch):
     for step in range(1, 40):
         save(str(tmp_path), step, timestamp=1000 + step)
     read, opened = [], []
-    real_read, real_load = storage._read, discovery.load
-    monkeypatch.setattr(storage, "_read", lambda path: read.append(path) or real_read(path))
+    real_read, real_load = filesystem._read, discovery.load
+    monkeypatch.setattr(filesystem, "_read", lambda path: read.append(path) or real_read(path))
     monkeypatch.setattr(
         discovery, "load", lambda path, **how: opened.append(path) or real_load(path, **how)
     )

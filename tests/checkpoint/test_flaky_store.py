@@ -9,16 +9,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 from checkpoint_states import small_state
-from flaky_store import KINDS, Faults, flaky_server
+from flaky_store import KINDS, Faults, bucket, flaky_server
 
-from ostro.checkpoint import find_latest, load, patience, storage, store, write
+from ostro.checkpoint import find_latest, load, store, write
 from ostro.checkpoint.folders import FolderStore, tidy_up
-from ostro.checkpoint.patience import UnreachableError
 from ostro.core.errors import CheckpointError
+from ostro.io import filesystem, retry
+from ostro.io.retry import UnreachableError
 
 pytestmark = pytest.mark.dist
 
@@ -32,13 +32,12 @@ def faults():
 
 @pytest.fixture(scope="module")
 def server(faults):
-    with flaky_server(faults) as address, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", address)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "anything")
-        patch.setattr(patience, "FIRST_PAUSE", 0.05)
-        fsspec.url_to_fs("s3://bucket")[0].mkdir("bucket")
+    with (
+        flaky_server(faults) as address,
+        bucket(address, "bucket"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(retry, "FIRST_PAUSE", 0.05)
         yield address
 
 
@@ -57,7 +56,7 @@ def save(folder, number, step=None, **fields):
 
 def names(folder):
     """What is left of a run's folder, files in it by name."""
-    fs, path = storage.locate(folder)
+    fs, path = filesystem.locate(folder)
     fs.invalidate_cache()
     return sorted({name.removeprefix(f"{path}/").split("/")[0] for name in fs.find(path)})
 
@@ -74,7 +73,7 @@ def test_a_step_that_is_there_is_written_again(run):
         save(run, number, step=5)
         assert_is(load(f"{run}/step-5"), number)
         assert names(run) == ["step-5"]
-    assert storage.BEGUN not in storage.names(f"{run}/step-5")
+    assert filesystem.BEGUN not in filesystem.names(f"{run}/step-5")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,7 +101,7 @@ def test_a_server_that_stays_away_is_an_error_and_older_checkpoints_stay(
     run, faults, monkeypatch, kind
 ):
     save(run, 1)
-    monkeypatch.setattr(patience, "PATIENCE", 0.5)
+    monkeypatch.setattr(retry, "PATIENCE", 0.5)
     faults.choose = lambda method, path: kind if method == "PUT" or kind != "cut upload" else None
     with pytest.raises(CheckpointError, match="does not answer"):
         save(run, 2)
@@ -117,7 +116,7 @@ def test_a_server_that_stays_away_is_an_error_and_older_checkpoints_stay(
 def test_a_save_that_ends_anywhere_leaves_one_of_both(run, faults, monkeypatch, stop):
     """The server goes away for good at the n-th request of replacing a checkpoint."""
     save(run, 1, step=5, timestamp=1000.0)
-    monkeypatch.setattr(patience, "PATIENCE", 0.1)
+    monkeypatch.setattr(retry, "PATIENCE", 0.1)
     count = itertools.count(1)
     faults.choose = lambda method, path: "reset before" if next(count) > 3 * stop else None
     failed = False
@@ -136,7 +135,7 @@ def test_a_save_that_ends_anywhere_leaves_one_of_both(run, faults, monkeypatch, 
 
 
 def test_parts_of_dead_uploads_are_given_up(run):
-    fs, path = storage.locate(run)
+    fs, path = filesystem.locate(run)
     key = path.partition("/")[2]
     for name in (f"{key}/step-5/model.safetensors", f"{key}/else/file", "other/step-5/model"):
         fs.call_s3("create_multipart_upload", Bucket="bucket", Key=name)
@@ -148,12 +147,12 @@ def test_parts_of_dead_uploads_are_given_up(run):
 
 def test_what_was_begun_goes_and_a_copy_cut_short_stays(run):
     save(run, 1)
-    for step, name in ((2, storage.BEGUN), (3, "model.safetensors")):
+    for step, name in ((2, filesystem.BEGUN), (3, "model.safetensors")):
         store._write_file(f"{run}/step-{step}/{name}", b"x")
     assert find_latest(run).step == 1
     tidy_up(run)
     assert names(run) == ["step-1", "step-3"]
-    storage.remove(f"{run}/step-1")
+    filesystem.remove(f"{run}/step-1")
     with pytest.raises(CheckpointError, match=r"step-3/metadata\.json - is missing"):
         find_latest(run)
 
@@ -166,7 +165,7 @@ def test_large_files_go_in_parts(run, faults):
     write(run, replace(state, tensors={**state.tensors, "model": big}), step=1, is_temporary=False)
     faults.choose = lambda method, path: None
     assert torch.equal(load(f"{run}/step-1").tensors("model")["weight"], big["weight"])
-    assert not storage.locate(run)[0].list_multipart_uploads("bucket")
+    assert not filesystem.locate(run)[0].list_multipart_uploads("bucket")
 
 
 RESTORE = """

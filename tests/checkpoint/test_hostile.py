@@ -18,9 +18,10 @@ from checkpoint_states import small_state
 
 from ostro.checkpoint import load, read_settings, write
 from ostro.checkpoint.metadata import sealed
-from ostro.checkpoint.single_file import load_file, read_file
+from ostro.checkpoint.single_file import load_file
 from ostro.checkpoint.tiling import tiles
 from ostro.core.errors import CheckpointError
+from ostro.io.torch_files import read_file
 
 CONTENT = {
     "format": "ostro",

@@ -12,11 +12,12 @@ import os, shutil, signal, sys
 
 from checkpoint_states import on_step, small_state
 
-from ostro.checkpoint import CheckpointerConfig, find_latest, storage, store
+from ostro.checkpoint import CheckpointerConfig, find_latest, store
+from ostro.io import filesystem
 
 root = sys.argv[1]
-OPERATIONS = [(store, "_write_file"), (storage, "flush_folder"), (storage, "move"),
-              (storage, "remove"), (shutil, "rmtree"), (os, "rename"), (os, "fsync")]
+OPERATIONS = [(store, "_write_file"), (filesystem, "flush_folder"), (filesystem, "move"),
+              (filesystem, "remove"), (shutil, "rmtree"), (os, "rename"), (os, "fsync")]
 
 
 def attempt(step, value, die_before):

@@ -4,10 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 
-import fsspec
 import pytest
 import torch
+from flaky_store import Faults, bucket, flaky_server
 from safetensors.torch import load_file
 from tiny_run import read_metrics, write_config
 
@@ -22,23 +23,9 @@ MAPPINGS = ["plain", "replicated", "fsdp1", "fsdp2", "fsdp4", "hsdp", "tensor", 
 
 @pytest.fixture(scope="module")
 def s3():
-    """An S3 server on this machine, with an empty bucket."""
-    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
-    from s3fs import S3FileSystem
-
-    S3FileSystem.clear_instance_cache()  # those of other tests speak to servers that are gone
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "anything")
-        fsspec.url_to_fs("s3://sharded")[0].mkdir("sharded")
-        yield "s3://sharded/runs"
-    S3FileSystem.clear_instance_cache()
-    server.stop()
+    """An empty folder of an S3 server on this machine."""
+    with flaky_server(Faults()) as address, bucket(address, "sharded"):
+        yield f"s3://sharded/runs-{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="module")

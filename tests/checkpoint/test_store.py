@@ -93,7 +93,7 @@ def test_a_folder_stops_being_a_checkpoint_before_its_files_go(tmp_path, monkeyp
     path = save(str(tmp_path))
     seen = []
     monkeypatch.setattr(shutil, "rmtree", lambda path: seen.append(os.path.basename(path)))
-    store.storage.remove(path)
+    store.filesystem.remove(path)
     assert seen[0].startswith(".tmp-")
     assert not os.path.exists(path)
 
@@ -121,7 +121,7 @@ def test_a_step_saved_again_is_replaced(folder):
     saved = load(f"{folder}/step-7")
     assert saved.values["step"] == 8
     assert not saved.metadata.is_temporary
-    assert store.storage.names(folder) == ["step-7"]
+    assert store.filesystem.names(folder) == ["step-7"]
 
 
 def test_loaded_tensors_outlive_the_checkpoint_and_leave_its_files_alone(tmp_path):
@@ -355,7 +355,7 @@ def test_failed_replacement_on_a_store_puts_the_old_one_back(monkeypatch):
     monkeypatch.setattr(store, "_write_file", failing)
     with pytest.raises(CheckpointError, match="out of luck"):
         write(folder, small_state(9), step=7, is_temporary=False)
-    assert store.storage.names(folder) == ["step-7"]
+    assert store.filesystem.names(folder) == ["step-7"]
     assert load(path).values["step"] == 7
 
 
@@ -372,7 +372,7 @@ def test_interrupted_before_anything_was_written_on_a_store(monkeypatch):
     def interrupted(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.storage, "move", interrupted)
+    monkeypatch.setattr(store.filesystem, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write("memory://interrupted", small_state(9), step=7, is_temporary=False)
     assert load(path).values["step"] == 7

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_run import write_config
 
-from ostro.checkpoint import State, entries, find_latest, load, storage, write
+from ostro.checkpoint import State, entries, find_latest, load, write
 from ostro.checkpoint.folders import FileStore
 from ostro.checkpoint.single_file import FORMATS, write_file
 from ostro.cli.main import run_command
+from ostro.io import filesystem
 
 _counter = itertools.count()
 
@@ -174,7 +175,7 @@ def test_only_checkpoints_of_one_model_have_an_average(folder, tmp_path, capsys)
     write(str(tmp_path / "b"), state(1, new=torch.ones(1)), step=1, is_temporary=False)
     words = ["average", f"{folder}/me/step-1", str(tmp_path / "b"), "--output", str(tmp_path / "c")]
     assert "new is [1] here, absent in" in ostro(capsys, *words, code=2)
-    assert not storage.is_folder(str(tmp_path / "c"))
+    assert not filesystem.is_folder(str(tmp_path / "c"))
 
 
 def test_files_are_checkpoints_too(tmp_path, capsys):

@@ -30,7 +30,6 @@ import torch
 from ostro.checkpoint import discovery, single_file, store
 from ostro.checkpoint.metadata import SHARDS, FileRecord, Metadata
 from ostro.checkpoint.saved import load as load_folder
-from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
 from ostro.cli.aliases import NATIVE
 from ostro.config import check, dump_yaml, load, loading
 from ostro.core.errors import OstroError
@@ -41,6 +40,8 @@ from ostro.data.store import CacheDir
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_text
 from ostro.dialects import nanogpt_file
+from ostro.io.safetensors import read_tensors, tensor_pieces
+from ostro.io.torch_files import read_file
 from ostro.lm_config import TrainLmConfig
 
 SECONDS = 10
@@ -482,7 +483,7 @@ def pt_target(folder: Path) -> Target:
         else:
             _repack(ours if mode == 1 else theirs, content, path)
         saved = single_file.load_file(path)
-        content = single_file.read_file(path, check=False)
+        content = read_file(path, check=False)
         if nanogpt_file.NanoGptFormat().fits(content):
             nanogpt_file.own_settings(content, path.name)
         assert isinstance(saved.step, int) and str(saved) == str(path) and saved.texts is not None

@@ -26,5 +26,5 @@ from ostro.checkpoint.pieces import Stored, copy_into, whole
 from ostro.checkpoint.policy import CheckpointInterval, Policy
 from ostro.checkpoint.retention import Entry, to_prune, total_bytes
 from ostro.checkpoint.saved import Saved, load
-from ostro.checkpoint.single_file import SavedFile, read_file, register_format, write_file
+from ostro.checkpoint.single_file import SavedFile, register_format, write_file
 from ostro.checkpoint.store import State, checkpoint_bytes, write

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import Metadata, parse_metadata
-from ostro.checkpoint.patience import UnreachableError
 from ostro.checkpoint.retention import Entry, to_delete, total_bytes
 from ostro.checkpoint.saved import WEIGHTS, Saved, load, read_metadata
 from ostro.checkpoint.single_file import (
@@ -34,6 +32,8 @@ from ostro.core.errors import CheckpointError
 from ostro.core.redaction import local_path
 from ostro.core.units import format_bytes
 from ostro.distributed import World
+from ostro.io import filesystem
+from ostro.io.retry import UnreachableError
 
 _log = logging.getLogger(__name__)
 ALONE = World(torch.device("cpu"))
@@ -59,9 +59,9 @@ class Found:
 
 def look(path: str) -> Found:
     """Read what says which step and of when, of every checkpoint at or below a folder."""
-    tree, found = storage.look(path, WANTED), Found()
+    tree, found = filesystem.look(path, WANTED), Found()
     for folder, marker in tree.markers:
-        where = f"{folder}/{storage.MARKER}"
+        where = f"{folder}/{filesystem.MARKER}"
         try:
             if isinstance(marker, Exception):
                 raise CheckpointError(f"{where} - cannot be read: {marker}")
@@ -69,7 +69,7 @@ def look(path: str) -> Found:
         except CheckpointError as error:
             found.faults.append(str(error))
     for folder in tree.unmarked:
-        found.faults.append(f"{folder}/{storage.MARKER} - is missing from the checkpoint")
+        found.faults.append(f"{folder}/{filesystem.MARKER} - is missing from the checkpoint")
     stamps: dict[str, Stamp] = {}
     for file in tree.files:
         try:
@@ -136,12 +136,18 @@ def entries(path: str) -> list[Entry]:
     found = look(path)
     all_of_them = [
         Entry(
-            folder, m.step, storage.size(folder), m.timestamp, m.is_temporary, m.is_best, m.run_id
+            folder,
+            m.step,
+            filesystem.size(folder),
+            m.timestamp,
+            m.is_temporary,
+            m.is_best,
+            m.run_id,
         )
         for folder, m in _complete(found)
     ]
     all_of_them += [
-        Entry(file, s.step, storage.size(file), s.timestamp, s.is_temporary, s.is_best, s.run_id)
+        Entry(file, s.step, filesystem.size(file), s.timestamp, s.is_temporary, s.is_best, s.run_id)
         for file, s in found.files
     ]
     return sorted(all_of_them, key=lambda entry: (entry.timestamp, entry.step), reverse=True)
@@ -171,12 +177,12 @@ def verified(path: str) -> Iterator[Verdict]:
     if _is_file(path):
         yield _verdict(path)
         return
-    tree = storage.look(path, WANTED)
+    tree = filesystem.look(path, WANTED)
     folders = {folder for folder, _ in tree.markers} | set(tree.unmarked)
     for parent in {path, *(folder.rpartition("/")[0] or "." for folder in folders - {path})}:
-        names = storage.names(parent)
-        folders |= {f"{parent}/{name}" for name in names if storage.STEP.fullmatch(name)}
-    if not folders and storage.STEP.fullmatch(path.rpartition("/")[2]):
+        names = filesystem.names(parent)
+        folders |= {f"{parent}/{name}" for name in names if filesystem.STEP.fullmatch(name)}
+    if not folders and filesystem.STEP.fullmatch(path.rpartition("/")[2]):
         folders.add(path)
     files = [file for file in tree.files if not file.endswith(f"/{LATEST}")]
     for place in sorted(folders, key=lambda name: (name.rpartition("/")[0], len(name), name)):
@@ -203,7 +209,7 @@ def delete(entry: Entry, why: str) -> None:
         if entry.path.endswith(".pt"):
             os.unlink(entry.path)
         else:
-            storage.remove(entry.path)
+            filesystem.remove(entry.path)
     except OSError as error:
         raise CheckpointError(f"{entry.path} - cannot be deleted: {error}") from error
     size = format_bytes(entry.bytes)
@@ -316,18 +322,18 @@ def _open(path: str, world: World = ALONE, *, weights: bool) -> Saved | SavedFil
 
 
 def _is_file(path: str) -> bool:
-    return storage.is_local(path) and Path(path).expanduser().is_file()
+    return filesystem.is_local(path) and Path(path).expanduser().is_file()
 
 
 def _candidates(path: str) -> tuple[list[str], list[str]]:
     """Folders and files that are checkpoints, newest first, and what is wrong with others."""
     if _is_file(path):
         return [pointed_folder(Path(path).expanduser()) or path], []
-    if storage.is_folder(path):
+    if filesystem.is_folder(path):
         found = look(path)
         return found.newest_first, found.faults
     parent, _, name = path.rpartition("/")
     parent = parent if parent or path.startswith("/") else "."
-    found = look(parent) if storage.is_folder(parent or "/") else Found()
+    found = look(parent) if filesystem.is_folder(parent or "/") else Found()
     named = [(folder, m) for folder, m in found.folders if m.run_name == name]
     return Found(named).newest_first, []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.distributed import ProcessGroup
 
-from ostro.checkpoint import single_file, storage
+from ostro.checkpoint import single_file
 from ostro.checkpoint.discovery import entries, look
 from ostro.checkpoint.policy import Kind
 from ostro.checkpoint.saved import read_metadata
@@ -18,6 +18,7 @@ from ostro.checkpoint.sharded import full_tensors, on_first
 from ostro.checkpoint.stamp import Stamp
 from ostro.checkpoint.store import State, step_folder, write
 from ostro.core.errors import CheckpointError
+from ostro.io import filesystem
 
 _log = logging.getLogger(__name__)
 MakeRoom = Callable[[int, int], None]
@@ -80,14 +81,14 @@ class FolderStore:
 
     def _drop(self, path: str, new_best: bool) -> bool:
         """Delete a superseded temporary checkpoint if it still is one. False: it stays."""
-        if not storage.is_folder(path):  # `make_room` was faster
+        if not filesystem.is_folder(path):  # `make_room` was faster
             return True
         try:
             metadata = read_metadata(path)
             if metadata.is_best and not new_best:
                 return False
             if metadata.is_temporary:
-                storage.remove(path)
+                filesystem.remove(path)
         except (CheckpointError, OSError) as error:
             _log.warning("could not delete the superseded checkpoint %s: %s", path, error)
         return True
@@ -108,19 +109,19 @@ def tidy_up(folder: str) -> None:
     What is not called as ours are stays, and what cannot be deleted keeps nothing else.
     """
     try:
-        names = storage.names(folder)
+        names = filesystem.names(folder)
     except (CheckpointError, OSError) as error:
         _log.warning("could not tidy up %s: %s", folder, error)
         return
     with contextlib.suppress(CheckpointError, OSError):
-        storage.abort_uploads(folder, lambda name: bool(_STEP_OR_REMAINS.fullmatch(name)))
+        filesystem.abort_uploads(folder, lambda name: bool(_STEP_OR_REMAINS.fullmatch(name)))
     for name in names:
         path = f"{folder}/{name}"
         try:
             if _REMAINS.fullmatch(name):
                 _tidy(folder, name)
             elif _is_begun(path):
-                storage.remove(path)
+                filesystem.remove(path)
         except (CheckpointError, OSError) as error:
             _log.warning("could not tidy up %s: %s", path, error)
 
@@ -130,20 +131,20 @@ _REMAINS = re.compile(
     r"|(step_\d+|ckpt|ckpt_interrupted|latest_checkpoint)\.pt)(-\d+)*"
 )
 """What a save calls the folders and files that it writes, replaces, and deletes."""
-_STEP_OR_REMAINS = re.compile(f"{storage.STEP.pattern}|{_REMAINS.pattern}")
+_STEP_OR_REMAINS = re.compile(f"{filesystem.STEP.pattern}|{_REMAINS.pattern}")
 
 
 def _tidy(folder: str, name: str) -> None:
     path = f"{folder}/{name}"
-    original = f"{folder}/{name[len(storage.ASIDE) :].rpartition('-')[0]}"
-    if name.startswith(storage.ASIDE) and _is_complete(path) and not _is_complete(original):
-        if storage.is_folder(original) and storage.is_local(original):
-            storage.remove(original)
-        storage.move(path, original)
-    elif name.startswith(storage.NEW) and _is_complete(path) and _is_newer(path, original):
-        storage.move(path, original)
+    original = f"{folder}/{name[len(filesystem.ASIDE) :].rpartition('-')[0]}"
+    if name.startswith(filesystem.ASIDE) and _is_complete(path) and not _is_complete(original):
+        if filesystem.is_folder(original) and filesystem.is_local(original):
+            filesystem.remove(original)
+        filesystem.move(path, original)
+    elif name.startswith(filesystem.NEW) and _is_complete(path) and _is_newer(path, original):
+        filesystem.move(path, original)
     else:
-        storage.remove(path)
+        filesystem.remove(path)
 
 
 def _is_newer(path: str, original: str) -> bool:
@@ -154,10 +155,10 @@ def _is_newer(path: str, original: str) -> bool:
 
 def _is_begun(path: str) -> bool:
     """Whether this is a step on an object store whose upload never came to its marker."""
-    if storage.is_local(path) or not storage.STEP.fullmatch(path.rpartition("/")[2]):
+    if filesystem.is_local(path) or not filesystem.STEP.fullmatch(path.rpartition("/")[2]):
         return False
-    names = storage.names(path)
-    return storage.BEGUN in names and storage.MARKER not in names
+    names = filesystem.names(path)
+    return filesystem.BEGUN in names and filesystem.MARKER not in names
 
 
 def _is_complete(path: str) -> bool:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ostro.checkpoint import storage
 from ostro.core.errors import CheckpointError
 from ostro.distributed import World
+from ostro.io import filesystem
 
 _PATIENCE = 5.0  # seconds
 
@@ -22,8 +22,8 @@ def alone_in(folder: str, world: World) -> Iterator[None]:
     folders, are not held.
     """
     descriptor = fault = None
-    if world.is_first and storage.is_local(folder):
-        path = storage.locate(folder)[1]
+    if world.is_first and filesystem.is_local(folder):
+        path = filesystem.locate(folder)[1]
         try:
             os.makedirs(path, exist_ok=True)
             descriptor = os.open(path, os.O_RDONLY)

@@ -12,7 +12,7 @@ import yaml
 
 from ostro.config.files import MAX_BYTES
 from ostro.core.errors import CheckpointError
-from ostro.shapes import FILE_NAME, has_shape, read_object
+from ostro.io.json_schema import FILE_NAME, has_shape, read_object
 
 FORMAT = 3
 VALUES = "values.json"

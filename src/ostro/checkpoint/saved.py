@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ostro.checkpoint import storage
-from ostro.checkpoint.downloads import Downloads
 from ostro.checkpoint.metadata import SHARDS, VALUES, Metadata, parse_metadata
 from ostro.checkpoint.pieces import Piece, Stored, whole
 from ostro.checkpoint.sharded import SUFFIX, Index
-from ostro.checkpoint.tensorfile import read_tensors
 from ostro.checkpoint.tiling import tiles
 from ostro.core.errors import CheckpointError
-from ostro.shapes import has_shape, read_object
+from ostro.io import filesystem
+from ostro.io.downloads import Downloads
+from ostro.io.json_schema import has_shape, read_object
+from ostro.io.safetensors import read_tensors
 
 WEIGHTS = "model"
 """The group of tensors that generation and evaluation need."""
@@ -151,11 +151,11 @@ class Saved:
         if name in self._verified:
             return self._verified[name]
         url = f"{self.path}/{name}"
-        is_local = storage.is_local(url)
+        is_local = filesystem.is_local(url)
         try:
             # What went wrong on the way is not wrong over there.
             for _ in range(1 if is_local else _FETCHES):
-                path = storage.locate(url)[1] if is_local else self._fetched(name, url)
+                path = filesystem.locate(url)[1] if is_local else self._fetched(name, url)
                 with open(path, "rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if digest == self.metadata.files[name].sha256:
@@ -166,11 +166,11 @@ class Saved:
         raise CheckpointError(f"{url} - is damaged: its content differs from its checksum")
 
     def _fetched(self, name: str, url: str) -> str:
-        fs, remote = storage.locate(url)
+        fs, remote = filesystem.locate(url)
         if self._downloads is None:
             self._downloads = Downloads()
         path = f"{self._downloads.folder}/{name}"
-        storage.call(url, lambda: fs.get_file(remote, path))
+        filesystem.call(url, lambda: fs.get_file(remote, path))
         return path
 
 
@@ -188,15 +188,17 @@ def read_metadata(path: str) -> Metadata:
 
 
 def _read_marker(path: str) -> Metadata:
-    fs, root = storage.locate(path)
-    marker = f"{path}/{storage.MARKER}"
+    fs, root = filesystem.locate(path)
+    marker = f"{path}/{filesystem.MARKER}"
     try:
-        if storage.is_local(path):
-            _require_plain(os.lstat(f"{root}/{storage.MARKER}").st_mode, marker)
-        data = storage.call(path, lambda: fs.cat_file(f"{root}/{storage.MARKER}"))
+        if filesystem.is_local(path):
+            _require_plain(os.lstat(f"{root}/{filesystem.MARKER}").st_mode, marker)
+        data = filesystem.call(path, lambda: fs.cat_file(f"{root}/{filesystem.MARKER}"))
     except (FileNotFoundError, NotADirectoryError):
-        there = storage.is_folder(path)
-        what = f"has no {storage.MARKER}: it is not a complete checkpoint" if there else "not found"
+        there = filesystem.is_folder(path)
+        what = (
+            f"has no {filesystem.MARKER}: it is not a complete checkpoint" if there else "not found"
+        )
         raise CheckpointError(f"{path} - {what}") from None
     except OSError as error:
         raise CheckpointError(f"{marker} - cannot be read: {error}") from error
@@ -205,10 +207,10 @@ def _read_marker(path: str) -> Metadata:
 
 def _faults(path: str, metadata: Metadata) -> dict[str, str]:
     """The files that are missing or of another size than recorded, and what to say of each."""
-    fs, root = storage.locate(path)
+    fs, root = filesystem.locate(path)
     fs.invalidate_cache()  # another rank or machine may have written there
     try:
-        listed = storage.call(path, lambda: fs.ls(root, detail=True))
+        listed = filesystem.call(path, lambda: fs.ls(root, detail=True))
     except OSError as error:  # it may just have been deleted
         raise CheckpointError(f"{path} - cannot be read: {error}") from error
     sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed}
@@ -228,7 +230,7 @@ def _faults(path: str, metadata: Metadata) -> dict[str, str]:
 def _not_plain(path: str, shown: str) -> str:
     """What is wrong with a local file that is a link or no file at all, empty for others."""
     try:
-        if storage.is_local(shown):
+        if filesystem.is_local(shown):
             _require_plain(os.lstat(path).st_mode, shown)
     except (CheckpointError, OSError) as error:
         return str(error)

@@ -13,10 +13,8 @@ import contextlib
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ostro.checkpoint import storage
-from ostro.checkpoint.archive import check_archive
 from ostro.checkpoint.metadata import YEAR_9999
 from ostro.checkpoint.pieces import Stored, whole
 from ostro.checkpoint.stamp import Stamp
 from ostro.checkpoint.store import State
 from ostro.core.errors import CheckpointError
+from ostro.io import filesystem
+from ostro.io.json_schema import FILE_NAME, read_object
+from ostro.io.torch_files import read_file
 from ostro.phases import mark
-from ostro.shapes import FILE_NAME, read_object
 
 LATEST = "latest_checkpoint.pt"
 NANOGPT = "ckpt.pt"
@@ -77,7 +75,7 @@ def register_format(name: str, file_format: Any) -> None:
 def point_to(path: Path) -> None:
     """Make `latest_checkpoint.pt` beside a checkpoint the same file, a copy where there are no
     links; beside a folder a small text that names it."""
-    new = path.parent / f"{storage.PARTIAL}{LATEST}-{os.getpid()}"
+    new = path.parent / f"{filesystem.PARTIAL}{LATEST}-{os.getpid()}"
     new.unlink(missing_ok=True)
     if path.is_dir():
         new.write_text(json.dumps({"format": "ostro", "folder": path.name}) + "\n")
@@ -87,7 +85,7 @@ def point_to(path: Path) -> None:
         except OSError:
             shutil.copyfile(path, new)
     os.replace(new, path.parent / LATEST)
-    storage.flush_folder(str(path.parent))
+    filesystem.flush_folder(str(path.parent))
 
 
 def pointed_folder(path: Path) -> str | None:
@@ -105,8 +103,8 @@ def write_file(path: Path, content: Mapping[str, Any], stamp: Stamp | None = Non
     Raises `CheckpointError` where the disk is too small, fills up, or refuses; the file that was
     there is untouched then.
     """
-    storage.require_space(str(path.parent), space_for(content))
-    new = path.parent / f"{storage.PARTIAL}{path.name}-{os.getpid()}"
+    filesystem.require_space(str(path.parent), space_for(content))
+    new = path.parent / f"{filesystem.PARTIAL}{path.name}-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(new, "wb") as file:
@@ -120,7 +118,7 @@ def write_file(path: Path, content: Mapping[str, Any], stamp: Stamp | None = Non
         mark("commit")
         os.replace(new, path)  # the commit
         mark("commit")
-        storage.flush_folder(str(path.parent))
+        filesystem.flush_folder(str(path.parent))
     except BaseException as error:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
@@ -143,34 +141,6 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     values = value.values() if isinstance(value, Mapping) else ()
     return [tensor for child in values for tensor in _tensors(child)]
-
-
-def read_file(path: Path, *, check: bool = True) -> dict[str, Any]:
-    """The mapping in a file, on the CPU; anything but tensors and plain values is refused.
-
-    `check` false is for a look at what is no tensor: these stay on the disk, uncompared.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch reads past damage without a word
-            check_archive(archive, path.stat().st_size)
-            if check and (damaged := archive.testzip()) is not None:
-                raise CheckpointError(f"{path} - is damaged: {damaged} differs from its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not check)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} - is no checkpoint of tensors and plain values, and pickled objects are not"
-            " loaded: they can run code - save it again with tensors, numbers and text only"
-        ) from error
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} - not found") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged archive or pickle raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} - is damaged or no checkpoint: {reason}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} - is no checkpoint: it holds a {type(content).__name__}")
-    return content
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ostro.checkpoint.metadata import YEAR_9999
-from ostro.shapes import has_shape
+from ostro.io.json_schema import has_shape
 
 _END = b"PK\x05\x06"  # the record that ends a zip archive: 22 bytes, then the comment
 _END_BYTES = 22

@@ -33,13 +33,13 @@ from fsspec.spec import AbstractBufferedFile
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_rank
 
-from ostro.checkpoint import storage
 from ostro.checkpoint.metadata import SHARDS, VALUES, FileRecord, Metadata
 from ostro.checkpoint.sharded import SUFFIX, Index, save_shares
-from ostro.checkpoint.tensorfile import file_size, tensor_pieces
 from ostro.core.errors import CheckpointError
+from ostro.io import filesystem
+from ostro.io.json_schema import FILE_NAME
+from ostro.io.safetensors import file_size, tensor_pieces
 from ostro.phases import mark
-from ostro.shapes import FILE_NAME
 
 _UNHASHED = 4  # pieces of a file that may be written before their checksum is made
 
@@ -62,7 +62,7 @@ def step_folder(folder: str, step: int) -> str:
 def _small_files(state: State, index: Index) -> dict[str, bytes]:
     for name in state.texts:
         assert FILE_NAME.fullmatch(name) and not name.endswith(SUFFIX), name
-        assert name not in (VALUES, SHARDS, storage.MARKER), name
+        assert name not in (VALUES, SHARDS, filesystem.MARKER), name
     files = {VALUES: (json.dumps(state.values, indent=2) + "\n").encode()}
     if index:
         files[SHARDS] = json.dumps(index).encode()
@@ -154,7 +154,7 @@ class _Save:
     ):
         self.metadata: Metadata | None = None  # of what was committed
         self._folder, self._state, self._marks, self._make_room = folder, state, marks, make_room
-        self._is_local = storage.is_local(folder)
+        self._is_local = filesystem.is_local(folder)
         self._is_alone = group is None
         self._target = step_folder(folder, marks.step)
         self._work = self._aside = ""  # not begun
@@ -164,29 +164,29 @@ class _Save:
         """Make the folder that is written to."""
         with self._explained():
             need, ready = checkpoint_bytes(self._state), self._state.folders.values()
-            room = need + sum(storage.size(str(path)) for path in ready)
+            room = need + sum(filesystem.size(str(path)) for path in ready)
             self._make_room(room, self._marks.step)
-            storage.require_space(self._folder, need)
+            filesystem.require_space(self._folder, need)
             name = self._target.rpartition("/")[2]
-            self._aside = f"{self._folder.rstrip('/')}/{storage.ASIDE}{name}-{os.getpid()}"
+            self._aside = f"{self._folder.rstrip('/')}/{filesystem.ASIDE}{name}-{os.getpid()}"
             # A store has no rename, and needs none where nothing is replaced: the marker is last.
-            is_direct = not self._is_local and not storage.is_folder(self._target)
-            kind = storage.PARTIAL if self._is_local else storage.NEW
-            partial = self._aside.replace(storage.ASIDE, kind)
+            is_direct = not self._is_local and not filesystem.is_folder(self._target)
+            kind = filesystem.PARTIAL if self._is_local else filesystem.NEW
+            partial = self._aside.replace(filesystem.ASIDE, kind)
             self._work = self._target if is_direct else partial
-            if storage.is_folder(self._work):
-                storage.remove(self._work)
-            fs, path = storage.locate(self._work)
-            storage.call(self._work, lambda: fs.makedirs(path, exist_ok=True))
+            if filesystem.is_folder(self._work):
+                filesystem.remove(self._work)
+            fs, path = filesystem.locate(self._work)
+            filesystem.call(self._work, lambda: fs.makedirs(path, exist_ok=True))
             if not self._is_local:
-                _write_file(f"{self._work}/{storage.BEGUN}", b"{}\n")
+                _write_file(f"{self._work}/{filesystem.BEGUN}", b"{}\n")
             return self._work
 
     def write_file(self, url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
         """Write one file into that folder, on any rank."""
         with self._explained():
             parent = url.rpartition("/")[0]
-            if self._is_local and not self._is_alone and not storage.is_folder(parent):
+            if self._is_local and not self._is_alone and not filesystem.is_folder(parent):
                 raise OSError(f"{parent}, made by the first rank, is not there: share one disk")
             return _write_file(url, content)
 
@@ -196,26 +196,26 @@ class _Save:
         with self._explained():
             for name, ready in state.folders.items():
                 # on this machine, and on the same disk
-                os.rename(ready, f"{storage.locate(work)[1]}/{name}")
+                os.rename(ready, f"{filesystem.locate(work)[1]}/{name}")
             for name, data in _small_files(state, index).items():
                 files[name] = self.write_file(f"{work}/{name}", data)
             metadata = replace(self._marks, files=files)
             mark("commit")
-            self.write_file(f"{work}/{storage.MARKER}", metadata.to_json().encode())
+            self.write_file(f"{work}/{filesystem.MARKER}", metadata.to_json().encode())
             self._is_whole = not self._is_local  # found from now on, wherever it is
             if work != self._target:
-                storage.flush_folder(work)
-                if self._is_local and storage.is_folder(self._target):
-                    storage.move(self._target, self._aside)
+                filesystem.flush_folder(work)
+                if self._is_local and filesystem.is_folder(self._target):
+                    filesystem.move(self._target, self._aside)
                 mark("commit")
-                storage.move(work, self._target)  # the commit
+                filesystem.move(work, self._target)  # the commit
         mark("commit")
         self.metadata = metadata
         with contextlib.suppress(OSError, CheckpointError):  # committed; the next one tidies up
             if not self._is_local:
-                storage.remove_file(f"{self._target}/{storage.BEGUN}", patience=5)
-            elif storage.is_folder(self._aside):
-                storage.remove(self._aside)
+                filesystem.remove_file(f"{self._target}/{filesystem.BEGUN}", patience=5)
+            elif filesystem.is_folder(self._aside):
+                filesystem.remove(self._aside)
 
     def undo(self) -> None:
         """Remove what was begun, and put back what it was to replace."""
@@ -224,12 +224,12 @@ class _Save:
         # The first error matters; the next save tidies up.
         with contextlib.suppress(OSError, CheckpointError):
             if not self._is_local:
-                storage.remove(self._work, patience=5)
+                filesystem.remove(self._work, patience=5)
                 return
-            if storage.is_folder(self._work):
-                storage.remove(self._work)
-            if storage.is_folder(self._aside) and not storage.is_folder(self._target):
-                storage.move(self._aside, self._target)
+            if filesystem.is_folder(self._work):
+                filesystem.remove(self._work)
+            if filesystem.is_folder(self._aside) and not filesystem.is_folder(self._target):
+                filesystem.move(self._aside, self._target)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -271,11 +271,11 @@ def _at_once(works: Sequence[Callable[[], FileRecord]]) -> list[FileRecord]:
 
 def _write_file(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
     """Write one file, flushed to the disk, and say what was written."""
-    return storage.call(url, lambda: _write_once(url, content))
+    return filesystem.call(url, lambda: _write_once(url, content))
 
 
 def _write_once(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
-    fs, path = storage.locate(url)
+    fs, path = filesystem.locate(url)
     digest, size = hashlib.sha256(), 0
     pieces = [content] if isinstance(content, bytes) else tensor_pieces(content)
     hashed: deque[Future[None]] = deque()
@@ -285,11 +285,11 @@ def _write_once(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
             mark("save")
             hashed.append(hasher.submit(digest.update, piece))
             file.write(piece)
-            storage.start_flush(file, size, len(piece))
+            filesystem.start_flush(file, size, len(piece))
             size += len(piece)
             if len(hashed) > _UNHASHED:
                 hashed.popleft().result()
-        if storage.is_local(url):
+        if filesystem.is_local(url):
             file.flush()
             os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from ostro import checkpoint as checkpoints
-from ostro.checkpoint.storage import is_folder
 from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint
 from ostro.core.errors import CheckpointError, ConfigError, Problem, did_you_mean
 from ostro.core.redaction import redact
 from ostro.core.units import ByteSize, format_bytes
+from ostro.io.filesystem import is_folder
 from ostro.signals import Signals
 
 _USAGE = """usage: ostro checkpoint <what> ...

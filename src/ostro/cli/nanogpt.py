@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ostro.checkpoint import look, read_file
+from ostro.checkpoint import look
 from ostro.checkpoint.single_file import INTERRUPTED, NANOGPT
 from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import speaking, start_run
@@ -24,6 +24,7 @@ from ostro.core.redaction import local_path
 from ostro.dialects import nanogpt, nanogpt_file
 from ostro.dialects.commands import NanoGptDialect
 from ostro.dialects.translation import Translation
+from ostro.io.torch_files import read_file
 from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals
 

@@ -31,7 +31,7 @@ from ostro.data.files import BadRecord, Shard
 from ostro.data.fingerprints import file_list, require_as_listed
 from ostro.data.identity import LISTING, STAMPS, Stamps
 from ostro.data.store import LEDGER, CacheDir, TokenStore, is_own, write_json
-from ostro.shapes import FILE_NAME, has_shape
+from ostro.io.json_schema import FILE_NAME, has_shape
 
 logger = logging.getLogger("ostro.data")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ostro.core.errors import DataError
 from ostro.data.identity import write_whole
-from ostro.shapes import FILE_NAME, has_shape
+from ostro.io.json_schema import FILE_NAME, has_shape
 
 FILE = "checksums.bin"
 _BLOCK = 1 << 18

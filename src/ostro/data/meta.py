@@ -11,7 +11,7 @@ from typing import Any
 
 from ostro.core.errors import DataError
 from ostro.data.files import is_unicode
-from ostro.pickles import Part, refuse_call, scan
+from ostro.io.pickles import Part, refuse_call, scan
 
 META_FILES = ("meta.json", "meta.pkl")
 """What is looked for in a data set's folder, in this order."""

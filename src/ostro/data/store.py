@@ -22,7 +22,7 @@ from ostro.data.files import Unreachable, is_local, located, plain_path
 from ostro.data.garbage import no_collections
 from ostro.data.identity import write_whole
 from ostro.data.mapped import expect_random, map_file
-from ostro.shapes import FILE_NAME, read_object
+from ostro.io.json_schema import FILE_NAME, read_object
 
 Files = TypeVar("Files")
 logger = logging.getLogger("ostro.data")

@@ -16,17 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ostro.checkpoint.single_file import read_file
-from ostro.checkpoint.storage import flush_folder
-from ostro.checkpoint.tensorfile import read_tensors, tensor_pieces
 from ostro.core.errors import CheckpointError
 from ostro.core.redaction import local_path
 from ostro.data.tokenizer import LibraryTokenizer, tokenizer_from_text
 from ostro.hf.layout import differences, from_hf, refuse, to_hf
 from ostro.hf.settings import hf_config, lm_config, setting_differences
 from ostro.hf.tokenizer_files import generation_ids, token_ids, tokenizer_files
+from ostro.io.filesystem import flush_folder
+from ostro.io.json_schema import has_shape, read_object
+from ostro.io.safetensors import read_tensors, tensor_pieces
+from ostro.io.torch_files import read_file
 from ostro.models import LmConfig
-from ostro.shapes import has_shape, read_object
 
 _log = logging.getLogger("ostro.hf")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -17,10 +17,10 @@ from ostro.checkpoint import (
     find_latest,
     which_checkpoint,
 )
-from ostro.checkpoint.storage import is_folder
 from ostro.compiled import unusable_cache
 from ostro.core.errors import CheckpointError, ConfigError, Problem
 from ostro.distributed import World
+from ostro.io.filesystem import is_folder
 from ostro.models.lm_model import LmConfig, LmModel, initialize
 from ostro.nn import axes_of
 from ostro.nn.collectives import local

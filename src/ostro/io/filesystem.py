@@ -17,10 +17,10 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ostro.checkpoint.patience import Result, patiently
 from ostro.core.errors import CheckpointError
 from ostro.core.redaction import with_secrets
 from ostro.core.units import format_bytes
+from ostro.io.retry import Result, patiently
 
 MARKER = "metadata.json"
 STEP = re.compile(r"step-\d+")

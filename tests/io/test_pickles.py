@@ -9,7 +9,7 @@ import pytest
 
 from ostro.core.errors import DataError
 from ostro.data.meta import read_alphabet
-from ostro.pickles import scan
+from ostro.io.pickles import scan
 
 
 def doubled(value, times):

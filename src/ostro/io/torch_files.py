@@ -1,4 +1,4 @@
-"""The zip archive that `torch.save` writes, looked through before torch reads it.
+"""Files that `torch.save` writes: read after a look through their zip archive.
 
 torch takes what the pickle in it says at its word: a storage larger than its record, a view
 larger than its storage, an array of so many zeros. Here all of it has to add up, so that what is
@@ -9,10 +9,13 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from ostro.pickles import Part, check_key, items, scan
+from ostro.core.errors import CheckpointError
+from ostro.io.pickles import Part, check_key, items, scan
 
 _PICKLE = "data.pkl"
 _REPEATS = 8  # tensors may share a storage: a head that is tied, moments of the same weights
@@ -25,6 +28,34 @@ _ITEM_SIZES = {
     "HalfStorage": 2, "IntStorage": 4, "LongStorage": 8, "ShortStorage": 2,
 }  # fmt: skip
 _PARAMETER = "torch._utils._rebuild_parameter"
+
+
+def read_file(path: Path, *, check: bool = True) -> dict[str, Any]:
+    """The mapping in a file, on the CPU; anything but tensors and plain values is refused.
+
+    `check` false is for a look at what is no tensor: these stay on the disk, uncompared.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch reads past damage without a word
+            check_archive(archive, path.stat().st_size)
+            if check and (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"{path} - is damaged: {damaged} differs from its checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not check)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} - is no checkpoint of tensors and plain values, and pickled objects are not"
+            " loaded: they can run code - save it again with tensors, numbers and text only"
+        ) from error
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} - not found") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive or pickle raises almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} - is damaged or no checkpoint: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} - is no checkpoint: it holds a {type(content).__name__}")
+    return content
 
 
 def check_archive(archive: zipfile.ZipFile, num_bytes: int) -> None:

@@ -1,0 +1,1 @@
+"""One way to disks and object stores, and to the files that torch and safetensors write."""
