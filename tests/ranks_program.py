@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ostro.cluster import find_place
 from ostro.core.errors import ConfigError
 from ostro.distributed import DistributedConfig, joined
+from ostro.distributed.launchers import find_place
 from ostro.guard import guarded
 
 

@@ -14,10 +14,10 @@ from tiny_run import PLAIN, free_port, write_config, write_text
 
 from ostro import agreement
 from ostro.agreement import Fact, agreeing, facts_of_data, require_agreement
-from ostro.cluster import Place
 from ostro.core.errors import ConfigError, OstroError
+from ostro.distributed.launchers import Place
+from ostro.distributed.rendezvous import Meeting
 from ostro.lm_config import TrainLmConfig
-from ostro.meeting import Meeting
 
 pytestmark = pytest.mark.dist
 

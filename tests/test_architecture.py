@@ -35,9 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "cluster": "distributed",
-    "meeting": "distributed",
-    "launch": "distributed",
     "signals": "runtime",
     "guard": "runtime",
     "watchdog": "runtime",

@@ -33,7 +33,7 @@ from ostro.core.errors import ConfigError, Problem
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import pick_device
-from ostro.meeting import LostRankError, Meeting
+from ostro.distributed.rendezvous import LostRankError, Meeting
 
 MAY_DIFFER = {
     # Which process this is, and how it finds the others.

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ostro.cluster import find_place
+from ostro.distributed.launchers import find_place
 
 STARTED_AS = "OSTRO_STARTED_AS"
 """Environment variable: the program a user typed, where it starts its own workers."""

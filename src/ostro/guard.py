@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from ostro.compiled import unusable_cache
 from ostro.core.errors import OstroError
 from ostro.core.redaction import redact
-from ostro.meeting import LostRankError, Meeting, last_words
+from ostro.distributed.rendezvous import LostRankError, Meeting, last_words
 from ostro.signals import Interrupted, Signals
 
 

@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 
 import torch.distributed as dist
 
-from ostro.meeting import Meeting, quiet_torch
+from ostro.distributed.rendezvous import Meeting, quiet_torch
 from ostro.phases import listening, place
 from ostro.watchdog import unfinished_collective
 

@@ -16,8 +16,8 @@ from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.core.redaction import Location, local_path
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
+from ostro.distributed.rendezvous import remembered
 from ostro.hf import read_model
-from ostro.meeting import remembered
 from ostro.models import Gpt2Config
 from ostro.models.lm_model import LmConfig
 from ostro.optim import AdamConfig, OptimizerConfig

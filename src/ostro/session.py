@@ -25,12 +25,12 @@ from ostro.data.sequences import Batch
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
+from ostro.distributed.rendezvous import Meeting
 from ostro.evaluate import evaluate
 from ostro.heartbeat import Heartbeat, beating
 from ostro.hf import read_weights
 from ostro.io.filesystem import PARTIAL
 from ostro.lm_config import TrainLmConfig, vocab_size
-from ostro.meeting import Meeting
 from ostro.phases import mark, place
 from ostro.sample import complete_all
 from ostro.signals import Interrupted, Signals

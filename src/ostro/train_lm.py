@@ -23,6 +23,7 @@ from ostro.core.units import format_bytes, format_count, format_duration
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World, joined
+from ostro.distributed.rendezvous import Meeting
 from ostro.lm_config import (
     TrainLmConfig,
     choose_run_id,
@@ -32,7 +33,6 @@ from ostro.lm_config import (
     vocab_size,
     with_hf_model,
 )
-from ostro.meeting import Meeting
 from ostro.next_steps import NextSteps
 from ostro.parallel import Mesh
 from ostro.phases import place

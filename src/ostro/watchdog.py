@@ -25,7 +25,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace_json
 
-from ostro.meeting import Meeting
+from ostro.distributed.rendezvous import Meeting
 from ostro.phases import listening, place
 
 log = logging.getLogger("ostro")

@@ -21,7 +21,8 @@ from ostro.data.source import UrlsSource
 from ostro.data.store import CacheDir
 from ostro.data.tokenizer import ByteTokenizer, CharTokenizer
 from ostro.data.tokenizer_config import BytesTokenizer
-from ostro.distributed import RayConfig, _ray_node
+from ostro.distributed import RayConfig
+from ostro.distributed.ray import _ray_node
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_a_run_of_two_hosts_starts_a_node_on_each(monkeypatch):
         yield
         started.remove(" ".join(options))
 
-    monkeypatch.setattr("ostro.distributed._ray_node", node)
+    monkeypatch.setattr("ostro.distributed.ray._ray_node", node)
     with RayConfig().cluster(Host(True)) as address, ExitStack() as other:
         port = address.split(":")[1]
         assert started == [f"--head --port={port} --include-dashboard=false"]

@@ -13,7 +13,7 @@ from ostro.checkpoint import disk_bytes, find_latest
 from ostro.cli.gpt3 import load_gpt3, processes, train
 from ostro.core.errors import CheckpointError, ConfigError
 from ostro.dialects import gpt3
-from ostro.launch import launch
+from ostro.distributed.launch import launch
 from ostro.optim import MuonConfig
 from ostro.signals import Signals
 
@@ -277,7 +277,7 @@ def test_several_machines_need_an_address_and_a_number():
 
 def test_slurm_numbers_the_machines(monkeypatch):
     started = []
-    monkeypatch.setattr("ostro.launch.run_launcher", started.append)
+    monkeypatch.setattr("ostro.distributed.launch.run_launcher", started.append)
     job = {"SLURM_NODEID": "1", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[01-02]"}
     launch(["src/train.py"], 4, 2, job)
     launch(["src/train.py"], 4, 2, job | {"MASTER_ADDR": "10.0.0.1", "NODE_RANK": "0"})

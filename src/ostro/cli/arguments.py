@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from ostro.cli.aliases import NATIVE
-from ostro.cluster import find_place
 from ostro.commands import Dialect
 from ostro.config import (
     Loaded,
@@ -24,6 +23,7 @@ from ostro.config import (
 from ostro.core.errors import ConfigError, OstroError, Problem
 from ostro.core.redaction import redact
 from ostro.distributed import place_of
+from ostro.distributed.launchers import find_place
 from ostro.dry_run import describe
 from ostro.lm_config import TrainLmConfig, with_hf_model
 from ostro.signals import Signals

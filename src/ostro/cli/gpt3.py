@@ -12,14 +12,14 @@ from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import explained, speaking, start_run
 from ostro.cli.nanogpt import split_native
 from ostro.cli.recognise import recognising
-from ostro.cluster import find_place
 from ostro.commands import STARTED_AS
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.core.errors import ConfigError, Problem, did_you_mean
 from ostro.dialects import gpt3
 from ostro.dialects.commands import Gpt3Dialect
 from ostro.dialects.translation import Translation
-from ostro.launch import launch
+from ostro.distributed.launch import launch
+from ostro.distributed.launchers import find_place
 from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals
 

@@ -3,7 +3,7 @@
 from ostro.cli.arguments import Parser, explained, load_run
 from ostro.core.errors import ConfigError, Problem
 from ostro.core.redaction import redact
-from ostro.launch import SlurmJob
+from ostro.distributed.launch import SlurmJob
 from ostro.signals import Signals
 
 _OPTIONS = {

@@ -14,7 +14,6 @@ from ostro.checkpoint.single_file import INTERRUPTED, NANOGPT
 from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import speaking, start_run
 from ostro.cli.recognise import recognising
-from ostro.cluster import find_place
 from ostro.commands import CommandLine, grouped, typed_program
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.config.nodes import Mapping as Layer
@@ -24,6 +23,7 @@ from ostro.core.redaction import local_path
 from ostro.dialects import nanogpt, nanogpt_file
 from ostro.dialects.commands import NanoGptDialect
 from ostro.dialects.translation import Translation
+from ostro.distributed.launchers import find_place
 from ostro.io.torch_files import read_file
 from ostro.lm_config import TrainLmConfig
 from ostro.signals import Signals

@@ -14,13 +14,13 @@ from ostro.checkpoint import Saved, SavedFile, find_latest, read_settings
 from ostro.cli.arguments import Parser, explained, load_run, sampling_flags, start_run
 from ostro.cli.plot import pyplot_for, save_figure
 from ostro.cli.translate import translate
-from ostro.cluster import find_place
 from ostro.commands import NativeDialect
 from ostro.config import format_tree, json_schema, load, public
 from ostro.contract import compare
 from ostro.core.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.core.redaction import redact
 from ostro.distributed import World, pick_device
+from ostro.distributed.launchers import find_place
 from ostro.dry_run import describe_sharding, draw
 from ostro.evaluate import evaluate as evaluate_sets
 from ostro.inference import load_model, load_tokenizer

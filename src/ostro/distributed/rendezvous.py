@@ -23,8 +23,8 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
-from ostro.cluster import Place, find_place
 from ostro.core.errors import ConfigError, OstroError, Problem
+from ostro.distributed.launchers import Place, find_place
 
 log = logging.getLogger("ostro")
 

@@ -5,9 +5,15 @@ import contextlib
 import pytest
 import torch
 
-from ostro.cluster import Place, find_place, slurm_address, slurm_nodes, visible_devices
 from ostro.core.errors import ConfigError
 from ostro.distributed import DistributedConfig, join, place_of
+from ostro.distributed.launchers import (
+    Place,
+    find_place,
+    slurm_address,
+    slurm_nodes,
+    visible_devices,
+)
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -181,7 +187,7 @@ def test_each_process_gets_a_gpu(monkeypatch, config, environ, count, index):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", picked.append)
-    monkeypatch.setattr("ostro.meeting._connect", _never)
+    monkeypatch.setattr("ostro.distributed.rendezvous._connect", _never)
     if isinstance(index, str):
         with pytest.raises(ConfigError, match=index):
             join(DistributedConfig(**config), "auto", True, environ)

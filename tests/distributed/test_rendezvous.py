@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from tiny_run import PLAIN, TESTS, free_port, torchrun_words
 
-from ostro.cluster import Place
 from ostro.core.errors import OstroError
 from ostro.distributed import DistributedConfig, join
-from ostro.meeting import Meeting
+from ostro.distributed.launchers import Place
+from ostro.distributed.rendezvous import Meeting
 
 pytestmark = pytest.mark.dist
 
@@ -225,8 +225,8 @@ def test_what_one_rank_refuses_is_said_and_ends_the_wait_of_the_others(tmp_path)
 LEAVING = """
 import sys, time
 from datetime import timedelta
-from ostro.cluster import Place
-from ostro.meeting import Meeting
+from ostro.distributed.launchers import Place
+from ostro.distributed.rendezvous import Meeting
 
 rank, address = int(sys.argv[1]), sys.argv[2]
 meeting = Meeting(Place(None, rank, 2, address=address), timedelta(seconds=60))

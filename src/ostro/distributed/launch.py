@@ -10,8 +10,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as run_launcher
 
-from ostro.cluster import PORT, slurm_address
 from ostro.core.errors import ConfigError
+from ostro.distributed.launchers import PORT, slurm_address
 
 
 def launch(
