@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import command_line, figure, note, paired_ratio, spread, table, take_turns
-from ostro.allocator import keep_freed_memory
 from ostro.config import load
 from ostro.distributed import World
 from ostro.evaluate import evaluate
 from ostro.lm_config import TrainLmConfig
-from ostro.signals import Signals
+from ostro.runtime.malloc import keep_freed_memory
+from ostro.runtime.signals import Signals
 from ostro.train_lm import build_session
 
 RUNS = {

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ostro.allocator import keep_freed_memory
 from ostro.cli.arguments import load_run
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.lm_config import TrainLmConfig
-from ostro.throughput import DevicePeak, Throughput
+from ostro.runtime.malloc import keep_freed_memory
+from ostro.runtime.throughput import DevicePeak, Throughput
 from ostro.tracker import CompositeTracker
 from ostro.train_lm import choose_kernels
 from ostro.trainer import Trainer, build_state

@@ -31,14 +31,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import command_line, figure, paired_ratio, spread, table, take_turns
-from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import CheckpointerConfig, State, write
 from ostro.core.units import Precision
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.models import Gpt2Config
 from ostro.optim import AdamConfig
-from ostro.throughput import DevicePeak, Throughput
+from ostro.runtime.malloc import keep_freed_memory
+from ostro.runtime.throughput import DevicePeak, Throughput
 from ostro.tracker import CompositeTracker
 from ostro.trainer import Trainer, TrainerConfig, allocate, build_model
 from ostro.trainer.engine import TorchEngine

@@ -42,7 +42,7 @@ from ostro.lm_config import TrainLmConfig
 
 PEERS = {"transformers": "transformers_models", "litgpt": "litgpt_models"}
 MP = {"bf16": "p=f32,c=bfloat16", "f32": "f32"}
-# What `ostro.allocator` does in our process; glibc reads it at start.
+# What `ostro.runtime.malloc` does in our process; glibc reads it at start.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647",
         "MALLOC_TOP_PAD_": "67108864", "THP_MEM_ALLOC_ENABLE": "1"}  # fmt: skip
 

@@ -13,7 +13,7 @@ import ostro  # noqa: F401 - the package beside this file: what follows is found
 sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 from ostro.cli.gpt3_tools import evaluate  # noqa: E402
-from ostro.guard import run_script  # noqa: E402
+from ostro.runtime.entry_point import run_script  # noqa: E402
 
 if __name__ == "__main__":
     run_script(evaluate)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ostro.cli.main import run_command
-from ostro.phases import listening, place
+from ostro.runtime.phase import listening, place
 
 RANK = os.environ.get("RANK", "0")
 IS_MINE = os.environ["HANGS"] == RANK

@@ -11,7 +11,7 @@ import torch
 from ostro.core.errors import ConfigError
 from ostro.distributed import DistributedConfig, joined
 from ostro.distributed.launchers import find_place
-from ostro.guard import guarded
+from ostro.runtime.entry_point import guarded
 
 
 def main(mode: str, signals: object) -> None:

@@ -16,7 +16,7 @@ from tiny_run import read_metrics, write_config
 
 from ostro.checkpoint import find_latest
 from ostro.cli.main import run_command
-from ostro.phases import listening
+from ostro.runtime.phase import listening
 
 CHANGES = {
     "model": {"embed_pdrop": 0.1},

@@ -35,16 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "signals": "runtime",
-    "guard": "runtime",
-    "watchdog": "runtime",
-    "heartbeat": "runtime",
-    "phases": "runtime",
-    "run_log": "runtime",
-    "allocator": "runtime",
-    "throughput": "runtime",
-    "compiled": "runtime",
-    "commands": "runtime",
     "native": "kernels",
     "hf": "models",
     "sample": "generate",

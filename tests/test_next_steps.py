@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Imported by the runs: a signal to themselves when a phase begins for the n-th time.
 STOPPER = """
 import os, signal
-from ostro.phases import listening
+from ostro.runtime.phase import listening
 phase, _, times = os.environ.get("STOP_AT", "").partition(":")
 seen = []
 def listener(begun):

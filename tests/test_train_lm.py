@@ -16,7 +16,7 @@ from tiny_run import merge, ostro, read_metrics, write_config
 from ostro import native
 from ostro.checkpoint import find_latest, load, store
 from ostro.cli.main import run_command
-from ostro.phases import listening
+from ostro.runtime.phase import listening
 from ostro.train_lm import shorten_on_a_cpu
 from ostro.trainer import Trainer
 

@@ -15,7 +15,7 @@ import torch
 from ostro.data.sequences import EvalData
 from ostro.distributed import World
 from ostro.models.lm_model import LmModel, inference
-from ostro.phases import mark
+from ostro.runtime.phase import mark
 
 
 @dataclass

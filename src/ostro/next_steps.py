@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ostro.commands import Dialect, NativeDialect, RunFacts
 from ostro.core.errors import DataError
 from ostro.core.redaction import REDACTED
 from ostro.data.tokenizer import Tokenizer
 from ostro.lm_config import TrainLmConfig, trackers
+from ostro.runtime.commands import Dialect, NativeDialect, RunFacts
 from ostro.tracker import TensorboardConfig
 
 log = logging.getLogger("ostro")

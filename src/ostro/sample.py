@@ -12,7 +12,7 @@ from ostro.decode import decoder_of, in_compute_dtype
 from ostro.models.lm_model import LmModel, inference
 from ostro.native.decoder import Decoder
 from ostro.nn import KeyValueCache
-from ostro.phases import mark
+from ostro.runtime.phase import mark
 
 
 @dataclass(frozen=True)

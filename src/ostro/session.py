@@ -27,14 +27,15 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
 from ostro.distributed.rendezvous import Meeting
 from ostro.evaluate import evaluate
-from ostro.heartbeat import Heartbeat, beating
 from ostro.hf import read_weights
 from ostro.io.filesystem import PARTIAL
 from ostro.lm_config import TrainLmConfig, vocab_size
-from ostro.phases import mark, place
+from ostro.runtime.heartbeat import Heartbeat, beating
+from ostro.runtime.phase import mark, place
+from ostro.runtime.signals import Interrupted, Signals
+from ostro.runtime.throughput import Throughput
+from ostro.runtime.watchdog import watching
 from ostro.sample import complete_all
-from ostro.signals import Interrupted, Signals
-from ostro.throughput import Throughput
 from ostro.tracker import Tracker, run_folder
 from ostro.trainer import (
     BatchPlan,
@@ -47,7 +48,6 @@ from ostro.trainer import (
     restore,
 )
 from ostro.trainer.state import load_weights
-from ostro.watchdog import watching
 
 log = logging.getLogger("ostro")
 

@@ -13,10 +13,7 @@ import torch
 
 from ostro import contract, native
 from ostro.agreement import Fact, agreeing, facts_of_data, require_agreement
-from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
-from ostro.commands import Dialect, NativeDialect
-from ostro.compiled import unusable_cache
 from ostro.config import check, dump_yaml, public
 from ostro.core.errors import ConfigError, Problem
 from ostro.core.units import format_bytes, format_count, format_duration
@@ -35,11 +32,14 @@ from ostro.lm_config import (
 )
 from ostro.next_steps import NextSteps
 from ostro.parallel import Mesh
-from ostro.phases import place
-from ostro.run_log import folder_fault, logging_to
+from ostro.runtime.commands import Dialect, NativeDialect
+from ostro.runtime.compile_cache import unusable_cache
+from ostro.runtime.malloc import keep_freed_memory
+from ostro.runtime.phase import place
+from ostro.runtime.run_log import folder_fault, logging_to
+from ostro.runtime.signals import Interrupted, Signals
+from ostro.runtime.throughput import Throughput, device_peak, measure_peak
 from ostro.session import Session, compilation_marked, load_first_weights
-from ostro.signals import Interrupted, Signals
-from ostro.throughput import Throughput, device_peak, measure_peak
 from ostro.tracker import RunInfo, build_trackers, run_folder
 from ostro.trainer import (
     BatchPlan,

@@ -33,7 +33,7 @@ from ostro.checkpoint import (
 from ostro.core.errors import CheckpointError
 from ostro.distributed import World
 from ostro.io import filesystem
-from ostro.phases import listening
+from ostro.runtime.phase import listening
 from ostro.trainer import TrainState
 
 NUM_RANKS = 4

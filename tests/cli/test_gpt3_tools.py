@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from benchmark_model import write_model, write_tasks
 
-from ostro import guard
 from ostro.checkpoint import State, find_latest
 from ostro.checkpoint.folders import FileStore
 from ostro.cli.gpt3_tools import evaluate, infer, results_folder
 from ostro.cli.main import run_command
-from ostro.guard import run_script
 from ostro.inference import load_tokenizer
+from ostro.runtime import entry_point
+from ostro.runtime.entry_point import run_script
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SOURCE = Path(__file__).parents[2] / "src"
@@ -49,7 +49,7 @@ def called(folder, monkeypatch, capsys):
 
     def call(function, checkpoint, *words):
         monkeypatch.setattr(sys, "argv", ["script", "--model_checkpoint", checkpoint, *words])
-        monkeypatch.setattr(guard, "leave_after", lambda run: sys.exit(run()))
+        monkeypatch.setattr(entry_point, "leave_after", lambda run: sys.exit(run()))
         with pytest.raises(SystemExit) as stop:
             run_script(function)
         return stop.value.code, *capsys.readouterr()

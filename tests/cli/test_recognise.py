@@ -13,7 +13,7 @@ from tiny_run import ostro
 
 from ostro.cli import nanogpt
 from ostro.core.errors import ConfigError
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 
 ROOT = Path(__file__).parents[2]
 FILES = {

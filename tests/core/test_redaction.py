@@ -15,9 +15,9 @@ from ostro.core import redaction
 from ostro.core.errors import ConfigError, DataError
 from ostro.core.redaction import REDACTED, local_path, redact, redacted, with_secrets
 from ostro.data.store import CacheDir
-from ostro.guard import guarded
 from ostro.lm_config import TrainLmConfig
-from ostro.run_log import logging_to
+from ostro.runtime.entry_point import guarded
+from ostro.runtime.run_log import logging_to
 
 SECRET = "pl4nted/s3cret+value"
 

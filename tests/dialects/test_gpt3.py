@@ -15,7 +15,7 @@ from ostro.core.errors import CheckpointError, ConfigError
 from ostro.dialects import gpt3
 from ostro.distributed.launch import launch
 from ostro.optim import MuonConfig
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "context_length": 32, "vocab_size": 257,

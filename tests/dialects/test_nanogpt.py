@@ -23,10 +23,10 @@ from ostro.cli.nanogpt import load_nanogpt
 from ostro.cli.native import saved_config
 from ostro.core.errors import CheckpointError, ConfigError
 from ostro.dialects.nanogpt import NanoGptConfig, names
-from ostro.guard import guarded
 from ostro.inference import load_model, load_tokenizer
 from ostro.optim import MuonConfig
-from ostro.signals import Interrupted, Signals
+from ostro.runtime.entry_point import guarded
+from ostro.runtime.signals import Interrupted, Signals
 from ostro.train_lm import run
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from ostro.run_log import logging_to
+from ostro.runtime.run_log import logging_to
 from ostro.tracker import ConsoleConfig, RunInfo, build_trackers
 from ostro.tracker.console import ConsoleTracker, Pace, evaluation_line, figures_line
 

@@ -31,7 +31,7 @@ from ostro.core.errors import CheckpointError
 from ostro.io import filesystem
 from ostro.io.json_schema import FILE_NAME, read_object
 from ostro.io.torch_files import read_file
-from ostro.phases import mark
+from ostro.runtime.phase import mark
 
 LATEST = "latest_checkpoint.pt"
 NANOGPT = "ckpt.pt"

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ostro.checkpoint.sharded import Tensors
-from ostro.phases import mark
+from ostro.runtime.phase import mark
 
 
 class Stager:

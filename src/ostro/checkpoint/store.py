@@ -39,7 +39,7 @@ from ostro.core.errors import CheckpointError
 from ostro.io import filesystem
 from ostro.io.json_schema import FILE_NAME
 from ostro.io.safetensors import file_size, tensor_pieces
-from ostro.phases import mark
+from ostro.runtime.phase import mark
 
 _UNHASHED = 4  # pieces of a file that may be written before their checksum is made
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from ostro.cli.aliases import NATIVE
-from ostro.commands import Dialect
 from ostro.config import (
     Loaded,
     encode,
@@ -26,7 +25,8 @@ from ostro.distributed import place_of
 from ostro.distributed.launchers import find_place
 from ostro.dry_run import describe
 from ostro.lm_config import TrainLmConfig, with_hf_model
-from ostro.signals import Signals
+from ostro.runtime.commands import Dialect
+from ostro.runtime.signals import Signals
 from ostro.train_lm import run
 
 Result = TypeVar("Result")

@@ -17,7 +17,7 @@ from ostro.core.units import columns
 from ostro.distributed import pick_device
 from ostro.harness import load_benchmarks, run_harness
 from ostro.inference import load_model, load_tokenizer
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 
 
 def benchmark(argv: list[str], signals: Signals) -> None:

@@ -11,7 +11,7 @@ from ostro.core.errors import CheckpointError, ConfigError, Problem, did_you_mea
 from ostro.core.redaction import redact
 from ostro.core.units import ByteSize, format_bytes
 from ostro.io.filesystem import is_folder
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 
 _USAGE = """usage: ostro checkpoint <what> ...
 

@@ -12,7 +12,7 @@ from ostro.doctor.bench import report
 from ostro.doctor.chaos import KINDS, Campaign, ChaosError, table
 from ostro.doctor.verify_resume import Plan, check_ranks
 from ostro.doctor.verify_resume import verify_resume as verify
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 
 
 def verify_resume(argv: list[str], signals: Signals) -> None:

@@ -5,7 +5,7 @@ from ostro.cli.native import open_checkpoint, saved_config
 from ostro.core.redaction import redact
 from ostro.hf import is_library_tokenizer, write_hf
 from ostro.inference import load_tokenizer
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 
 
 def export(argv: list[str], signals: Signals) -> None:

@@ -12,7 +12,6 @@ from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import explained, speaking, start_run
 from ostro.cli.nanogpt import split_native
 from ostro.cli.recognise import recognising
-from ostro.commands import STARTED_AS
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.core.errors import ConfigError, Problem, did_you_mean
 from ostro.dialects import gpt3
@@ -21,7 +20,8 @@ from ostro.dialects.translation import Translation
 from ostro.distributed.launch import launch
 from ostro.distributed.launchers import find_place
 from ostro.lm_config import TrainLmConfig
-from ostro.signals import Signals
+from ostro.runtime.commands import STARTED_AS
+from ostro.runtime.signals import Signals
 
 MODEL_FOLDER = "configs/model_configs"
 SMALL = "configs/training_configs/small_scale.yaml"

@@ -4,7 +4,7 @@ from ostro.cli.arguments import Parser, explained, load_run
 from ostro.core.errors import ConfigError, Problem
 from ostro.core.redaction import redact
 from ostro.distributed.launch import SlurmJob
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 
 _OPTIONS = {
     "partition": "NAME", "account": "NAME", "qos": "NAME", "time": "HH:MM:SS", "mem": "SIZE",

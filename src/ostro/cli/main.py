@@ -13,8 +13,8 @@ from ostro.cli.plot import plot
 from ostro.cli.recognise import recognising
 from ostro.cli.why import why
 from ostro.core.errors import ConfigError, did_you_mean
-from ostro.guard import guarded, leave_after
-from ostro.signals import Signals
+from ostro.runtime.entry_point import guarded, leave_after
+from ostro.runtime.signals import Signals
 
 _USAGE = """usage: ostro <command> [--config_path FILE] [--setting.name value ...]
 

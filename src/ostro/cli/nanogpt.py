@@ -14,7 +14,6 @@ from ostro.checkpoint.single_file import INTERRUPTED, NANOGPT
 from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import speaking, start_run
 from ostro.cli.recognise import recognising
-from ostro.commands import CommandLine, grouped, typed_program
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.config.nodes import Mapping as Layer
 from ostro.config.nodes import from_plain
@@ -26,7 +25,8 @@ from ostro.dialects.translation import Translation
 from ostro.distributed.launchers import find_place
 from ostro.io.torch_files import read_file
 from ostro.lm_config import TrainLmConfig
-from ostro.signals import Signals
+from ostro.runtime.commands import CommandLine, grouped, typed_program
+from ostro.runtime.signals import Signals
 
 _USAGE = """usage: python train.py [config.yaml | config.py] [key=value ...] [--dry_run] [--help]
 

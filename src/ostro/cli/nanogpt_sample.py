@@ -20,8 +20,8 @@ from ostro.distributed import pick_device
 from ostro.hf import read_model, read_weights
 from ostro.inference import load_model, load_tokenizer
 from ostro.models.lm_model import LmModel
+from ostro.runtime.signals import Signals
 from ostro.sample import SamplingConfig, complete_all
-from ostro.signals import Signals
 from ostro.trainer.state import load_weights
 
 _USAGE = "usage: python sample.py [config.yaml | config.py] [key=value ...]\n"

@@ -14,7 +14,6 @@ from ostro.checkpoint import Saved, SavedFile, find_latest, read_settings
 from ostro.cli.arguments import Parser, explained, load_run, sampling_flags, start_run
 from ostro.cli.plot import pyplot_for, save_figure
 from ostro.cli.translate import translate
-from ostro.commands import NativeDialect
 from ostro.config import format_tree, json_schema, load, public
 from ostro.contract import compare
 from ostro.core.errors import CheckpointError, ConfigError, DataError, Problem
@@ -26,9 +25,10 @@ from ostro.evaluate import evaluate as evaluate_sets
 from ostro.inference import load_model, load_tokenizer
 from ostro.lm_config import TrainLmConfig
 from ostro.rehearsal import rehearse
-from ostro.run_log import logging_to_terminal
+from ostro.runtime.commands import NativeDialect
+from ostro.runtime.run_log import logging_to_terminal
+from ostro.runtime.signals import Signals
 from ostro.sample import SamplingConfig, complete_all
-from ostro.signals import Signals
 from ostro.train_lm import build_data
 from ostro.trainer import TrainerConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ostro.cli.arguments import Parser
 from ostro.core.errors import ConfigError, DataError, Problem
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 from ostro.tracker.json_logger import METRICS, read_metrics
 
 _SUFFIXES = (".png", ".svg", ".pdf", ".jpg")

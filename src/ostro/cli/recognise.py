@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import ostro
-from ostro.commands import CommandLine, typed_program
 from ostro.config import script_folders
 from ostro.config.files import Reader
 from ostro.config.nodes import Mapping
@@ -17,6 +16,7 @@ from ostro.core.errors import ConfigError
 from ostro.dialects.gpt3 import Gpt3ModelConfig, Gpt3TrainingConfig
 from ostro.dialects.nanogpt import NanoGptConfig
 from ostro.lm_config import TrainLmConfig
+from ostro.runtime.commands import CommandLine, typed_program
 
 Kind = Literal["native", "nanogpt", "gpt3 model", "gpt3 training"]
 

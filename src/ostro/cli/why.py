@@ -13,7 +13,7 @@ from ostro.data.text import LMData
 from ostro.distributed import pick_device
 from ostro.inference import load_model, load_tokenizer
 from ostro.lm_config import TrainLmConfig
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 from ostro.tracker import run_folder
 from ostro.train_lm import build_data
 from ostro.why import explain, logged_loss

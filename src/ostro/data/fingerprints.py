@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ostro.core.redaction import redact
 from ostro.data.files import Shard
-from ostro.data.garbage import no_collections
 from ostro.data.identity import LISTING, Stamps, is_sampled, require_unchanged, write_whole
+from ostro.runtime.garbage import no_collections
 
 logger = logging.getLogger("ostro.data")
 

@@ -10,7 +10,7 @@ import torch
 
 from ostro.data.mixture import BatchSchedule
 from ostro.data.sequences import Batch, TrainData
-from ostro.phases import mark
+from ostro.runtime.phase import mark
 
 _AHEAD = 2
 """Batches that the thread has read, or reads, beside the one in use."""

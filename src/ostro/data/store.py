@@ -19,10 +19,10 @@ from ostro.core.errors import DataError
 from ostro.core.redaction import redacted
 from ostro.data import checksums
 from ostro.data.files import Unreachable, is_local, located, plain_path
-from ostro.data.garbage import no_collections
 from ostro.data.identity import write_whole
 from ostro.data.mapped import expect_random, map_file
 from ostro.io.json_schema import FILE_NAME, read_object
+from ostro.runtime.garbage import no_collections
 
 Files = TypeVar("Files")
 logger = logging.getLogger("ostro.data")

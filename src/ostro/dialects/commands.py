@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ostro.commands import CommandLine, Dialect, Names, RunFacts, launched, typed_program
 from ostro.dialects.nanogpt import NanoGptConfig
 from ostro.dialects.translation import Translation
+from ostro.runtime.commands import CommandLine, Dialect, Names, RunFacts, launched, typed_program
 
 _NANOGPT = {
     "trainer.id": "out_dir",

@@ -17,15 +17,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ostro.agreement import agreeing
-from ostro.allocator import keep_freed_memory
 from ostro.checkpoint import CheckpointerConfig
 from ostro.data.loader import Loader
 from ostro.distributed import joined
 from ostro.lm_config import TrainLmConfig, replace_trainer
-from ostro.phases import listening
+from ostro.runtime.malloc import keep_freed_memory
+from ostro.runtime.phase import listening
+from ostro.runtime.signals import Signals
+from ostro.runtime.throughput import synchronize
 from ostro.session import Session
-from ostro.signals import Signals
-from ostro.throughput import synchronize
 from ostro.train_lm import build_session, choose_kernels
 from ostro.trainer import has_compiler, lay_out
 

@@ -14,9 +14,9 @@ from typing import NoReturn
 
 from ostro.checkpoint import CheckpointInterval
 from ostro.distributed import DistributedConfig
-from ostro.guard import guarded
 from ostro.lm_config import TrainLmConfig, replace_trainer
-from ostro.phases import listening, place
+from ostro.runtime.entry_point import guarded
+from ostro.runtime.phase import listening, place
 from ostro.session import Session
 from ostro.tracker import JsonLoggerConfig
 from ostro.train_lm import run

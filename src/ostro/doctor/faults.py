@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ostro.doctor.children import sleep_on, strike
-from ostro.phases import place
+from ostro.runtime.phase import place
 
 KILLED_IN = ("data", "forward", "backward", "update", "evaluation", "save", "commit")
 """Phases of a run in which a forked process is killed and asked to stop."""

@@ -23,7 +23,7 @@ from ostro.core.errors import ConfigError, OstroError, Problem
 from ostro.doctor import differences
 from ostro.doctor.children import Orders, quiet, sleep_on, strike, train
 from ostro.lm_config import TrainLmConfig
-from ostro.phases import place
+from ostro.runtime.phase import place
 from ostro.session import Session
 
 RELATIVE = 1e-5

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ostro.compiled import compiled_file
+from ostro.runtime.compile_cache import compiled_file
 
 log = logging.getLogger("ostro")
 _FLAGS = "-O3 -march=native -std=c++20 -fopenmp -shared -fPIC -w"

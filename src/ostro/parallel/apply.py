@@ -15,13 +15,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ostro.compiled import code_folder
 from ostro.core.axes import DATA, MODEL, VOCAB, AxisMapping
 from ostro.models.lm_model import LmModel
 from ostro.nn import Embedding, Linear, axes_of
 from ostro.nn.attention import CausalAttention
 from ostro.parallel.mesh import Mesh
 from ostro.parallel.plan import ParameterPlan, plan_sharding
+from ostro.runtime.compile_cache import code_folder
 
 
 def shard(

@@ -15,7 +15,7 @@ from ostro import native
 from ostro.checkpoint import Saved, SavedFile, read_settings
 from ostro.data.sequences import Batch
 from ostro.distributed import World
-from ostro.throughput import synchronize
+from ostro.runtime.throughput import synchronize
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.engine import Engine
 

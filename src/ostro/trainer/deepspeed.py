@@ -19,7 +19,7 @@ from ostro.core.units import format_bytes
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.optim import OptimizerConfig, gradient_norm, set_learning_rate
-from ostro.phases import mark
+from ostro.runtime.phase import mark
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.engine import Engine
 from ostro.trainer.state import TrainState

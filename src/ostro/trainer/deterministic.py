@@ -20,7 +20,7 @@ from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.optim import gradient_norm
 from ostro.parallel import Mesh
-from ostro.phases import mark
+from ostro.runtime.phase import mark
 from ostro.trainer.engine import Engine
 from ostro.trainer.state import TrainState, split_like
 

@@ -19,7 +19,7 @@ from ostro.distributed import World
 from ostro.nn.loss import keep_memory
 from ostro.optim import apply_update, clip_scale, gradient_norm, set_learning_rate
 from ostro.parallel import Mesh
-from ostro.phases import mark
+from ostro.runtime.phase import mark
 from ostro.trainer.state import TrainState
 
 

@@ -17,7 +17,6 @@ from ostro.checkpoint import (
     find_latest,
     which_checkpoint,
 )
-from ostro.compiled import unusable_cache
 from ostro.core.errors import CheckpointError, ConfigError, Problem
 from ostro.distributed import World
 from ostro.io.filesystem import is_folder
@@ -27,6 +26,7 @@ from ostro.nn.collectives import local
 from ostro.optim import LossScaler, OptimizerConfig, has_state, require_resumable
 from ostro.parallel import Mesh, arrange, compile_blocks, shard
 from ostro.recover import Recovery
+from ostro.runtime.compile_cache import unusable_cache
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.deepspeed import DeepSpeedEngine, deepspeed_settings
 from ostro.trainer.deterministic import DeterministicEngine

@@ -13,9 +13,9 @@ from ostro.core.errors import OstroError
 from ostro.data.sequences import Batch
 from ostro.models.lm_model import inference
 from ostro.optim import Schedule
-from ostro.phases import mark
 from ostro.recover import Spike, StepRange
-from ostro.throughput import Throughput
+from ostro.runtime.phase import mark
+from ostro.runtime.throughput import Throughput
 from ostro.tracker import Tracker
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.engine import Engine

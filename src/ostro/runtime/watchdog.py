@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace_json
 
 from ostro.distributed.rendezvous import Meeting
-from ostro.phases import listening, place
+from ostro.runtime.phase import listening, place
 
 log = logging.getLogger("ostro")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_run import ostro, write_config
 
-from ostro.guard import guarded
-from ostro.run_log import folder_fault, logging_to
+from ostro.runtime.entry_point import guarded
+from ostro.runtime.run_log import folder_fault, logging_to
 
 log = logging.getLogger("ostro.test")
 

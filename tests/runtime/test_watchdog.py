@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import TESTS, torchrun_words, write_config
 
-from ostro.watchdog import Report, find_odd
+from ostro.runtime.watchdog import Report, find_odd
 
 PROGRAM = TESTS / "hang_program.py"
 TRAINER = {"hang_timeout": "4s"}

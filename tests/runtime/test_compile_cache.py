@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from ostro import compiled
-from ostro.compiled import code_folder, compiled_file
+from ostro.runtime import compile_cache
+from ostro.runtime.compile_cache import code_folder, compiled_file
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    compiled._code_folder.cache_clear()
+    compile_cache._code_folder.cache_clear()
     monkeypatch.setenv("OSTRO_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "compiled"
 
@@ -119,7 +119,7 @@ def test_without_a_folder_of_its_own_a_process_takes_a_temporary_one(
         home.parent.write_text("")
     else:
         monkeypatch.setenv("OSTRO_CACHE_HOME", "/proc/none")
-    compiled._code_folder.cache_clear()
+    compile_cache._code_folder.cache_clear()
     planted = list(home.glob("*.so")) if home.parent.is_dir() else []
     for file in planted:
         file.write_bytes(b"planted")
@@ -130,12 +130,12 @@ def test_without_a_folder_of_its_own_a_process_takes_a_temporary_one(
     assert len(caplog.records) == 1 and "set OSTRO_CACHE_HOME" in caplog.text
     assert [file.read_bytes() for file in planted] == [b"planted"] * len(planted)
     shutil.rmtree(folder)
-    compiled._code_folder.cache_clear()
+    compile_cache._code_folder.cache_clear()
 
 
 PROGRAM = """
 import pathlib, sys, time
-from ostro.compiled import compiled_file
+from ostro.runtime.compile_cache import compiled_file
 
 def make(path):
     with open("made", "a") as file:
@@ -176,7 +176,8 @@ def test_what_a_killed_process_leaves_is_in_nobodys_way(home, tmp_path):
 
 KERNELS = """
 import pathlib
-from ostro import compiled, native
+from ostro import native
+from ostro.runtime import compile_cache
 
 pathlib.Path("kernels.cpp").write_text('extern "C" int seven() { return 7; }')
 native._sources = lambda: [pathlib.Path("kernels.cpp")]
@@ -213,10 +214,10 @@ def test_a_run_goes_without_kernels_that_cannot_be_kept(home, tmp_path):
 @pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
 def test_a_folder_that_torch_cannot_make_is_named_and_replaced(name, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    compiled.unusable_cache.cache_clear()
+    compile_cache.unusable_cache.cache_clear()
     monkeypatch.setenv(name, str(tmp_path / "file" / "cache"))
-    fault = compiled.unusable_cache()
+    fault = compile_cache.unusable_cache()
     assert fault and f"{name} = {tmp_path}/file/cache cannot be written to" in fault
     assert os.path.isdir(os.environ[name])
-    compiled.unusable_cache.cache_clear()
-    assert compiled.unusable_cache() is None
+    compile_cache.unusable_cache.cache_clear()
+    assert compile_cache.unusable_cache() is None

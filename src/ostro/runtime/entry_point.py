@@ -14,11 +14,11 @@ from typing import Any, NoReturn, TextIO
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from ostro.compiled import unusable_cache
 from ostro.core.errors import OstroError
 from ostro.core.redaction import redact
 from ostro.distributed.rendezvous import LostRankError, Meeting, last_words
-from ostro.signals import Interrupted, Signals
+from ostro.runtime.compile_cache import unusable_cache
+from ostro.runtime.signals import Interrupted, Signals
 
 
 def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:

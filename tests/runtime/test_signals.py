@@ -19,7 +19,7 @@ PHASES = ("data", "backward", "evaluation", "sample", "stage")
 COMPILING = """
 import os, signal, sys, threading
 from ostro.cli.main import run_command
-from ostro.phases import listening
+from ostro.runtime.phase import listening
 def listener(phase):
     if phase == "compile":
         threading.Timer(2, os.kill, [os.getpid(), signal.SIGTERM]).start()
@@ -29,7 +29,7 @@ with listening(listener):
 """
 IN_C = """
 import contextlib, hashlib, sys
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 with Signals() as signals:
     with signals.deferred(lambda: False) if sys.argv[1] == "True" else contextlib.nullcontext():
         print("begins", flush=True)
@@ -37,7 +37,7 @@ with Signals() as signals:
 """
 LEAVING = """
 import hashlib, time
-from ostro.signals import Signals
+from ostro.runtime.signals import Signals
 def leave():
     print("leaves", flush=True)
     time.sleep(100)

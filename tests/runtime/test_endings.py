@@ -11,7 +11,7 @@ BUSY = """
 import sys, threading, time
 import torch
 from ostro.core.errors import ConfigError
-from ostro.guard import run_script
+from ostro.runtime.entry_point import run_script
 
 def work():  # as a loader does whose batch nobody waits for any more
     store, tensor = torch.distributed.HashStore(), torch.zeros(300_000)
@@ -56,7 +56,7 @@ def test_what_was_registered_for_the_end_is_done():
     """Also what is not, such as a thread that still works and is no daemon."""
     program = """
 import atexit, sys, threading, time
-from ostro.guard import run_script
+from ostro.runtime.entry_point import run_script
 def late():
     time.sleep(0.3)
     print("thread")
@@ -74,7 +74,7 @@ run_script(command)
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
 def test_output_that_cannot_be_written_is_an_error():
     program = """
-from ostro.guard import run_script
+from ostro.runtime.entry_point import run_script
 run_script(lambda words, signals: print("a short answer, which lies in the buffer to the end"))
 """
     with open("/dev/full", "w") as full:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ostro import throughput
-from ostro.throughput import DevicePeak, Throughput, measure_peak
+from ostro.runtime import throughput
+from ostro.runtime.throughput import DevicePeak, Throughput, measure_peak
 from ostro.tracker.console import figures_line, nanogpt_line
 
 

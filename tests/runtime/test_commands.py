@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ostro.commands import (
+from ostro.runtime.commands import (
     STARTED_AS,
     CommandLine,
     Names,

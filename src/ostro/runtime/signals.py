@@ -18,7 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ostro.core.errors import OstroError
-from ostro.phases import place
+from ostro.runtime.phase import place
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 8.0  # seconds in which the main thread heeds a signal, if it does at all

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import resource, sys
-from ostro.allocator import keep_freed_memory
+from ostro.runtime.malloc import keep_freed_memory
 import torch
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

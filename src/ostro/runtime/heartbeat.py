@@ -17,8 +17,8 @@ from dataclasses import astuple, dataclass
 import torch.distributed as dist
 
 from ostro.distributed.rendezvous import Meeting, quiet_torch
-from ostro.phases import listening, place
-from ostro.watchdog import unfinished_collective
+from ostro.runtime.phase import listening, place
+from ostro.runtime.watchdog import unfinished_collective
 
 _PATIENCE = 5.0  # seconds in which a rank that works is heard of, and seen to move
 _INTERVAL = 0.5  # seconds between two looks into the store
