@@ -8,11 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from ostro import native
+from ostro import kernels
 
 
 @pytest.fixture(autouse=True)
 def _kernels_as_at_the_start():
     """What a run in this process chose is not for the tests after it."""
     yield
-    native.use(None)
+    kernels.use(None)

@@ -35,7 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "native": "kernels",
     "hf": "models",
     "sample": "generate",
     "decode": "generate",

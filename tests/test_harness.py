@@ -4,7 +4,7 @@ import pytest
 import torch
 from benchmark_model import SEQ_LEN, WORDS, write_copies, write_model, write_tasks
 
-from ostro import harness, native, squad
+from ostro import harness, kernels, squad
 from ostro.checkpoint import find_latest
 from ostro.cli.benchmark import table
 from ostro.cli.native import saved_config
@@ -126,7 +126,7 @@ def test_an_empty_prompt_and_too_long_an_answer_have_an_answer_too(models, caplo
 
 def test_an_answer_ends_at_its_stop(models):
     model, tokenizer, _, _ = models
-    native.use(False)  # whose steps call no module
+    kernels.use(False)  # whose steps call no module
     steps = []
     hook = model.blocks[0].register_forward_hook(lambda *_: steps.append(1))
     long = harness.write_until(model, tokenizer, [("the", {"max_gen_toks": 30})], 1)[0]

@@ -29,8 +29,8 @@ from ostro.hf import (
     to_hf,
     write_hf,
 )
+from ostro.kernels import decoder
 from ostro.models import Gpt2Config, LlamaConfig
-from ostro.native import decoder
 from ostro.nn import ACTIVATIONS
 from ostro.nn.rotary import (
     DefaultRotaryConfig,

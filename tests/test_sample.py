@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 import torch
 
-from ostro import decode, native
+from ostro import decode, kernels
 from ostro.data.tokenizer import LibraryTokenizer, Tokenizer
 from ostro.models import Gpt2Config, LlamaConfig, initialize
 from ostro.sample import SamplingConfig, choose, complete_all, generate
@@ -71,7 +71,7 @@ def test_cached_logits_equal_whole_logits(config):
         torch.testing.assert_close(last[:, 0], whole[:, first + counts[0] - 1])
 
 
-NATIVE = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler and AVX-512")
+NATIVE = pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler and AVX-512")
 BIASED = replace(LLAMA, use_bias=True, tie_word_embeddings=True, activation_function="gelu")
 PLAIN = replace(GPT2, use_bias=False, hidden_dim=36, activation_function="relu")
 
@@ -116,7 +116,7 @@ def test_native_steps_give_the_logits_of_the_whole_forward(config, dtype, monkey
 def test_without_a_compiler_the_same_tokens(config, monkeypatch):
     model = built(config)
     found = generate(model, PROMPTS, max_new_tokens=20, temperature=0.0)
-    monkeypatch.setattr(native, "_is_wanted", False)
+    monkeypatch.setattr(kernels, "_is_wanted", False)
     monkeypatch.setattr(decode.Decoder, "step", None)
     assert generate(model, PROMPTS, max_new_tokens=20, temperature=0.0) == found
 

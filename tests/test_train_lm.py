@@ -13,7 +13,7 @@ import torch
 import yaml
 from tiny_run import merge, ostro, read_metrics, write_config
 
-from ostro import native
+from ostro import kernels
 from ostro.checkpoint import find_latest, load, store
 from ostro.cli.main import run_command
 from ostro.runtime.phase import listening
@@ -86,7 +86,7 @@ def test_a_run_leaves_metrics_log_config_and_checkpoint(tmp_path, capsys):
 
 
 def test_a_run_says_why_it_is_slower_than_it_could_be(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: "there is no C++ compiler (c++)")
+    monkeypatch.setattr(kernels, "_library", lambda: "there is no C++ compiler (c++)")
     train(write_config(tmp_path))
     logged = (tmp_path / "logs" / "tiny" / "train.log").read_text()
     assert "kernels = auto: torch, slower - there is no C++ compiler (c++)" in logged

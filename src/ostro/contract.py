@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 import ostro
-from ostro import native
+from ostro import kernels
 from ostro.config import encode
 from ostro.config.fields import join
 from ostro.config.nodes import children, value_text
@@ -140,7 +140,7 @@ def record(
         "torch": str(torch.__version__),  # a class of its own, which a file refuses
         "device": device.type + kind,
         "num_threads": torch.get_num_threads(),
-        "kernels": native.in_use(),
+        "kernels": kernels.in_use(),
         "num_ranks": world.num_ranks,
         "vocab_size": vocab_size,
         "tokenizer": tokenizer,

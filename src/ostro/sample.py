@@ -9,8 +9,8 @@ from torch import Tensor
 from ostro.core.errors import Problem, seed_problems
 from ostro.data.tokenizer import Tokenizer
 from ostro.decode import decoder_of, in_compute_dtype
+from ostro.kernels.decoder import Decoder
 from ostro.models.lm_model import LmModel, inference
-from ostro.native.decoder import Decoder
 from ostro.nn import KeyValueCache
 from ostro.runtime.phase import mark
 

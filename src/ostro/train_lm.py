@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ostro import contract, native
+from ostro import contract, kernels
 from ostro.agreement import Fact, agreeing, facts_of_data, require_agreement
 from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
 from ostro.config import check, dump_yaml, public
@@ -88,7 +88,7 @@ def run(
     signals, origins = signals or Signals(), origins or {}
     agree = agreeing(config, origins)
     joining = joined(trainer.distributed, trainer.device, trainer.require_accelerator, agree)
-    with native.restored(), joining as world:
+    with kernels.restored(), joining as world:
         run_id = world.from_first(choose_run_id(config))
         config = replace_trainer(config, id=run_id)
         check(config)  # the id may come from the environment
@@ -161,10 +161,10 @@ def choose_kernels(trainer: TrainerConfig, device: torch.device) -> None:
     # Bits that do not depend on how a batch is split are a promise about torch's operators.
     wanted = trainer.kernels != "torch" and not trainer.deterministic_reduction
     wanted = wanted and device.type == "cpu"
-    native.use(wanted)
-    if wanted and trainer.kernels == "native" and native.why_not():
+    kernels.use(wanted)
+    if wanted and trainer.kernels == "native" and kernels.why_not():
         raise ConfigError(
-            f"trainer.kernels = native - {native.why_not()} - otherwise take trainer.kernels: auto"
+            f"trainer.kernels = native - {kernels.why_not()} - otherwise take trainer.kernels: auto"
         )
 
 
@@ -267,9 +267,9 @@ def choose_settings(
 
     def kernels(trainer: TrainerConfig) -> str:
         wanted = world.device.type == "cpu" and not trainer.deterministic_reduction
-        if wanted and native.why_not():
-            log.info("trainer.kernels = auto: torch, slower - %s", native.why_not())
-        return native.in_use()
+        if wanted and kernels.why_not():
+            log.info("trainer.kernels = auto: torch, slower - %s", kernels.why_not())
+        return kernels.in_use()
 
     choices = {
         "num_threads": lambda _: torch.get_num_threads(),

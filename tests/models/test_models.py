@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from ostro import native
 from ostro.decode import in_compute_dtype
 from ostro.models import Gpt2Config, LlamaConfig, initialize
 from ostro.nn import axes_of
@@ -77,8 +76,8 @@ def test_the_sum_through_the_blocks_stays_float32(config, kernels):
         block.register_forward_hook(lambda _, args, out: seen.extend([args[0], out]))
         for layer in (block.attention, block.mlp):
             layer.register_forward_hook(lambda _, args, out: computed.update([args[0], out]))
-    with native.restored():
-        native.use(kernels)
+    with kernels.restored():
+        kernels.use(kernels)
         model(tokens(), tokens(seed=1)).backward()
         with in_compute_dtype(model), torch.no_grad():
             model(tokens())

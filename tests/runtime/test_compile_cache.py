@@ -176,14 +176,14 @@ def test_what_a_killed_process_leaves_is_in_nobodys_way(home, tmp_path):
 
 KERNELS = """
 import pathlib
-from ostro import native
+from ostro import kernels
 from ostro.runtime import compile_cache
 
 pathlib.Path("kernels.cpp").write_text('extern "C" int seven() { return 7; }')
-native._sources = lambda: [pathlib.Path("kernels.cpp")]
-native._FLAGS = "-shared -fPIC"
-native.torch.cpu._is_avx512_bf16_supported = lambda: True
-native.platform.machine = lambda: "x86_64"
+kernels._sources = lambda: [pathlib.Path("kernels.cpp")]
+kernels._FLAGS = "-shared -fPIC"
+kernels.torch.cpu._is_avx512_bf16_supported = lambda: True
+kernels.platform.machine = lambda: "x86_64"
 """
 
 
@@ -197,18 +197,18 @@ def kernels(folder: Path, program: str) -> str:
 
 @needs_compiler
 def test_damaged_kernels_are_compiled_again(home, tmp_path):
-    assert kernels(tmp_path, "print(native._library().seven())") == "7\n"
+    assert kernels(tmp_path, "print(kernels._library().seven())") == "7\n"
     for damage in (lambda data: data[: len(data) // 2], lambda data: data[:4096] + bytes(9999)):
         (file,) = home.glob("*.so")
         file.write_bytes(damage(file.read_bytes()))
-        assert kernels(tmp_path, "print(native._library().seven())") == "7\n"
+        assert kernels(tmp_path, "print(kernels._library().seven())") == "7\n"
 
 
 @needs_compiler
 def test_a_run_goes_without_kernels_that_cannot_be_kept(home, tmp_path):
     program = "def full(*_): raise OSError(28, 'No space left')\ncompiled._make = full\n"
-    assert "No space left" in kernels(tmp_path, program + "print(native.why_not())")
-    assert "torch" in kernels(tmp_path, program + "print(native.in_use())")
+    assert "No space left" in kernels(tmp_path, program + "print(kernels.why_not())")
+    assert "torch" in kernels(tmp_path, program + "print(kernels.in_use())")
 
 
 @pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])

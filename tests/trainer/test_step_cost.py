@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.ours import build_trainer, load_case, random_batch
 from benchmarks.peers import transformers_models
 from benchmarks.train_step import sizes_of
-from ostro import native
+from ostro import kernels
 
 aten = torch.ops.aten
 SETTINGS = {
@@ -93,8 +93,8 @@ def faults(ours: Cost, plain: Cost, bounds) -> list[str]:
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_an_update_makes_few_calls_allocates_little_and_does_not_wait(name):
-    if "native" in name and not native.available():
-        pytest.skip(native.why_not())
+    if "native" in name and not kernels.available():
+        pytest.skip(kernels.why_not())
     plain = cost(plain_step(name))
     trainer, step = build_ours(name)
     assert faults(cost(step), plain, BOUNDS[name]) == []
@@ -113,7 +113,7 @@ def seconds(step) -> float:
     return time.perf_counter() - start
 
 
-@pytest.mark.skipif(not native.available(), reason=native.why_not() or "runs")
+@pytest.mark.skipif(not kernels.available(), reason=kernels.why_not() or "runs")
 def test_an_update_takes_less_time_than_in_plain_torch():
     """Fastest of interleaved updates, which neighbours disturb least."""
     ours, plain = build_ours("native f32")[1], plain_step("native f32")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ostro import native
+from ostro import kernels
 from ostro.config import Choice
 from ostro.core.axes import EMBED, MLP
 from ostro.core.errors import Problem, did_you_mean
@@ -194,7 +194,7 @@ class Mlp(nn.Module):
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
         gate, up = apply_all(x, self.gate, self.up)
-        gated = native.silu_gate(gate, up) if self.activation is F.silu else None
+        gated = kernels.silu_gate(gate, up) if self.activation is F.silu else None
         return self.down(self.activation(gate) * up if gated is None else gated)
 
 

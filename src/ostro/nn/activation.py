@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ostro import native
+from ostro import kernels
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -15,7 +15,7 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 def gelu_new(x: torch.Tensor) -> torch.Tensor:
     """GELU by its tanh approximation, as GPT-2 has it."""
-    found = native.gelu(x)
+    found = kernels.gelu(x)
     return F.gelu(x, approximate="tanh") if found is None else found
 
 

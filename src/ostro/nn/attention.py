@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ostro import native
+from ostro import kernels
 from ostro.nn.collectives import Group, gather_sequence
 
 
@@ -98,7 +98,7 @@ class CausalAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         plain = mask is None and cache is None and self.context is None
         if plain and not dropout and not self.upcast:
-            found = native.attention(qkv, self.scale)
+            found = kernels.attention(qkv, self.scale)
             if found is not None:
                 return found
         group = qkv.shape[3] - 2

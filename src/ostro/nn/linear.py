@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ostro import native
+from ostro import kernels
 from ostro.core.axes import ParameterAxes
 from ostro.nn.collectives import Group, enter, leave, local
 from ostro.nn.init import Fill
@@ -49,7 +49,7 @@ class Linear(nn.Module):
         # What a group sums gets its bias once, afterwards.
         late = self.bias is None or self.split_in is not None
         weight, bias = local(self.weight), None if late else local(self.bias)
-        y = native.linear(x, weight, bias)
+        y = kernels.linear(x, weight, bias)
         if y is None:
             y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y = leave(y, self.split_in)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ostro import native
+from ostro import kernels
 from ostro.nn.collectives import Group, local
 from ostro.nn.embedding import TiedGradient, first_row
 
@@ -91,8 +91,8 @@ def token_losses(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     `weight` is cast to the dtype of `rows`. For use without gradients, which would hold on to all
     logits.
     """
-    if native.gives_loss(rows, weight):
-        return native.head_loss(rows, weight, targets)
+    if kernels.gives_loss(rows, weight):
+        return kernels.head_loss(rows, weight, targets)
     weight = weight.to(rows.dtype)
     size = max(1, CHUNK_ELEMENTS // 4 // weight.shape[0])
     losses = [
@@ -127,9 +127,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         grad_weight = gradient_memory(weight) if ctx.needs_input_grad[1] else None
         ctx.gradients, ctx.tie = (grad_rows, grad_weight), tie
-        if share is None and native.gives_loss(rows, weight):
+        if share is None and kernels.gives_loss(rows, weight):
             gradients = (float(scale), grad_rows, grad_weight)
-            return native.head_loss(rows, weight, targets, *gradients).sum() * scale
+            return kernels.head_loss(rows, weight, targets, *gradients).sum() * scale
         cast = weight.to(rows.dtype)
         size = _chunk_rows(rows.shape[0], weight.shape[0])
         buffer = rows.new_empty(size, weight.shape[0])

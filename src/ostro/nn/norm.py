@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ostro import native
+from ostro import kernels
 from ostro.core.axes import ParameterAxes
 from ostro.nn.init import Fill
 
@@ -31,7 +31,7 @@ class _Norm(nn.Module):
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """float32 (..., size), and what is added to it -> the sum, and that normalised."""
         kind = {"dtype": self.dtype, "is_centred": self.is_centred}
-        found = native.normalise(x, added, self.weight, self.bias, self.eps, **kind)
+        found = kernels.normalise(x, added, self.weight, self.bias, self.eps, **kind)
         if found is not None:
             return found
         x = x if added is None else x + added

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ostro import native
+from ostro import kernels
 from ostro.config import Choice
 from ostro.core.errors import Problem
 
@@ -141,7 +141,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def turn_fused(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`apply_rotary` to all but the values of (batch, position, kv_heads, group + 2, head_size)."""
-    found = native.rotary(qkv, cos, sin)
+    found = kernels.rotary(qkv, cos, sin)
     if found is not None:
         return found
     turned = apply_rotary(qkv[:, :, :, :-1], cos, sin)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ostro import native
+from ostro import kernels
 
 
 def gradient_norm(
@@ -23,7 +23,7 @@ def gradient_norm(
     if not grads:
         return torch.zeros(())
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    norms = native.norms(grads)
+    norms = kernels.norms(grads)
     if norms is None:
         norms = torch.stack(torch._foreach_norm(grads, 2, dtype=dtype))
     if shares is None or sum_ is None:
@@ -61,7 +61,7 @@ def apply_update(
         if bool(found_inf):  # waits for the device
             return
         found_inf = None
-    if native.adamw(optimizer, grad_scale):
+    if kernels.adamw(optimizer, grad_scale):
         return
     if not is_fused:
         if grad_scale is not None:

@@ -1,4 +1,4 @@
-"""Compiled code on disk: the kernels of `ostro.native`, and what torch.compile keeps.
+"""Compiled code on disk: the kernels of `ostro.kernels`, and what torch.compile keeps.
 
 Loading such a file runs it. So the folder, `$OSTRO_CACHE_HOME/compiled`, and every file in it must
 belong to this user or root, and nobody else may write there; a file's name ends with the checksum

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ostro import native
+from ostro import kernels
 from ostro.checkpoint import Saved, SavedFile, read_settings
 from ostro.data.sequences import Batch
 from ostro.distributed import World
@@ -62,7 +62,7 @@ def _known(saved: Saved | SavedFile | None, world: World) -> dict[str, Any]:
         return {}
     trainer = read_settings(saved.texts["config.yaml"], str(saved))["trainer"]
     known = {name: trainer[name] for name in _OPEN if name in trainer}
-    if known.get("kernels") == "native" and native.why_not():
+    if known.get("kernels") == "native" and kernels.why_not():
         del known["kernels"]  # made on a machine that could run them
     made_by = saved.values.get("made_by")
     if not isinstance(made_by, dict) or made_by.get("num_ranks") != world.num_ranks:

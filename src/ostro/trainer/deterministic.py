@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ostro import native
+from ostro import kernels
 from ostro.data.sequences import Batch
 from ostro.distributed import World
 from ostro.optim import gradient_norm
@@ -88,7 +88,7 @@ class DeterministicEngine(Engine):
     def __init__(self, state: TrainState, world: World, mesh: Mesh | None):
         super().__init__(state, world)
         torch.set_num_threads(1)
-        native.use(False)
+        kernels.use(False)
         for group in state.optimizer.param_groups:
             # The fused kernel rounds the last elements of a tensor in another way than the others,
             # and which these are depends on how it is split.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ostro.native import _library
+from ostro.kernels import _library
 
 _POINTERS = [
     "norm_1", "norm_1_bias", "qkv", "qkv_bias", "out", "out_bias", "norm_2", "norm_2_bias",

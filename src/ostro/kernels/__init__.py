@@ -95,7 +95,7 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _sources() -> list[Path]:
-    return sorted(Path(__file__).parent.glob("*.cpp"))
+    return sorted((Path(__file__).parent / "csrc").glob("*.cpp"))
 
 
 def _name(compiler: list[str]) -> str:
@@ -103,7 +103,7 @@ def _name(compiler: list[str]) -> str:
     asked = [*compiler, "--version"]
     version = subprocess.run(asked, capture_output=True, check=True, text=True).stdout
     known = [f"{version}{torch.__version__}{_FLAGS}".encode(), _processor()]
-    headers = sorted(Path(__file__).parent.glob("*.h"))
+    headers = sorted((Path(__file__).parent / "csrc").glob("*.h"))
     known += [path.read_bytes() for path in [*_sources(), *headers]]
     digest = hashlib.sha256(b"\0".join(known)).hexdigest()
     return f"kernels-{digest[:24]}"

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ostro import native
+from ostro import kernels
 from ostro.models import Gpt2Config, LlamaConfig, initialize
 from ostro.nn.loss import keep_memory
 from ostro.nn.norm import LayerNorm, RMSNorm
 from ostro.nn.rotary import turn_fused
 
-needs_kernels = pytest.mark.skipif(not native.available(), reason=native.why_not() or "runs")
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not() or "runs")
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def dtype(request):
-    native.use(True)
+    kernels.use(True)
     return request.param
 
 
@@ -55,7 +55,7 @@ def test_attention_and_its_gradient(batch, position, heads, group, size, dtype):
     torch.manual_seed(0)
     qkv = noise(batch, position, heads, group + 2, size, dtype=dtype).requires_grad_()
     upstream = noise(batch, position, heads * group * size, dtype=dtype)
-    out = native.attention(qkv, 0.2)
+    out = kernels.attention(qkv, 0.2)
     assert out is not None
     out.backward(upstream)
     wide = qkv.detach().float().requires_grad_()
@@ -73,7 +73,7 @@ def test_attention_and_its_gradient(batch, position, heads, group, size, dtype):
 @needs_kernels
 def test_large_scores_do_not_overflow(dtype):
     qkv = noise(1, 150, 2, 3, 16, scale=30.0, dtype=dtype).requires_grad_()
-    out = native.attention(qkv, 1.0)
+    out = kernels.attention(qkv, 1.0)
     out.sum().backward()
     assert out.isfinite().all()
     assert qkv.grad.isfinite().all()
@@ -90,7 +90,7 @@ def test_a_linear_layer_and_its_gradients(rows, ins, outs, bias, dtype):
     upstream = noise(rows, outs, dtype=dtype)
     weight = torch.randn(outs, ins).mul_(0.05).requires_grad_()
     offset = torch.randn(outs).requires_grad_() if bias else None
-    y = native.linear(x, weight, offset)
+    y = kernels.linear(x, weight, offset)
     assert y is not None
     y.backward(upstream)
     wide = x.detach().float().requires_grad_()
@@ -115,11 +115,11 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         grads = torch.empty_like(x), torch.empty_like(weight)
-        y = native.linear(x, weight, None)
-        losses = native.head_loss(x, weight, targets, 1.0, *grads, chunk=128)
+        y = kernels.linear(x, weight, None)
+        losses = kernels.head_loss(x, weight, targets, 1.0, *grads, chunk=128)
         weight.grad = None
         y.square().sum().backward()
-        found.append([y, weight.grad, native.attention(qkv, 0.1), losses, *grads])
+        found.append([y, weight.grad, kernels.attention(qkv, 0.1), losses, *grads])
     torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
@@ -135,7 +135,7 @@ def test_the_loss_of_the_head_and_its_gradients(rows, vocab, embed, dtype):
     targets = torch.randint(vocab, (rows,))
     targets[::7] = -100
     grads = torch.empty_like(hidden), torch.empty_like(weight)
-    losses = native.head_loss(hidden, weight, targets, 0.5, *grads, chunk=64)
+    losses = kernels.head_loss(hidden, weight, targets, 0.5, *grads, chunk=64)
     wide = hidden.float().requires_grad_()
     rounded = weight.to(dtype).float().requires_grad_()
     expected = F.cross_entropy(wide @ rounded.T, targets, ignore_index=-100, reduction="none")
@@ -150,11 +150,11 @@ def test_activations_and_their_gradients(dtype):
     x = noise(3, 77, scale=3.0, dtype=dtype).requires_grad_()
     up = noise(3, 77, dtype=dtype).requires_grad_()
     wide, other = (t.detach().float().requires_grad_() for t in (x, up))
-    native.gelu(x).sum().backward()
+    kernels.gelu(x).sum().backward()
     F.gelu(wide, approximate="tanh").sum().backward()
     assert_close(x.grad, wide.grad, 0.003)
     x.grad = wide.grad = None
-    native.silu_gate(x, up).sum().backward()
+    kernels.silu_gate(x, up).sum().backward()
     (F.silu(wide) * other).sum().backward()
     assert_close(x.grad, wide.grad, 0.003)
     assert_close(up.grad, other.grad, 0.003)
@@ -174,12 +174,12 @@ def test_a_model_learns_the_same_with_and_without(family, recompute, dtype):
     for wanted in (True, False):
         model = config.build(65, dtype)
         initialize(model, 0)
-        native.use(wanted)
+        kernels.use(wanted)
         try:
             loss = model(tokens[:, :-1], tokens[:, 1:], scale=1 / 141)
             loss.backward()
         finally:
-            native.use(None)
+            kernels.use(None)
         found.append((loss.item(), [p.grad for p in model.parameters()]))
     (ours, gradients), (theirs, expected) = found
     assert not all(map(torch.equal, gradients, expected)), "the kernels were not used"
@@ -192,9 +192,9 @@ def test_a_model_learns_the_same_with_and_without(family, recompute, dtype):
 def test_without_a_compiler_torch_does_the_work(tmp_path):
     program = (
         "import torch; from ostro import native\n"
-        "assert not native.available()\n"
-        "assert native.linear(torch.ones(64, 16).bfloat16(), torch.ones(16, 16), None) is None\n"
-        "print(native.why_not())"
+        "assert not kernels.available()\n"
+        "assert kernels.linear(torch.ones(64, 16).bfloat16(), torch.ones(16, 16), None) is None\n"
+        "print(kernels.why_not())"
     )
     environment = {**os.environ, "CXX": "no-such-compiler", "OSTRO_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", program]
@@ -217,7 +217,7 @@ def test_norms_and_their_gradients(kind, adds, dtype):
         parameter.data = torch.randn(96).to(dtype).float()
     found = []
     for wanted in (True, False):
-        native.use(wanted)
+        kernels.use(wanted)
         norm.zero_grad()
         inputs = [x.clone().requires_grad_()] + [added.clone().requires_grad_()] * adds
         total, normed = norm(*inputs)
@@ -239,7 +239,7 @@ def test_rotary_positions_and_their_gradients(dtype):
     angles = torch.randn(1, 9, 1, 1, 16)
     found = []
     for wanted in (True, False):
-        native.use(wanted)
+        kernels.use(wanted)
         qkv.grad = None
         turned = turn_fused(qkv, angles.cos(), angles.sin())
         turned.backward(back)
@@ -252,26 +252,26 @@ def test_rotary_positions_and_their_gradients(dtype):
 @needs_kernels
 def test_a_profile_has_the_kernels():
     with torch.profiler.profile() as profiler:
-        native.gelu(noise(4, 16))
+        kernels.gelu(noise(4, 16))
     assert "ostro::gelu_forward" in {event.key for event in profiler.key_averages()}
 
 
 @needs_kernels
 def test_the_norms_of_gradients():
     grads = [torch.randn(70_000, generator=torch.Generator().manual_seed(0)), torch.ones(3, 5)]
-    assert native.norms(grads) is None  # nobody has said that this process uses kernels
-    native.use(True)
-    torch.testing.assert_close(native.norms(grads), torch.stack(torch._foreach_norm(grads)))
-    assert native.norms([grads[0][::2]]) is None
+    assert kernels.norms(grads) is None  # nobody has said that this process uses kernels
+    kernels.use(True)
+    torch.testing.assert_close(kernels.norms(grads), torch.stack(torch._foreach_norm(grads)))
+    assert kernels.norms([grads[0][::2]]) is None
 
 
 @needs_kernels
 def test_float32_is_for_kernels_where_that_was_said():
-    assert native.gelu(noise(4, 16)) is not None and native.gelu(torch.ones(4, 16)) is None
-    native.use(True)
-    assert native.gelu(torch.ones(4, 16)) is not None
-    native.use(False)
-    assert native.gelu(noise(4, 16)) is None and native.gelu(torch.ones(4, 16)) is None
+    assert kernels.gelu(noise(4, 16)) is not None and kernels.gelu(torch.ones(4, 16)) is None
+    kernels.use(True)
+    assert kernels.gelu(torch.ones(4, 16)) is not None
+    kernels.use(False)
+    assert kernels.gelu(noise(4, 16)) is None and kernels.gelu(torch.ones(4, 16)) is None
 
 
 @needs_kernels
@@ -281,11 +281,11 @@ def test_adamw_is_a_kernel_where_that_was_said():
     optimizer = torch.optim.AdamW([weight])
     optimizer.step()  # makes its state
     before = weight.tolist()
-    assert not native.adamw(optimizer, None) and weight.tolist() == before
-    native.use(True)
-    assert native.adamw(optimizer, None) and weight.tolist() != before
+    assert not kernels.adamw(optimizer, None) and weight.tolist() == before
+    kernels.use(True)
+    assert kernels.adamw(optimizer, None) and weight.tolist() != before
     optimizer.param_groups[0]["maximize"] = True
-    assert not native.adamw(optimizer, None)
+    assert not kernels.adamw(optimizer, None)
 
 
 @needs_kernels
@@ -294,16 +294,16 @@ def test_what_is_not_a_number_stays_so(dtype):
     x, weight = noise(40, 32, dtype=dtype), torch.randn(65, 32)
     qkv = noise(1, 20, 2, 3, 16, dtype=dtype)
     x[3, 5] = qkv[0, 4, 1, 2, 3] = torch.nan
-    assert native.head_loss(x, weight, torch.zeros(40, dtype=torch.int64))[3].isnan()
-    assert native.linear(x, weight[:64], None)[3].isnan().all()
-    assert native.gelu(x)[3, 5].isnan() and native.silu_gate(x, x)[3, 5].isnan()
+    assert kernels.head_loss(x, weight, torch.zeros(40, dtype=torch.int64))[3].isnan()
+    assert kernels.linear(x, weight[:64], None)[3].isnan().all()
+    assert kernels.gelu(x)[3, 5].isnan() and kernels.silu_gate(x, x)[3, 5].isnan()
     for is_centred in (True, False):
         kind = {"dtype": dtype, "is_centred": is_centred}
-        total, normed = native.normalise(x.float(), x, torch.ones(32), None, 1e-5, **kind)
+        total, normed = kernels.normalise(x.float(), x, torch.ones(32), None, 1e-5, **kind)
         assert total[3, 5].isnan() and normed[3].isnan().all()
-    out = native.attention(qkv, 0.2).view(1, 20, 2, 16)
+    out = kernels.attention(qkv, 0.2).view(1, 20, 2, 16)
     assert out[0, 4:, 1, 3].isnan().all()
-    assert native.norms([x[3].float()]).isnan()
+    assert kernels.norms([x[3].float()]).isnan()
 
 
 def test_memory_of_gradients_is_kept_for_heads_only():
