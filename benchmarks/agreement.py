@@ -31,8 +31,8 @@ from benchmarks import common
 from benchmarks.ours import CASES, build_trainer, load_case
 from benchmarks.peers import transformers_models
 from benchmarks.train_step import sizes_of
-from ostro.data.sequences import Batch
-from ostro.data.source import StdlibSource
+from ostro.data.order.sequences import Batch
+from ostro.data.sources.source import StdlibSource
 from ostro.data.tokenizer_config import BytesTokenizer, Gpt2Tokenizer
 from ostro.hf import to_hf
 from ostro.lm_config import TrainLmConfig

@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.common import command_line, figure, note, spread, table
 from benchmarks.ours import CASES, build_trainer, fit, load_case, random_batch
 from ostro.data.loader import Loader
-from ostro.data.sequences import Batch
-from ostro.data.source import TokensSource
+from ostro.data.order.sequences import Batch
+from ostro.data.sources.source import TokensSource
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer_config import BytesTokenizer
 from ostro.trainer import Trainer

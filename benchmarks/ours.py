@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ostro.cli.arguments import load_run
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.malloc import keep_freed_memory

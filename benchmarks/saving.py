@@ -33,7 +33,7 @@ import torch
 from benchmarks.common import command_line, figure, paired_ratio, spread, table, take_turns
 from ostro.checkpoint import CheckpointerConfig, State, write
 from ostro.core.units import Precision
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.models import Gpt2Config
 from ostro.optim import AdamConfig

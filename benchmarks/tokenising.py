@@ -21,7 +21,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from benchmarks import common
-from ostro.data.source import StdlibSource
+from ostro.data.sources.source import StdlibSource
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer_config import Gpt2Tokenizer
 

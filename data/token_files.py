@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ostro.core.errors import DataError, OstroError
 from ostro.core.units import format_count
-from ostro.data.encode import Piece, encoder, pieces
+from ostro.data.cache.encode import Piece, encoder, pieces
 from ostro.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")

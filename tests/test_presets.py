@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ostro.config import load
-from ostro.data.source import TokensSource
+from ostro.data.sources.source import TokensSource
 from ostro.lm_config import TrainLmConfig
 
 ROOT = Path(__file__).parents[1]

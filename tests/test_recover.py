@@ -14,7 +14,7 @@ import torch
 from tiny_run import ostro, read_metrics, torchrun, write_config
 
 from ostro.checkpoint import find_latest
-from ostro.data.mixture import BatchSchedule
+from ostro.data.order.mixture import BatchSchedule
 from ostro.recover import RecoverConfig, Recovery, StepRange
 
 

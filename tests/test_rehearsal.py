@@ -6,7 +6,7 @@ from group import MODELS, OPTIMIZER, VOCAB, batch_of, spawned, trainer_config
 
 from ostro.cli.main import run_command
 from ostro.core.errors import ConfigError
-from ostro.data.source import StdlibSource
+from ostro.data.sources.source import StdlibSource
 from ostro.data.text import LMDatasetConfig
 from ostro.distributed import World
 from ostro.lm_config import TrainLmConfig

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ostro.core.errors import DataError
-from ostro.data.files import BadRecord
-from ostro.data.source import StdlibSource, UrlsSource
+from ostro.data.sources.files import BadRecord
+from ostro.data.sources.source import StdlibSource, UrlsSource
 from ostro.data.tokenizer_config import Gpt2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ostro.data.sequences import EvalData
+from ostro.data.order.sequences import EvalData
 from ostro.distributed import World
 from ostro.models.lm_model import LmModel, inference
 from ostro.runtime.phase import mark

@@ -11,7 +11,7 @@ from math import inf, sqrt
 from typing import Any
 
 from ostro.core.errors import Problem, at_least
-from ostro.data.mixture import BatchSchedule
+from ostro.data.order.mixture import BatchSchedule
 
 _MIN_DEVIATION = 1e-6
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ostro.core.errors import ConfigError, Problem
 from ostro.core.units import format_bytes
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.dry_run import num_tokens_of
 from ostro.lm_config import TrainLmConfig

@@ -21,7 +21,7 @@ from ostro.checkpoint.stager import Stager
 from ostro.config import dump_yaml
 from ostro.core.errors import CheckpointError
 from ostro.data.loader import Loader
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World

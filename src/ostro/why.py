@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ostro.core.errors import ConfigError, Problem
 from ostro.core.units import columns
-from ostro.data.documents import Part, TokenFiles
-from ostro.data.sequences import Batch
-from ostro.data.source import TokensSource
-from ostro.data.store import TokenStore
+from ostro.data.cache.documents import Part, TokenFiles
+from ostro.data.cache.store import TokenStore
+from ostro.data.order.sequences import Batch
+from ostro.data.sources.source import TokensSource
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.lm_config import TrainLmConfig

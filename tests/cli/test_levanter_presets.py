@@ -11,7 +11,7 @@ from ostro.cli.arguments import load_run
 from ostro.config import Foreign
 from ostro.config.fields import dotted_names
 from ostro.core.errors import ConfigError
-from ostro.data.source import HfSource, UrlsSource
+from ostro.data.sources.source import HfSource, UrlsSource
 from ostro.data.text import WeightStage
 from ostro.lm_config import TrainLmConfig, with_hf_model
 

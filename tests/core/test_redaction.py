@@ -14,7 +14,7 @@ from ostro.config import check, dump_yaml, load
 from ostro.core import redaction
 from ostro.core.errors import ConfigError, DataError
 from ostro.core.redaction import REDACTED, local_path, redact, redacted, with_secrets
-from ostro.data.store import CacheDir
+from ostro.data.cache.store import CacheDir
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.entry_point import guarded
 from ostro.runtime.run_log import logging_to

@@ -12,8 +12,8 @@ import pytest
 import zstandard
 
 from ostro.core.errors import DataError
-from ostro.data.files import BadRecord
-from ostro.data.source import UrlsSource
+from ostro.data.sources.files import BadRecord
+from ostro.data.sources.source import UrlsSource
 
 MEMBERS = {
     "b/two.jsonl": b'{"text": "3"}\n{"text": "4"}\n',

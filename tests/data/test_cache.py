@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from ostro.core.errors import DataError
-from ostro.data.cache import CacheRequest, open_cache
-from ostro.data.source import UrlsSource
-from ostro.data.store import CacheDir, TokenStore, locked
+from ostro.data.cache.build import CacheRequest, open_cache
+from ostro.data.cache.store import CacheDir, TokenStore, locked
+from ostro.data.sources.source import UrlsSource
 from ostro.data.tokenizer_config import BytesTokenizer, Gpt2Tokenizer
 
 BYTES = BytesTokenizer().build()
@@ -114,7 +114,7 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(files, where):
 
 def test_a_finished_cache_is_not_built_again(files, where, monkeypatch):
     first = open_cache(request_for(files), where)
-    monkeypatch.setattr("ostro.data.cache._Build", None)
+    monkeypatch.setattr("ostro.data.cache.build._Build", None)
     assert open_cache(request_for(files), where).fingerprint == first.fingerprint
 
 
@@ -320,7 +320,7 @@ def test_a_note_that_does_not_hold_is_gone_back_behind(tmp_path, where, monkeypa
     path = write_lines(tmp_path / "a.jsonl", [f"document {i} " * 400 for i in range(200)])
     with monkeypatch.context() as patch:
         closes = lambda writer: [file.close() for file in writer._files.values()]  # noqa: E731
-        patch.setattr("ostro.data.cache._Writer.commit_quietly", closes)
+        patch.setattr("ostro.data.cache.build._Writer.commit_quietly", closes)
 
         def progress(name, done, total):
             if done > total / 2:
@@ -349,7 +349,7 @@ def test_a_full_disk_is_one_message_and_nothing_counts(files, where, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ostro.data.cache.os.fsync", full)
+        patch.setattr("ostro.data.cache.build.os.fsync", full)
         with pytest.raises(DataError, match="the disk is full - make room or set cache_dir"):
             open_cache(request_for(files), where)
     folder = where.local / "train"
@@ -380,7 +380,7 @@ def test_a_cache_behind_a_url(files, tmp_path, monkeypatch):
     assert len(stored) == 4 and any(name.endswith("ledger.json") for name in stored)
 
     monkeypatch.setenv("OSTRO_CACHE_HOME", str(tmp_path / "second machine"))
-    monkeypatch.setattr("ostro.data.cache._Build", None)
+    monkeypatch.setattr("ostro.data.cache.build._Build", None)
     copy = open_cache(request_for(files), CacheDir(url))
     assert copy.folder != cache.folder and content(copy.folder) == content(cache.folder)
     assert copy.store.read(0, copy.store.num_tokens).tolist() == expected_tokens(files)

@@ -12,12 +12,12 @@ import torch
 
 from ostro.config import check, load
 from ostro.core.errors import ConfigError, DataError
-from ostro.data.cache import CacheRequest, open_cache
+from ostro.data.cache.build import CacheRequest, open_cache
+from ostro.data.cache.store import CacheDir
 from ostro.data.loader import Loader
-from ostro.data.mixture import BatchSchedule
-from ostro.data.sequences import IGNORE
-from ostro.data.source import HfSource, StdlibSource, TokensSource, UrlsSource
-from ostro.data.store import CacheDir
+from ostro.data.order.mixture import BatchSchedule
+from ostro.data.order.sequences import IGNORE
+from ostro.data.sources.source import HfSource, StdlibSource, TokensSource, UrlsSource
 from ostro.data.text import LMDatasetConfig, WeightStage
 from ostro.data.tokenizer_config import BpeTokenizer, BytesTokenizer, CharsTokenizer, Gpt2Tokenizer
 
@@ -177,7 +177,7 @@ def test_everything_behind_a_url(texts, make, monkeypatch):
     assert fsspec.filesystem("memory").exists(f"/{texts.name}/tokenizer/tokenizer.json")
     monkeypatch.setenv("OSTRO_CACHE_HOME", str(texts / "two"))
     monkeypatch.setattr(BpeTokenizer, "learn", None)
-    monkeypatch.setattr("ostro.data.cache._Build", None)
+    monkeypatch.setattr("ostro.data.cache.build._Build", None)
     again = build(make(**fields, cache_dir=url))
     assert again.fingerprint == first.fingerprint
     assert torch.equal(again.train.get(0, 8).tokens, first.train.get(0, 8).tokens)
@@ -193,7 +193,7 @@ def test_token_files_are_checked_once(texts, make, monkeypatch):
     ids[250] = 256
     ids.tofile(texts / "train.bin")
     assert build(config).train.get(0, 1).tokens.tolist() == [[7] * 16]
-    monkeypatch.setattr("ostro.data.store.TokenStore.largest", None)
+    monkeypatch.setattr("ostro.data.cache.store.TokenStore.largest", None)
     build(config)
 
 

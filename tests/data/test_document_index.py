@@ -10,11 +10,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ostro.data.cache import CacheRequest, open_cache
-from ostro.data.documents import TokenFiles
-from ostro.data.encode import PIECE_CHARS
-from ostro.data.source import UrlsSource
-from ostro.data.store import CacheDir, TokenStore
+from ostro.data.cache.build import CacheRequest, open_cache
+from ostro.data.cache.documents import TokenFiles
+from ostro.data.cache.encode import PIECE_CHARS
+from ostro.data.cache.store import CacheDir, TokenStore
+from ostro.data.sources.source import UrlsSource
 from ostro.data.tokenizer_config import BytesTokenizer
 
 BYTES = BytesTokenizer().build()

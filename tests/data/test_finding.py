@@ -5,8 +5,8 @@ import os
 import pytest
 
 from ostro.core.errors import DataError
-from ostro.data.files import find_files, guess_format, list_files
-from ostro.data.source import UrlsSource
+from ostro.data.sources.files import find_files, guess_format, list_files
+from ostro.data.sources.source import UrlsSource
 
 NAMES = ["what?.txt", "std::vector.txt", "a#b.txt", "[1].txt", "{1..3}.txt", "a*b.txt", "50%.txt"]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from ostro.core.errors import ConfigError, DataError
+from ostro.data.cache.mapped import LARGE
+from ostro.data.cache.store import TokenStore
 from ostro.data.loader import Loader
-from ostro.data.mapped import LARGE
-from ostro.data.mixture import BatchSchedule
-from ostro.data.permutation import derive_key, shuffled
-from ostro.data.sequences import IGNORE, EvalData, TrainData, cut
-from ostro.data.store import TokenStore
+from ostro.data.order.mixture import BatchSchedule
+from ostro.data.order.permutation import derive_key, shuffled
+from ostro.data.order.sequences import IGNORE, EvalData, TrainData, cut
 
 
 def store(count, files=1, start=0):

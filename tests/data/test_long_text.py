@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from ostro.core.errors import DataError
-from ostro.data import long_text, reading
-from ostro.data.cache import open_cache
-from ostro.data.cache_request import CacheRequest
-from ostro.data.long_text import LongText
-from ostro.data.source import UrlsSource
-from ostro.data.store import CacheDir
+from ostro.data.cache.build import open_cache
+from ostro.data.cache.request import CacheRequest
+from ostro.data.cache.store import CacheDir
+from ostro.data.sources import long_text, reading
+from ostro.data.sources.long_text import LongText
+from ostro.data.sources.source import UrlsSource
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer_config import BpeTokenizer, BytesTokenizer, CharsTokenizer
 

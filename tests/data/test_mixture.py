@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ostro.core.errors import ConfigError
-from ostro.data.mixture import BatchSchedule, Mixture, block_counts
+from ostro.data.order.mixture import BatchSchedule, Mixture, block_counts
 
 
 @pytest.mark.parametrize(

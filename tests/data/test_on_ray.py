@@ -15,10 +15,10 @@ from ray.cluster_utils import Cluster
 
 from ostro.cli.main import run_command
 from ostro.core.errors import ConfigError, DataError
-from ostro.data.cache import CacheRequest, open_cache
-from ostro.data.on_ray import _connected
-from ostro.data.source import UrlsSource
-from ostro.data.store import CacheDir
+from ostro.data.cache.build import CacheRequest, open_cache
+from ostro.data.cache.on_ray import _connected
+from ostro.data.cache.store import CacheDir
+from ostro.data.sources.source import UrlsSource
 from ostro.data.tokenizer import ByteTokenizer, CharTokenizer
 from ostro.data.tokenizer_config import BytesTokenizer
 from ostro.distributed import RayConfig

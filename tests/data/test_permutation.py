@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ostro.data.permutation import Permutation, derive_key, shuffled
+from ostro.data.order.permutation import Permutation, derive_key, shuffled
 
 
 @settings(max_examples=60, deadline=None)

@@ -138,7 +138,7 @@ def test_processed_without_arguments_takes_a_text_that_is_always_there(
     spec = importlib.util.spec_from_file_location("processed", SCRIPTS / "processed/prepare.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr("ostro.data.source._STDLIB", tmp_path)
+    monkeypatch.setattr("ostro.data.sources.source._STDLIB", tmp_path)
     for number in range(60):  # one in fifty is for validation
         (tmp_path / f"module{number}.py").write_text(f"x = {number}\n")
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--out_dir", str(tmp_path / "out")])

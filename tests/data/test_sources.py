@@ -13,8 +13,8 @@ import pytest
 import zstandard
 
 from ostro.core.errors import DataError
-from ostro.data.files import BadRecord, Unreachable, find_files, guess_format
-from ostro.data.source import HfSource, StdlibSource, TokensSource, UrlsSource
+from ostro.data.sources.files import BadRecord, Unreachable, find_files, guess_format
+from ostro.data.sources.source import HfSource, StdlibSource, TokensSource, UrlsSource
 
 DOCS = ["first", "zweites Dokument: ä", "third\nwith lines"]
 LINES = "".join(json.dumps({"text": doc, "n": i}) + "\n" for i, doc in enumerate(DOCS)).encode()

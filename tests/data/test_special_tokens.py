@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ostro.core.errors import DataError
-from ostro.data.cache import CacheRequest, open_cache
-from ostro.data.encode import Piece, encode
-from ostro.data.source import UrlsSource
-from ostro.data.store import CacheDir
+from ostro.data.cache.build import CacheRequest, open_cache
+from ostro.data.cache.encode import Piece, encode
+from ostro.data.cache.store import CacheDir
+from ostro.data.sources.source import UrlsSource
 from ostro.data.tokenizer import LibraryTokenizer, tokenizer_from_text
 from ostro.data.tokenizer_config import (
     BpeTokenizer,

@@ -14,11 +14,10 @@ import pyarrow.parquet
 import pytest
 
 from ostro.core.errors import DataError
-from ostro.data import checksums
-from ostro.data.cache import CacheRequest, open_cache
-from ostro.data.identity import Stamps, hash_of
-from ostro.data.source import UrlsSource
-from ostro.data.store import CacheDir
+from ostro.data.cache.build import CacheRequest, checksums, open_cache
+from ostro.data.cache.identity import Stamps, hash_of
+from ostro.data.cache.store import CacheDir
+from ostro.data.sources.source import UrlsSource
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer_config import BytesTokenizer
 
@@ -47,9 +46,9 @@ def hashed(monkeypatch):
     """The paths of files that are read once more to compare them."""
     paths = []
     count = lambda path, **k: paths.append(os.path.basename(path)) or hash_of(path, **k)  # noqa: E731
-    monkeypatch.setattr("ostro.data.files.hash_of", count)
-    monkeypatch.setattr("ostro.data.identity._TICK", -(10**18))
-    monkeypatch.setattr("ostro.data.identity._COARSE_TICK", -(10**18))
+    monkeypatch.setattr("ostro.data.sources.files.hash_of", count)
+    monkeypatch.setattr("ostro.data.cache.identity._TICK", -(10**18))
+    monkeypatch.setattr("ostro.data.cache.identity._COARSE_TICK", -(10**18))
     return paths
 
 

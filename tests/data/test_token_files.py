@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ostro.core.errors import DataError
-from ostro.data.source import TokensSource
-from ostro.data.store import TokenStore
+from ostro.data.cache.store import TokenStore
+from ostro.data.sources.source import TokensSource
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import ByteTokenizer
 from ostro.data.tokenizer_config import Gpt2Tokenizer
@@ -128,7 +128,7 @@ def test_processes_that_start_together(tmp_path):
     np.arange(4000, dtype="<u2").__mod__(250).tofile(tmp_path / "train.bin")
     code = f"""
 import sys
-from ostro.data.source import TokensSource
+from ostro.data.sources.source import TokensSource
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import ByteTokenizer
 source = TokensSource([r"{tmp_path}/train.bin"])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ostro.core.errors import DataError
-from ostro.data.encode import PIECE_CHARS, Piece, encode, pieces
+from ostro.data.cache.encode import PIECE_CHARS, Piece, encode, pieces
 from ostro.data.tokenizer import CharTokenizer, tokenizer_from_text
 from ostro.data.tokenizer_config import (
     BpeTokenizer,

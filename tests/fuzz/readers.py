@@ -33,10 +33,11 @@ from ostro.checkpoint.saved import load as load_folder
 from ostro.cli.aliases import NATIVE
 from ostro.config import check, dump_yaml, load, loading
 from ostro.core.errors import OstroError
-from ostro.data import cache, meta
-from ostro.data.fingerprints import read_files
-from ostro.data.source import TokensSource, UrlsSource
-from ostro.data.store import CacheDir
+from ostro.data import meta
+from ostro.data.cache import build
+from ostro.data.cache.fingerprints import read_files
+from ostro.data.cache.store import CacheDir
+from ostro.data.sources.source import TokensSource, UrlsSource
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_text
 from ostro.dialects import nanogpt_file
@@ -284,17 +285,17 @@ def tokens_target(folder: Path) -> Target:
 
 
 def ledger_target(folder: Path) -> Target:
-    """The ledgers of a cache, here and behind a URL, its notes, and a learned tokenizer's."""
+    """The ledgers of a build, here and behind a URL, its notes, and a learned tokenizer's."""
     text = folder / "a.txt"
     text.write_text("ab " * 100)
     remote = fsspec.filesystem("memory")
     source, home = UrlsSource([str(text)]), folder / "cache"
-    request = cache.CacheRequest("train", source, "train", ByteTokenizer(), num_workers=1)
-    cache.open_cache(request, CacheDir(str(home)))
+    request = build.CacheRequest("train", source, "train", ByteTokenizer(), num_workers=1)
+    build.open_cache(request, CacheDir(str(home)))
     ledger, kept = home / "train" / "ledger.json", folder / "kept"
     shutil.copytree(home / "train", kept)
     key = request.key(read_files(home / "train", source.list_shards("train")))
-    writer = cache._Writer(request, _empty(folder / "notes"), key)
+    writer = build._Writer(request, _empty(folder / "notes"), key)
     writer.commit()
     writer.commit_quietly()
     notes = folder / "notes" / "progress.jsonl"
@@ -313,14 +314,14 @@ def ledger_target(folder: Path) -> Target:
             if mode == 4:
                 text.rename(text.with_suffix(".gone"))
             try:
-                opened = cache.open_cache(wanted, CacheDir(str(home)))
+                opened = build.open_cache(wanted, CacheDir(str(home)))
             finally:
                 if mode == 4:
                     text.with_suffix(".gone").rename(text)
             assert list(opened.documents.parts(0, opened.store.num_tokens))
         elif mode == 1:
             notes.write_bytes(content)
-            cache._Writer(request, notes.parent, key).commit_quietly()
+            build._Writer(request, notes.parent, key).commit_quietly()
         elif mode == 2:
             learned.write_bytes(content)
             (learned.parent / "tokenizer.json").write_bytes(spec)

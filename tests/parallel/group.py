@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.models.gpt2 import Gpt2Config
 from ostro.models.llama import LlamaConfig

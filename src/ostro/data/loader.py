@@ -8,8 +8,8 @@ from queue import SimpleQueue
 
 import torch
 
-from ostro.data.mixture import BatchSchedule
-from ostro.data.sequences import Batch, TrainData
+from ostro.data.order.mixture import BatchSchedule
+from ostro.data.order.sequences import Batch, TrainData
 from ostro.runtime.phase import mark
 
 _AHEAD = 2

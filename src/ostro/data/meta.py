@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ostro.core.errors import DataError
-from ostro.data.files import is_unicode
+from ostro.data.sources.files import is_unicode
 from ostro.io.pickles import Part, refuse_call, scan
 
 META_FILES = ("meta.json", "meta.pkl")

@@ -11,17 +11,17 @@ from typing import Any, ClassVar, Literal
 
 from ostro.core.errors import DataError, Problem, at_least
 from ostro.core.redaction import Location, redacted
-from ostro.data.cache import FILES, CacheRequest, Progress, open_cache
-from ostro.data.documents import Documents, TokenFiles
-from ostro.data.files import BadRecord, Shard, Unreachable
-from ostro.data.fingerprints import known_files, read_files
-from ostro.data.long_text import LongText
-from ostro.data.mixture import block_counts
-from ostro.data.permutation import derive_key
-from ostro.data.sequences import EvalData, TrainData, Windows, cut
-from ostro.data.source import HfSource, SourceConfig, TokensSource, UrlsSource
-from ostro.data.store import LEDGER, CacheDir, TokenStore, fits, write_json
-from ostro.data.token_files import open_token_files
+from ostro.data.cache.build import FILES, CacheRequest, Progress, open_cache
+from ostro.data.cache.documents import Documents, TokenFiles
+from ostro.data.cache.fingerprints import known_files, read_files
+from ostro.data.cache.store import LEDGER, CacheDir, TokenStore, fits, write_json
+from ostro.data.cache.token_files import open_token_files
+from ostro.data.order.mixture import block_counts
+from ostro.data.order.permutation import derive_key
+from ostro.data.order.sequences import EvalData, TrainData, Windows, cut
+from ostro.data.sources.files import BadRecord, Shard, Unreachable
+from ostro.data.sources.long_text import LongText
+from ostro.data.sources.source import HfSource, SourceConfig, TokensSource, UrlsSource
 from ostro.data.tokenizer import SpecialTokens, Tokenizer, tokenizer_from_text
 from ostro.data.tokenizer_config import LEARNED, Gpt2Tokenizer, TokenizerConfig
 

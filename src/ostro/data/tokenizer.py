@@ -19,7 +19,7 @@ import tokenizers
 
 from ostro.core.errors import DataError
 from ostro.data.cuts import never_within
-from ostro.data.files import is_unicode
+from ostro.data.sources.files import is_unicode
 from ostro.data.special_tokens import beginning, candidates, special_tokens, unspellable
 
 END_OF_TEXT = "<|endoftext|>"

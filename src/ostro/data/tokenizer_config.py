@@ -15,10 +15,10 @@ from ostro.config import Choice, encode
 from ostro.core.errors import DataError, Problem, at_least
 from ostro.core.redaction import Location, local_path
 from ostro.data.bpe import byte_level, learn_bpe
-from ostro.data.hf_files import FILES, end_of_document, read_described
+from ostro.data.cache.store import CacheDir
 from ostro.data.meta import read_alphabet
+from ostro.data.sources.hf_files import FILES, end_of_document, read_described
 from ostro.data.special_tokens import candidates
-from ostro.data.store import CacheDir
 from ostro.data.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ostro.core.errors import ConfigError, Problem
-from ostro.data.source import UrlsSource
+from ostro.data.sources.source import UrlsSource
 from ostro.doctor.children import Orders, strike
 from ostro.doctor.faults import DAMAGES, SIGNALS, Fault, Strike
 from ostro.lm_config import TrainLmConfig, replace_trainer

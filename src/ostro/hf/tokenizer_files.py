@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ostro.data.hf_files import token_name
+from ostro.data.sources.hf_files import token_name
 from ostro.data.tokenizer import LibraryTokenizer
 
 # What the exported tokenizer.json decides, and what holds elsewhere only.

@@ -13,7 +13,7 @@ import torch
 
 from ostro import kernels
 from ostro.checkpoint import Saved, SavedFile, read_settings
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.runtime.throughput import synchronize
 from ostro.trainer.config import BatchPlan, TrainerConfig

@@ -24,7 +24,7 @@ from ostro.core.axes import (
 from ostro.core.errors import ConfigError, Problem, did_you_mean, seed_problems
 from ostro.core.redaction import Location
 from ostro.core.units import Precision
-from ostro.data.mixture import BatchSchedule
+from ostro.data.order.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
 from ostro.recover import RecoverConfig, StepRange
 from ostro.tracker import TrackerConfig, WandbConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 from ostro.checkpoint import Saved, SavedFile
 from ostro.core.errors import CheckpointError, ConfigError, Problem
 from ostro.core.units import format_bytes
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.optim import OptimizerConfig, gradient_norm, set_learning_rate
 from ostro.runtime.phase import mark

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ostro import kernels
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.optim import gradient_norm
 from ostro.parallel import Mesh

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ostro.checkpoint import Saved, SavedFile
 from ostro.core.errors import CheckpointError
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.nn.loss import keep_memory
 from ostro.optim import apply_update, clip_scale, gradient_norm, set_learning_rate

@@ -10,7 +10,7 @@ import torch
 
 from ostro.callbacks import Callback, StepInfo
 from ostro.core.errors import OstroError
-from ostro.data.sequences import Batch
+from ostro.data.order.sequences import Batch
 from ostro.models.lm_model import inference
 from ostro.optim import Schedule
 from ostro.recover import Spike, StepRange

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ostro.core.redaction import redacted
-from ostro.data.files import Shard
-from ostro.data.fingerprints import known_files
-from ostro.data.source import SourceConfig
-from ostro.data.store import fits
+from ostro.data.cache.fingerprints import known_files
+from ostro.data.cache.store import fits
+from ostro.data.sources.files import Shard
+from ostro.data.sources.source import SourceConfig
 from ostro.data.tokenizer import SpecialTokens, Tokenizer
 
 FORMAT = 1

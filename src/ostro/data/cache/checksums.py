@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ostro.core.errors import DataError
-from ostro.data.identity import write_whole
+from ostro.data.cache.identity import write_whole
 from ostro.io.json_schema import FILE_NAME, has_shape
 
 FILE = "checksums.bin"

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ostro.core.errors import DataError
-from ostro.data.mapped import map_file
-from ostro.data.store import TokenStore
+from ostro.data.cache.mapped import map_file
+from ostro.data.cache.store import TokenStore
 
 UNKNOWN = (1 << 64) - 1
 """Stands in the index for a byte that is not known."""

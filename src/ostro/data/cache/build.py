@@ -23,14 +23,14 @@ import numpy as np
 
 from ostro.core.errors import DataError
 from ostro.core.redaction import redact
-from ostro.data import checksums
-from ostro.data.cache_request import CacheRequest
-from ostro.data.documents import ROW, DocumentIndex, Documents, TokenFiles
-from ostro.data.encode import Encoded, Piece, encoder, pieces
-from ostro.data.files import BadRecord, Shard
-from ostro.data.fingerprints import file_list, require_as_listed
-from ostro.data.identity import LISTING, STAMPS, Stamps
-from ostro.data.store import LEDGER, CacheDir, TokenStore, is_own, write_json
+from ostro.data.cache import checksums
+from ostro.data.cache.documents import ROW, DocumentIndex, Documents, TokenFiles
+from ostro.data.cache.encode import Encoded, Piece, encoder, pieces
+from ostro.data.cache.fingerprints import file_list, require_as_listed
+from ostro.data.cache.identity import LISTING, STAMPS, Stamps
+from ostro.data.cache.request import CacheRequest
+from ostro.data.cache.store import LEDGER, CacheDir, TokenStore, is_own, write_json
+from ostro.data.sources.files import BadRecord, Shard
 from ostro.io.json_schema import FILE_NAME, has_shape
 
 logger = logging.getLogger("ostro.data")

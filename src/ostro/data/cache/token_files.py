@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from ostro.core.errors import DataError
-from ostro.data.documents import TokenFiles
-from ostro.data.files import Shard
-from ostro.data.fingerprints import known_files, read_files
-from ostro.data.store import TokenStore, locked, read_json, write_json
+from ostro.data.cache.documents import TokenFiles
+from ostro.data.cache.fingerprints import known_files, read_files
+from ostro.data.cache.store import TokenStore, locked, read_json, write_json
+from ostro.data.sources.files import Shard
 
 logger = logging.getLogger("ostro.data")
 

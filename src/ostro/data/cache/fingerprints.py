@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ostro.core.redaction import redact
-from ostro.data.files import Shard
-from ostro.data.identity import LISTING, Stamps, is_sampled, require_unchanged, write_whole
+from ostro.data.cache.identity import LISTING, Stamps, is_sampled, require_unchanged, write_whole
+from ostro.data.sources.files import Shard
 from ostro.runtime.garbage import no_collections
 
 logger = logging.getLogger("ostro.data")

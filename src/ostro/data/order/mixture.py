@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from ostro.core.errors import ConfigError, Problem
-from ostro.data.permutation import Permutation, derive_key
+from ostro.data.order.permutation import Permutation, derive_key
 
 
 @dataclass(frozen=True)

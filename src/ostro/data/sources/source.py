@@ -17,10 +17,10 @@ from typing import Any, Literal
 from ostro.config import Choice
 from ostro.core.errors import DataError, Problem
 from ostro.core.redaction import Location, local_path
-from ostro.data import files
-from ostro.data.files import BadRecord, Shard, Unreachable
-from ostro.data.identity import whole_hash
-from ostro.data.reading import Records, read_file, text_of
+from ostro.data.cache.identity import whole_hash
+from ostro.data.sources import files
+from ostro.data.sources.files import BadRecord, Shard, Unreachable
+from ostro.data.sources.reading import Records, read_file, text_of
 
 SPLITS = ("train", "validation")
 _STDLIB = Path(sysconfig.get_path("stdlib"))

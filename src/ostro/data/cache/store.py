@@ -17,10 +17,10 @@ import numpy as np
 
 from ostro.core.errors import DataError
 from ostro.core.redaction import redacted
-from ostro.data import checksums
-from ostro.data.files import Unreachable, is_local, located, plain_path
-from ostro.data.identity import write_whole
-from ostro.data.mapped import expect_random, map_file
+from ostro.data.cache import checksums
+from ostro.data.cache.identity import write_whole
+from ostro.data.cache.mapped import expect_random, map_file
+from ostro.data.sources.files import Unreachable, is_local, located, plain_path
 from ostro.io.json_schema import FILE_NAME, read_object
 from ostro.runtime.garbage import no_collections
 

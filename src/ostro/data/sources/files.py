@@ -20,7 +20,7 @@ from fsspec.utils import infer_compression
 from ostro.core.errors import DataError
 from ostro.core.redaction import location_fault, with_secrets
 from ostro.core.units import expand_braces
-from ostro.data.identity import Stamp, combined, hash_of, sampled_hash, stamp_of
+from ostro.data.cache.identity import Stamp, combined, hash_of, sampled_hash, stamp_of
 from ostro.runtime.garbage import no_collections
 
 FORMATS = ("text", "jsonl", "json", "parquet")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from ostro.core.errors import DataError
-from ostro.data.mixture import BatchSchedule, Mixture
-from ostro.data.permutation import derive_key, mix, shuffled
-from ostro.data.store import TokenStore
+from ostro.data.cache.store import TokenStore
+from ostro.data.order.mixture import BatchSchedule, Mixture
+from ostro.data.order.permutation import derive_key, mix, shuffled
 
 IGNORE = -100
 """Target of a position at which there is nothing to predict."""

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ostro.data.cache.documents import UNKNOWN
+from ostro.data.cache.on_ray import ray_workers
 from ostro.data.cuts import next_cut
-from ostro.data.documents import UNKNOWN
-from ostro.data.files import BadRecord, Document
-from ostro.data.long_text import LongText
-from ostro.data.on_ray import ray_workers
+from ostro.data.sources.files import BadRecord, Document
+from ostro.data.sources.long_text import LongText
 from ostro.data.special_tokens import spelling
 from ostro.data.tokenizer import SpecialTokens, Tokenizer
 

@@ -22,7 +22,8 @@ import pyarrow.parquet
 from fsspec.compression import compr
 
 from ostro.core.errors import DataError, did_you_mean
-from ostro.data.files import (
+from ostro.data.cache.identity import ContentHash
+from ostro.data.sources.files import (
     BadRecord,
     Document,
     Unreachable,
@@ -34,8 +35,7 @@ from ostro.data.files import (
     member_format,
     reason,
 )
-from ostro.data.identity import ContentHash
-from ostro.data.long_text import LONG, LongText
+from ostro.data.sources.long_text import LONG, LongText
 
 _Record = str | LongText | BadRecord
 Records = Generator[_Record, None, str | None]

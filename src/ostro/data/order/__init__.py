@@ -1,0 +1,1 @@
+"""Which examples make up a batch: index arithmetic, without files."""
