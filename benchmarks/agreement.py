@@ -34,8 +34,8 @@ from benchmarks.train_step import sizes_of
 from ostro.data.order.sequences import Batch
 from ostro.data.sources.source import StdlibSource
 from ostro.data.tokenizer_config import BytesTokenizer, Gpt2Tokenizer
-from ostro.hf import to_hf
 from ostro.lm_config import TrainLmConfig
+from ostro.models.hf import to_hf
 from ostro.trainer import Trainer
 
 BOUND = 0.01

@@ -35,7 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "hf": "models",
     "sample": "generate",
     "decode": "generate",
     "evaluate": "evaluation",

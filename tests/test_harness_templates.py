@@ -8,8 +8,8 @@ from transformers_weights import randomize
 
 from ostro import harness
 from ostro.data.tokenizer import LibraryTokenizer
-from ostro.hf import write_hf
 from ostro.models import Gpt2Config
+from ostro.models.hf import write_hf
 
 CONFIG = Gpt2Config(seq_len=48, hidden_dim=32, num_layers=2, num_heads=2)
 NAMES = [("<s>", 0), ("</s>", 1)]

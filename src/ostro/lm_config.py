@@ -17,8 +17,8 @@ from ostro.core.redaction import Location, local_path
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed.rendezvous import remembered
-from ostro.hf import read_model
 from ostro.models import Gpt2Config
+from ostro.models.hf import read_model
 from ostro.models.lm_model import LmConfig
 from ostro.optim import AdamConfig, OptimizerConfig
 from ostro.sample import SamplingConfig

@@ -27,9 +27,9 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
 from ostro.distributed.rendezvous import Meeting
 from ostro.evaluate import evaluate
-from ostro.hf import read_weights
 from ostro.io.filesystem import PARTIAL
 from ostro.lm_config import TrainLmConfig, vocab_size
+from ostro.models.hf import read_weights
 from ostro.runtime.heartbeat import Heartbeat, beating
 from ostro.runtime.phase import mark, place
 from ostro.runtime.signals import Interrupted, Signals

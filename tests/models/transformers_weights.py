@@ -2,7 +2,7 @@
 
 import torch
 
-from ostro.hf import from_hf
+from ostro.models.hf import from_hf
 
 
 def randomize(model, seed=0, deviation=0.2):

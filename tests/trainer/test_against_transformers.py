@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ostro.cli.arguments import load_run
 from ostro.data.loader import Loader
-from ostro.hf import to_hf
+from ostro.models.hf import to_hf
 from ostro.train_lm import run
 from ostro.trainer import build_state
 

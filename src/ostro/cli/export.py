@@ -3,8 +3,8 @@
 from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.core.redaction import redact
-from ostro.hf import is_library_tokenizer, write_hf
 from ostro.inference import load_tokenizer
+from ostro.models.hf import is_library_tokenizer, write_hf
 from ostro.runtime.signals import Signals
 
 

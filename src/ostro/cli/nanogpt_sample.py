@@ -17,8 +17,8 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.data.tokenizer_config import Gpt2Tokenizer
 from ostro.dialects.nanogpt import GPT2_SIZES
 from ostro.distributed import pick_device
-from ostro.hf import read_model, read_weights
 from ostro.inference import load_model, load_tokenizer
+from ostro.models.hf import read_model, read_weights
 from ostro.models.lm_model import LmModel
 from ostro.runtime.signals import Signals
 from ostro.sample import SamplingConfig, complete_all

@@ -13,7 +13,7 @@ from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.core.redaction import Location, local_path
 from ostro.dialects.translation import Translation, ratio
 from ostro.distributed.launchers import find_place
-from ostro.hf import read_settings
+from ostro.models.hf import read_settings
 
 DEFAULT_FILE = "train_config.yaml"
 GPT2_SIZES = {

@@ -23,9 +23,9 @@ from ostro.core.errors import CheckpointError, OstroError
 from ostro.core.units import Precision, resolve_steps
 from ostro.data.tokenizer_config import TokenizerConfig
 from ostro.dialects import nanogpt
-from ostro.hf.layout import HfParameter, gpt2_parameters
 from ostro.lm_config import TrainLmConfig
 from ostro.models import Gpt2Config
+from ostro.models.hf.layout import HfParameter, gpt2_parameters
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 

@@ -19,16 +19,16 @@ from torch import Tensor
 from ostro.core.errors import CheckpointError
 from ostro.core.redaction import local_path
 from ostro.data.tokenizer import LibraryTokenizer, tokenizer_from_text
-from ostro.hf.layout import differences, from_hf, refuse, to_hf
-from ostro.hf.settings import hf_config, lm_config, setting_differences
-from ostro.hf.tokenizer_files import generation_ids, token_ids, tokenizer_files
 from ostro.io.filesystem import flush_folder
 from ostro.io.json_schema import has_shape, read_object
 from ostro.io.safetensors import read_tensors, tensor_pieces
 from ostro.io.torch_files import read_file
 from ostro.models import LmConfig
+from ostro.models.hf.layout import differences, from_hf, refuse, to_hf
+from ostro.models.hf.settings import hf_config, lm_config, setting_differences
+from ostro.models.hf.tokenizer_files import generation_ids, token_ids, tokenizer_files
 
-_log = logging.getLogger("ostro.hf")
+_log = logging.getLogger("ostro.models.hf")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"\w[\w .+=@-]*(/\w[\w .+=@-]*)*")

@@ -1,6 +1,6 @@
 """Weights as Hugging Face keeps them: read from a folder or the hub, written for transformers."""
 
-from ostro.hf.files import (
+from ostro.models.hf.files import (
     is_library_tokenizer,
     read_hf,
     read_model,
@@ -8,5 +8,5 @@ from ostro.hf.files import (
     read_weights,
     write_hf,
 )
-from ostro.hf.layout import HfParameter, from_hf, gpt2_parameters, to_hf
-from ostro.hf.settings import hf_config, lm_config
+from ostro.models.hf.layout import HfParameter, from_hf, gpt2_parameters, to_hf
+from ostro.models.hf.settings import hf_config, lm_config

@@ -19,7 +19,9 @@ from ostro.config import check
 from ostro.core.errors import CheckpointError, ConfigError
 from ostro.data.tokenizer import tokenizer_from_text
 from ostro.data.tokenizer_config import BpeTokenizer, PretrainedTokenizer
-from ostro.hf import (
+from ostro.kernels import decoder
+from ostro.models import Gpt2Config, LlamaConfig
+from ostro.models.hf import (
     from_hf,
     gpt2_parameters,
     hf_config,
@@ -29,8 +31,6 @@ from ostro.hf import (
     to_hf,
     write_hf,
 )
-from ostro.kernels import decoder
-from ostro.models import Gpt2Config, LlamaConfig
 from ostro.nn import ACTIVATIONS
 from ostro.nn.rotary import (
     DefaultRotaryConfig,
