@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from ostro.decode import in_compute_dtype
+from ostro.generate.cpu_decoder import in_compute_dtype
+from ostro.generate.sampling import generate
 from ostro.models import Gpt2Config, initialize
-from ostro.sample import generate
 
 PROMPT, NEW_TOKENS, VOCAB = [464, 3290, 318, 257], 128, 50304
 CONFIG = Gpt2Config()

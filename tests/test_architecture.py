@@ -35,8 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "sample": "generate",
-    "decode": "generate",
     "evaluate": "evaluation",
     "harness": "evaluation",
     "squad": "evaluation",

@@ -25,8 +25,8 @@ from torch import Tensor
 from ostro import squad
 from ostro.core.errors import ConfigError, DataError, Problem, did_you_mean
 from ostro.data.tokenizer import Tokenizer
+from ostro.generate.sampling import generate, start_of_text
 from ostro.models.lm_model import LmModel, inference
-from ostro.sample import generate, start_of_text
 
 logger = logging.getLogger("ostro.harness")
 

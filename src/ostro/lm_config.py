@@ -17,11 +17,11 @@ from ostro.core.redaction import Location, local_path
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed.rendezvous import remembered
+from ostro.generate.sampling import SamplingConfig
 from ostro.models import Gpt2Config
 from ostro.models.hf import read_model
 from ostro.models.lm_model import LmConfig
 from ostro.optim import AdamConfig, OptimizerConfig
-from ostro.sample import SamplingConfig
 from ostro.tracker import ConsoleConfig, TrackerConfig, WandbConfig
 from ostro.trainer import TrainerConfig
 from ostro.trainer.config import run_id_problems

@@ -27,6 +27,7 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
 from ostro.distributed.rendezvous import Meeting
 from ostro.evaluate import evaluate
+from ostro.generate.sampling import complete_all
 from ostro.io.filesystem import PARTIAL
 from ostro.lm_config import TrainLmConfig, vocab_size
 from ostro.models.hf import read_weights
@@ -35,7 +36,6 @@ from ostro.runtime.phase import mark, place
 from ostro.runtime.signals import Interrupted, Signals
 from ostro.runtime.throughput import Throughput
 from ostro.runtime.watchdog import watching
-from ostro.sample import complete_all
 from ostro.tracker import Tracker, run_folder
 from ostro.trainer import (
     BatchPlan,

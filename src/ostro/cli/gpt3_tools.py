@@ -9,9 +9,9 @@ from ostro.cli.native import open_checkpoint, saved_config
 from ostro.config import load
 from ostro.core.errors import ConfigError, Problem
 from ostro.distributed import pick_device
+from ostro.generate.sampling import SamplingConfig, complete_all
 from ostro.inference import load_model, load_tokenizer
 from ostro.runtime.signals import Signals
-from ostro.sample import SamplingConfig, complete_all
 
 
 def evaluate(argv: list[str], signals: Signals) -> None:

@@ -17,11 +17,11 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.data.tokenizer_config import Gpt2Tokenizer
 from ostro.dialects.nanogpt import GPT2_SIZES
 from ostro.distributed import pick_device
+from ostro.generate.sampling import SamplingConfig, complete_all
 from ostro.inference import load_model, load_tokenizer
 from ostro.models.hf import read_model, read_weights
 from ostro.models.lm_model import LmModel
 from ostro.runtime.signals import Signals
-from ostro.sample import SamplingConfig, complete_all
 from ostro.trainer.state import load_weights
 
 _USAGE = "usage: python sample.py [config.yaml | config.py] [key=value ...]\n"

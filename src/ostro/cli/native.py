@@ -22,13 +22,13 @@ from ostro.distributed import World, pick_device
 from ostro.distributed.launchers import find_place
 from ostro.dry_run import describe_sharding, draw
 from ostro.evaluate import evaluate as evaluate_sets
+from ostro.generate.sampling import SamplingConfig, complete_all
 from ostro.inference import load_model, load_tokenizer
 from ostro.lm_config import TrainLmConfig
 from ostro.rehearsal import rehearse
 from ostro.runtime.commands import NativeDialect
 from ostro.runtime.run_log import logging_to_terminal
 from ostro.runtime.signals import Signals
-from ostro.sample import SamplingConfig, complete_all
 from ostro.train_lm import build_data
 from ostro.trainer import TrainerConfig
 

@@ -7,10 +7,11 @@ import pytest
 import tokenizers
 import torch
 
-from ostro import decode, kernels
+from ostro import kernels
 from ostro.data.tokenizer import LibraryTokenizer, Tokenizer
+from ostro.generate import cpu_decoder
+from ostro.generate.sampling import SamplingConfig, choose, complete_all, generate
 from ostro.models import Gpt2Config, LlamaConfig, initialize
-from ostro.sample import SamplingConfig, choose, complete_all, generate
 
 VOCAB = 40
 GPT2 = Gpt2Config(
@@ -79,9 +80,9 @@ PLAIN = replace(GPT2, use_bias=False, hidden_dim=36, activation_function="relu")
 def stepped(model, monkeypatch, tokens):
     """Logits of the native step after each of the tokens but the first."""
     found = []
-    step = decode.Decoder.step
+    step = cpu_decoder.Decoder.step
     monkeypatch.setattr(
-        decode.Decoder, "step", lambda *args: found.append(step(*args)) or found[-1]
+        cpu_decoder.Decoder, "step", lambda *args: found.append(step(*args)) or found[-1]
     )
     generate(model, tokens, max_new_tokens=5, temperature=0.0)
     return found
@@ -117,7 +118,7 @@ def test_without_a_compiler_the_same_tokens(config, monkeypatch):
     model = built(config)
     found = generate(model, PROMPTS, max_new_tokens=20, temperature=0.0)
     monkeypatch.setattr(kernels, "_is_wanted", False)
-    monkeypatch.setattr(decode.Decoder, "step", None)
+    monkeypatch.setattr(cpu_decoder.Decoder, "step", None)
     assert generate(model, PROMPTS, max_new_tokens=20, temperature=0.0) == found
 
 
@@ -236,7 +237,7 @@ def test_text_follows_a_prompt_with_one_space(monkeypatch, prompt, expected):
     """A decoder that puts a space before each word, whatever stood there."""
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"AB": 0, "CD": 1, "EF": 2}, "AB"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    monkeypatch.setattr("ostro.sample.generate", lambda model, prompts, **_: [[2]])
+    monkeypatch.setattr("ostro.generate.sampling.generate", lambda model, prompts, **_: [[2]])
     tokenizer = LibraryTokenizer(inner)
     tokenizer.eos_id = 0
     assert complete_all(None, tokenizer, [prompt], SamplingConfig()) == [expected]

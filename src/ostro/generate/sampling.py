@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ostro.core.errors import Problem, seed_problems
 from ostro.data.tokenizer import Tokenizer
-from ostro.decode import decoder_of, in_compute_dtype
+from ostro.generate.cpu_decoder import decoder_of, in_compute_dtype
 from ostro.kernels.decoder import Decoder
 from ostro.models.lm_model import LmModel, inference
 from ostro.nn import KeyValueCache
