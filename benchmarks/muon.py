@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import command_line, figure, note, paired_ratio, spread, table, take_turns
 from ostro.config import load
 from ostro.distributed import World
-from ostro.evaluate import evaluate
+from ostro.evaluation.losses import evaluate
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.malloc import keep_freed_memory
 from ostro.runtime.signals import Signals

@@ -35,9 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "evaluate": "evaluation",
-    "harness": "evaluation",
-    "squad": "evaluation",
     "contract": "trainer",
     "recover": "trainer",
     "agreement": "trainer",

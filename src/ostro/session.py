@@ -26,7 +26,7 @@ from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
 from ostro.distributed.rendezvous import Meeting
-from ostro.evaluate import evaluate
+from ostro.evaluation.losses import evaluate
 from ostro.generate.sampling import complete_all
 from ostro.io.filesystem import PARTIAL
 from ostro.lm_config import TrainLmConfig, vocab_size

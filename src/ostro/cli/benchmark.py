@@ -15,7 +15,7 @@ from ostro.core.errors import ConfigError, Problem
 from ostro.core.redaction import redact
 from ostro.core.units import columns
 from ostro.distributed import pick_device
-from ostro.harness import load_benchmarks, run_harness
+from ostro.evaluation.harness import load_benchmarks, run_harness
 from ostro.inference import load_model, load_tokenizer
 from ostro.runtime.signals import Signals
 

@@ -21,7 +21,7 @@ from ostro.core.redaction import redact
 from ostro.distributed import World, pick_device
 from ostro.distributed.launchers import find_place
 from ostro.dry_run import describe_sharding, draw
-from ostro.evaluate import evaluate as evaluate_sets
+from ostro.evaluation.losses import evaluate as evaluate_sets
 from ostro.generate.sampling import SamplingConfig, complete_all
 from ostro.inference import load_model, load_tokenizer
 from ostro.lm_config import TrainLmConfig

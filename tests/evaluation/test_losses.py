@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ostro.evaluate import Totals, summarize
+from ostro.evaluation.losses import Totals, summarize
 
 
 def test_micro_average_weighs_tokens_and_macro_weighs_sets():

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ostro import squad
 from ostro.core.errors import ConfigError, DataError, Problem, did_you_mean
 from ostro.data.tokenizer import Tokenizer
+from ostro.evaluation import squad
 from ostro.generate.sampling import generate, start_of_text
 from ostro.models.lm_model import LmModel, inference
 
-logger = logging.getLogger("ostro.harness")
+logger = logging.getLogger("ostro.evaluation.harness")
 
 ALIASES = {"superglue": "super-glue-lm-eval-v1"}
 """Names of benchmarks that the harness knows by another one."""

@@ -4,11 +4,12 @@ import pytest
 import torch
 from benchmark_model import SEQ_LEN, WORDS, write_copies, write_model, write_tasks
 
-from ostro import harness, kernels, squad
+from ostro import kernels
 from ostro.checkpoint import find_latest
 from ostro.cli.benchmark import table
 from ostro.cli.native import saved_config
 from ostro.core.errors import ConfigError, DataError
+from ostro.evaluation import harness, squad
 from ostro.inference import load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

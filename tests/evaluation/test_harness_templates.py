@@ -6,8 +6,8 @@ from tiny_run import WORDS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers_weights import randomize
 
-from ostro import harness
 from ostro.data.tokenizer import LibraryTokenizer
+from ostro.evaluation import harness
 from ostro.models import Gpt2Config
 from ostro.models.hf import write_hf
 
