@@ -16,7 +16,7 @@ from ostro.runtime.throughput import DevicePeak, Throughput
 from ostro.tracker import CompositeTracker
 from ostro.train_lm import choose_kernels
 from ostro.trainer import Trainer, build_state
-from ostro.trainer.engine import TorchEngine
+from ostro.trainer.backends.torch import TorchEngine
 
 CONFIGS = Path(__file__).parent / "configs"
 CASES = ("gpt2_124m", "gpt2_6x384", "gpt2_4x128", "llama_110m")

@@ -41,7 +41,7 @@ from ostro.runtime.malloc import keep_freed_memory
 from ostro.runtime.throughput import DevicePeak, Throughput
 from ostro.tracker import CompositeTracker
 from ostro.trainer import Trainer, TrainerConfig, allocate, build_model
-from ostro.trainer.engine import TorchEngine
+from ostro.trainer.backends.torch import TorchEngine
 
 VOCAB = 50304
 SEQ_LEN, BATCH_SIZE = 256, 2

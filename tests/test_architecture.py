@@ -35,10 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "contract": "trainer",
-    "recover": "trainer",
-    "agreement": "trainer",
-    "callbacks": "trainer",
     "dry_run": "inspect",
     "rehearsal": "inspect",
     "why": "inspect",

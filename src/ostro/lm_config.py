@@ -11,7 +11,6 @@ from pathlib import Path
 from ostro.checkpoint import entries
 from ostro.checkpoint.single_file import LATEST
 from ostro.config.fields import dotted_names
-from ostro.contract import policy_problems
 from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.core.redaction import Location, local_path
 from ostro.data.text import LMDatasetConfig
@@ -25,6 +24,7 @@ from ostro.optim import AdamConfig, OptimizerConfig
 from ostro.tracker import ConsoleConfig, TrackerConfig, WandbConfig
 from ostro.trainer import TrainerConfig
 from ostro.trainer.config import run_id_problems
+from ostro.trainer.resume_check import policy_problems
 
 
 @dataclass(frozen=True)

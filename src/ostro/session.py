@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Checkpointer, Decision, Due, State, checkpoint_bytes, require_budget
 from ostro.checkpoint.stager import Stager
 from ostro.config import dump_yaml
@@ -47,6 +46,7 @@ from ostro.trainer import (
     find_start,
     restore,
 )
+from ostro.trainer.callbacks import StepInfo, is_due
 from ostro.trainer.state import load_weights
 
 log = logging.getLogger("ostro")
@@ -84,7 +84,7 @@ class Session:
     throughput: Throughput
     signals: Signals
     record: Mapping[str, Any]
-    """What a checkpoint notes for the run that goes on from it, see `ostro.contract`."""
+    """What a checkpoint notes for the run that goes on from it, see `ostro.trainer.resume_check`."""
     has_checkpoint: bool = False
     """Whether the run has one of its own to resume from; kept up to date on the first rank."""
 

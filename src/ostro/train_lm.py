@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from ostro import contract, kernels
-from ostro.agreement import Fact, agreeing, facts_of_data, require_agreement
+from ostro import kernels
 from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
 from ostro.config import check, dump_yaml, public
 from ostro.core.errors import ConfigError, Problem
@@ -56,7 +55,9 @@ from ostro.trainer import (
     has_compiler,
     lay_out,
     restore,
+    resume_check,
 )
+from ostro.trainer.rank_check import Fact, agreeing, facts_of_data, require_agreement
 
 log = logging.getLogger("ostro")
 
@@ -199,7 +200,7 @@ def build_session(
     trainer = config.trainer
     if config.epoch:
         origins = {**origins, "trainer.num_train_steps": "epoch"}
-    record = contract.record(world, num_tokens, tokenizer.fingerprint, data.contents, origins)
+    record = resume_check.record(world, num_tokens, tokenizer.fingerprint, data.contents, origins)
     if start.resumed is not None:
         keep_contract(start.resumed, config, record, origins, world, spoken)
     state = allocate(model, config.optimizer, trainer, world.device)
@@ -293,16 +294,16 @@ def keep_contract(
 
     The first rank compares, and all ranks agree.
     """
-    changes: list[contract.Change] = []
+    changes: list[resume_check.Change] = []
     if world.is_first and "config.yaml" in saved.texts:
         saved_config = read_settings(saved.texts["config.yaml"], str(saved))
-        changes = contract.compare(config, record, saved_config, saved.values, origins)
+        changes = resume_check.compare(config, record, saved_config, saved.values, origins)
         if "made_by" not in saved.values:
             log.warning(
                 f"{saved} has no environment record: cannot check that code, tokenizer and data"
                 " are unchanged"
             )
-    contract.report(world.from_first(changes), str(saved), spoken)
+    resume_check.report(world.from_first(changes), str(saved), spoken)
 
 
 def build_data(

@@ -24,8 +24,8 @@ from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.lm_config import TrainLmConfig
 from ostro.models.lm_model import LmModel, inference
-from ostro.recover import Recovery
 from ostro.train_lm import with_epochs
+from ostro.trainer.rollback import Recovery
 
 _TOKENS_AT_ONCE = 8192
 _EXCERPT_TOKENS, _EXCERPT_CHARS = 32, 40

@@ -12,7 +12,7 @@ from ostro.core.units import Precision
 from ostro.distributed import World
 from ostro.optim import MuonConfig
 from ostro.trainer import TrainerConfig, lay_out
-from ostro.trainer.deterministic import PairwiseSum, pairwise_sum
+from ostro.trainer.backends.deterministic import PairwiseSum, pairwise_sum
 
 NUM_STEPS = 3
 CASES: dict[str, dict[str, Any]] = {

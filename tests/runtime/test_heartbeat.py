@@ -12,9 +12,9 @@ from tiny_run import TESTS, free_port, read_metrics, write_config
 
 from ostro.checkpoint import find_latest
 from ostro.cli.main import run_command
-from ostro.recover import RecoverConfig, Spike
 from ostro.session import Session
 from ostro.trainer import TrainingDivergedError
+from ostro.trainer.rollback import RecoverConfig, Spike
 
 PROGRAM = TESTS / "hang_program.py"
 STOPPED = "stopped by SIGTERM, while this rank waited for others"

@@ -11,7 +11,7 @@ from ostro.cli.arguments import load_run
 from ostro.core.errors import OstroError
 from ostro.distributed import World
 from ostro.trainer import TrainingDivergedError
-from ostro.trainer.deepspeed import DeepSpeedEngine
+from ostro.trainer.backends.deepspeed import DeepSpeedEngine
 
 count_targets = DeepSpeedEngine.count_targets
 

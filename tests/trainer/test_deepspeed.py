@@ -15,7 +15,7 @@ from ostro.core.errors import ConfigError
 from ostro.core.units import Precision
 from ostro.optim import AdamConfig, MuonConfig
 from ostro.trainer import BatchStage, TrainerConfig
-from ostro.trainer.deepspeed import deepspeed_settings
+from ostro.trainer.backends.deepspeed import deepspeed_settings
 
 SHIPPED = {
     "train_batch_size": "auto",

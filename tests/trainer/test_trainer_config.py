@@ -5,8 +5,8 @@ import pytest
 from ostro.checkpoint import CheckpointerConfig
 from ostro.config import check
 from ostro.core.errors import ConfigError
-from ostro.recover import RecoverConfig, StepRange
 from ostro.trainer import BatchStage, TrainerConfig
+from ostro.trainer.rollback import RecoverConfig, StepRange
 
 
 @pytest.mark.parametrize(("devices", "micro_steps"), [(1, 4), (2, 2), (4, 1)])

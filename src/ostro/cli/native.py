@@ -9,13 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ostro.callbacks import StepInfo, is_due
 from ostro.checkpoint import Saved, SavedFile, find_latest, read_settings
 from ostro.cli.arguments import Parser, explained, load_run, sampling_flags, start_run
 from ostro.cli.plot import pyplot_for, save_figure
 from ostro.cli.translate import translate
 from ostro.config import format_tree, json_schema, load, public
-from ostro.contract import compare
 from ostro.core.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.core.redaction import redact
 from ostro.distributed import World, pick_device
@@ -31,6 +29,8 @@ from ostro.runtime.run_log import logging_to_terminal
 from ostro.runtime.signals import Signals
 from ostro.train_lm import build_data
 from ostro.trainer import TrainerConfig
+from ostro.trainer.callbacks import StepInfo, is_due
+from ostro.trainer.resume_check import compare
 
 MODEL = ("model", "trainer.mp", "vocab_size")
 """What a model is made of: sections of the configuration in a checkpoint."""

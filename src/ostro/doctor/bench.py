@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ostro.agreement import agreeing
 from ostro.checkpoint import CheckpointerConfig
 from ostro.data.loader import Loader
 from ostro.distributed import joined
@@ -28,6 +27,7 @@ from ostro.runtime.throughput import synchronize
 from ostro.session import Session
 from ostro.train_lm import build_session, choose_kernels
 from ostro.trainer import has_compiler, lay_out
+from ostro.trainer.rank_check import agreeing
 
 _WARM_UP = 5  # updates until no memory is new any more
 _TOP = 12

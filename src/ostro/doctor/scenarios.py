@@ -13,9 +13,9 @@ from ostro.data.sources.source import UrlsSource
 from ostro.doctor.children import Orders, strike
 from ostro.doctor.faults import DAMAGES, SIGNALS, Fault, Strike
 from ostro.lm_config import TrainLmConfig, replace_trainer
-from ostro.recover import RecoverConfig, StepRange
 from ostro.session import Session
 from ostro.tracker import JsonLoggerConfig, NoopConfig, Tracker
+from ostro.trainer.rollback import RecoverConfig, StepRange
 
 Change = Callable[[TrainLmConfig], TrainLmConfig]
 

@@ -1,8 +1,8 @@
 """The training loop, its configuration and the state between its steps."""
 
-from ostro.trainer.chosen import choose, compiling_pays
+from ostro.trainer.autotune import choose, compiling_pays
+from ostro.trainer.backends.torch import Engine, TorchEngine
 from ostro.trainer.config import BatchPlan, BatchStage, TrainerConfig
-from ostro.trainer.engine import Engine, TorchEngine
 from ostro.trainer.start import (
     allocate,
     begin_again,

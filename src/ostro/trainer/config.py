@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from ostro.checkpoint import CheckpointerConfig
-from ostro.contract import Policy
 from ostro.core.axes import (
     BATCH,
     CONTEXT,
@@ -26,8 +25,9 @@ from ostro.core.redaction import Location
 from ostro.core.units import Precision
 from ostro.data.order.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
-from ostro.recover import RecoverConfig, StepRange
 from ostro.tracker import TrackerConfig, WandbConfig
+from ostro.trainer.resume_check import Policy
+from ostro.trainer.rollback import RecoverConfig, StepRange
 
 
 @dataclass(frozen=True)

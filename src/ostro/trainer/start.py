@@ -25,12 +25,12 @@ from ostro.nn import axes_of
 from ostro.nn.collectives import local
 from ostro.optim import LossScaler, OptimizerConfig, has_state, require_resumable
 from ostro.parallel import Mesh, arrange, compile_blocks, shard
-from ostro.recover import Recovery
 from ostro.runtime.compile_cache import unusable_cache
+from ostro.trainer.backends.deepspeed import DeepSpeedEngine, deepspeed_settings
+from ostro.trainer.backends.deterministic import DeterministicEngine
+from ostro.trainer.backends.torch import Engine, TorchEngine
 from ostro.trainer.config import BatchPlan, TrainerConfig
-from ostro.trainer.deepspeed import DeepSpeedEngine, deepspeed_settings
-from ostro.trainer.deterministic import DeterministicEngine
-from ostro.trainer.engine import Engine, TorchEngine
+from ostro.trainer.rollback import Recovery
 from ostro.trainer.state import TrainState
 
 log = logging.getLogger("ostro")

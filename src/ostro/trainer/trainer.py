@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ostro.callbacks import Callback, StepInfo
 from ostro.core.errors import OstroError
 from ostro.data.order.sequences import Batch
 from ostro.models.lm_model import inference
 from ostro.optim import Schedule
-from ostro.recover import Spike, StepRange
 from ostro.runtime.phase import mark
 from ostro.runtime.throughput import Throughput
 from ostro.tracker import Tracker
+from ostro.trainer.backends.torch import Engine
+from ostro.trainer.callbacks import Callback, StepInfo
 from ostro.trainer.config import BatchPlan, TrainerConfig
-from ostro.trainer.engine import Engine
+from ostro.trainer.rollback import Spike, StepRange
 
 log = logging.getLogger("ostro")
 

@@ -28,12 +28,12 @@ import torch
 import ostro
 from ostro.config import leaves, public
 from ostro.config.nodes import value_text
-from ostro.contract import code_fingerprint
 from ostro.core.errors import ConfigError, Problem
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import pick_device
 from ostro.distributed.rendezvous import LostRankError, Meeting
+from ostro.trainer.resume_check import code_fingerprint
 
 MAY_DIFFER = {
     # Which process this is, and how it finds the others.

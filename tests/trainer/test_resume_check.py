@@ -14,10 +14,17 @@ from ostro.cli.main import run_command
 from ostro.config import dump_yaml
 from ostro.config import load as load_config
 from ostro.config.fields import dotted_names
-from ostro.contract import NOT_COMPARED, POLICIES, Change, code_fingerprint, compare, record
 from ostro.distributed import World
 from ostro.lm_config import TrainLmConfig
 from ostro.optim import AdamConfig
+from ostro.trainer.resume_check import (
+    NOT_COMPARED,
+    POLICIES,
+    Change,
+    code_fingerprint,
+    compare,
+    record,
+)
 
 WORLD = World(torch.device("cpu"))
 BASE = ["--data.source", "stdlib"]

@@ -21,7 +21,7 @@ from ostro.distributed import World
 from ostro.optim import gradient_norm
 from ostro.parallel import Mesh
 from ostro.runtime.phase import mark
-from ostro.trainer.engine import Engine
+from ostro.trainer.backends.torch import Engine
 from ostro.trainer.state import TrainState, split_like
 
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 from tiny_run import PLAIN, free_port, write_config, write_text
 
-from ostro import agreement
-from ostro.agreement import Fact, agreeing, facts_of_data, require_agreement
 from ostro.core.errors import ConfigError, OstroError
 from ostro.distributed.launchers import Place
 from ostro.distributed.rendezvous import Meeting
 from ostro.lm_config import TrainLmConfig
+from ostro.trainer import rank_check
+from ostro.trainer.rank_check import Fact, agreeing, facts_of_data, require_agreement
 
 pytestmark = pytest.mark.dist
 
@@ -88,7 +88,7 @@ def facts_of(changes: Mapping[str, object], environ: Mapping[str, str], monkeypa
     taken: list[dict] = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            agreement, "require_agreement", lambda m, topic, facts, t: taken.append(facts)
+            rank_check, "require_agreement", lambda m, topic, facts, t: taken.append(facts)
         )
         for name, value in environ.items():
             patch.setenv(name, value)

@@ -10,7 +10,7 @@ from tiny_run import read_metrics, write_config
 from ostro.checkpoint import find_latest
 from ostro.cli.main import run_command
 from ostro.distributed import World
-from ostro.trainer import TrainerConfig, chosen, start
+from ostro.trainer import TrainerConfig, autotune, start
 
 WORLD = World(torch.device("cpu"))
 DROPOUT = {"model": {"resid_pdrop": 0.1, "attn_pdrop": 0.1, "embed_pdrop": 0.1}}
@@ -62,8 +62,8 @@ def test_choosing_does_not_touch_the_run(tmp_path, monkeypatch, quick_compiler, 
 
     clock = Clock()
     monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
-    monkeypatch.setattr(chosen, "time", clock)
-    monkeypatch.setattr(chosen, "_LEAST_COST", 0.0)
+    monkeypatch.setattr(autotune, "time", clock)
+    monkeypatch.setattr(autotune, "_LEAST_COST", 0.0)
     train(write_config(tmp_path / "auto", **DROPOUT), "--trainer.compile", "auto")
     value = settings(tmp_path / "auto")["compile"]
     assert value is (seconds < 0.5)
@@ -106,7 +106,7 @@ def chosen_from(saved) -> TrainerConfig:
         "kernels": lambda _: "torch",
         "compile": lambda _: True,
     }
-    return chosen.choose(TrainerConfig(compile="auto"), WORLD, saved, choices)
+    return autotune.choose(TrainerConfig(compile="auto"), WORLD, saved, choices)
 
 
 def test_the_number_of_threads_is_taken_over():
@@ -133,4 +133,4 @@ def test_what_no_checkpoint_says_is_chosen(saved):
 
 def test_what_was_given_is_not_chosen():
     given = TrainerConfig(compile=False, num_threads=torch.get_num_threads(), kernels="torch")
-    assert chosen.choose(given, WORLD, saved_with(compile=True, num_threads=99), {}) == given
+    assert autotune.choose(given, WORLD, saved_with(compile=True, num_threads=99), {}) == given

@@ -16,8 +16,8 @@ from ostro.checkpoint import Saved, SavedFile, read_settings
 from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.runtime.throughput import synchronize
+from ostro.trainer.backends.torch import Engine
 from ostro.trainer.config import BatchPlan, TrainerConfig
-from ostro.trainer.engine import Engine
 
 log = logging.getLogger("ostro")
 

@@ -20,8 +20,8 @@ from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.optim import OptimizerConfig, gradient_norm, set_learning_rate
 from ostro.runtime.phase import mark
+from ostro.trainer.backends.torch import Engine
 from ostro.trainer.config import BatchPlan, TrainerConfig
-from ostro.trainer.engine import Engine
 from ostro.trainer.state import TrainState
 
 _log = logging.getLogger(__name__)
