@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.ours import CASES, load_case
-from ostro.doctor.bench import bench
+from ostro.inspect.bench import bench
 
 WITH_OWN_TEXT = tuple(case for case in CASES if case != "gpt2_4x128")
 """The others train on files that have to be fetched first."""

@@ -35,10 +35,6 @@ LEVELS = [
     {"cli"},
 ]
 OUTSIDE = {
-    "dry_run": "inspect",
-    "rehearsal": "inspect",
-    "why": "inspect",
-    "doctor": "inspect",
     "inference": "train_lm",
     "dialects": "compat",
 }  # modules that have still to move, and where to

@@ -84,7 +84,7 @@ class Session:
     throughput: Throughput
     signals: Signals
     record: Mapping[str, Any]
-    """What a checkpoint notes for the run that goes on from it, see `ostro.trainer.resume_check`."""
+    """What a checkpoint notes for the run that resumes from it: see `trainer.resume_check`."""
     has_checkpoint: bool = False
     """Whether the run has one of its own to resume from; kept up to date on the first rank."""
 

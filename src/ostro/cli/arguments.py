@@ -23,7 +23,7 @@ from ostro.core.errors import ConfigError, OstroError, Problem
 from ostro.core.redaction import redact
 from ostro.distributed import place_of
 from ostro.distributed.launchers import find_place
-from ostro.dry_run import describe
+from ostro.inspect.plan import describe
 from ostro.lm_config import TrainLmConfig, with_hf_model
 from ostro.runtime.commands import Dialect
 from ostro.runtime.signals import Signals

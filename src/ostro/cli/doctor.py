@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ostro.cli.arguments import Parser, explained, load_run
 from ostro.core.errors import ConfigError, Problem, did_you_mean
-from ostro.doctor.bench import bench as measure
-from ostro.doctor.bench import report
-from ostro.doctor.chaos import KINDS, Campaign, ChaosError, table
-from ostro.doctor.verify_resume import Plan, check_ranks
-from ostro.doctor.verify_resume import verify_resume as verify
+from ostro.inspect.bench import bench as measure
+from ostro.inspect.bench import report
+from ostro.inspect.chaos.run import KINDS, Campaign, ChaosError, table
+from ostro.inspect.verify_resume import Plan, check_ranks
+from ostro.inspect.verify_resume import verify_resume as verify
 from ostro.runtime.signals import Signals
 
 

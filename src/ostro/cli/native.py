@@ -18,12 +18,12 @@ from ostro.core.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.core.redaction import redact
 from ostro.distributed import World, pick_device
 from ostro.distributed.launchers import find_place
-from ostro.dry_run import describe_sharding, draw
 from ostro.evaluation.losses import evaluate as evaluate_sets
 from ostro.generate.sampling import SamplingConfig, complete_all
 from ostro.inference import load_model, load_tokenizer
+from ostro.inspect.plan import describe_sharding, draw
+from ostro.inspect.simulated_step import rehearse
 from ostro.lm_config import TrainLmConfig
-from ostro.rehearsal import rehearse
 from ostro.runtime.commands import NativeDialect
 from ostro.runtime.run_log import logging_to_terminal
 from ostro.runtime.signals import Signals

@@ -12,11 +12,11 @@ from ostro.core.errors import ConfigError
 from ostro.data.text import LMData
 from ostro.distributed import pick_device
 from ostro.inference import load_model, load_tokenizer
+from ostro.inspect.why import explain, logged_loss
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.signals import Signals
 from ostro.tracker import run_folder
 from ostro.train_lm import build_data
-from ostro.why import explain, logged_loss
 
 
 def why(argv: list[str], signals: Signals) -> None:

@@ -19,11 +19,11 @@ from pathlib import Path
 from ostro.checkpoint import CheckpointInterval, Saved, find_latest
 from ostro.config import dump_yaml
 from ostro.core.errors import OstroError
-from ostro.doctor import faults
-from ostro.doctor.children import Ended, Orders, quiet, train
-from ostro.doctor.differences import read_history
-from ostro.doctor.faults import DAMAGES, FRESH, KILLED_IN, Fault
-from ostro.doctor.scenarios import Change, Scenario, stage, unchanged
+from ostro.inspect.chaos import faults
+from ostro.inspect.chaos.faults import DAMAGES, FRESH, KILLED_IN, Fault
+from ostro.inspect.chaos.scenarios import Change, Scenario, stage, unchanged
+from ostro.inspect.children import Ended, Orders, quiet, train
+from ostro.inspect.differences import read_history
 from ostro.lm_config import TrainLmConfig, replace_trainer
 
 KINDS: dict[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ import torch
 
 from ostro import train_lm
 from ostro.cli.arguments import load_run
-from ostro.doctor.verify_resume import NotExactError, Plan, verify_resume
+from ostro.inspect.verify_resume import NotExactError, Plan, verify_resume
 from ostro.optim import LossScaler
 from ostro.trainer import TrainState
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ostro.doctor.children import sleep_on, strike
+from ostro.inspect.children import sleep_on, strike
 from ostro.runtime.phase import place
 
 KILLED_IN = ("data", "forward", "backward", "update", "evaluation", "save", "commit")

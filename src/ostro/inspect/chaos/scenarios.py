@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ostro.core.errors import ConfigError, Problem
 from ostro.data.sources.source import UrlsSource
-from ostro.doctor.children import Orders, strike
-from ostro.doctor.faults import DAMAGES, SIGNALS, Fault, Strike
+from ostro.inspect.chaos.faults import DAMAGES, SIGNALS, Fault, Strike
+from ostro.inspect.children import Orders, strike
 from ostro.lm_config import TrainLmConfig, replace_trainer
 from ostro.session import Session
 from ostro.tracker import JsonLoggerConfig, NoopConfig, Tracker

@@ -7,7 +7,7 @@ import sys
 import pytest
 from tiny_run import ostro
 
-from ostro.doctor.faults import Fault, plan
+from ostro.inspect.chaos.faults import Fault, plan
 
 HIT = [
     "kill -9@data",

@@ -20,7 +20,7 @@ from ostro.core.errors import ConfigError, Problem
 from ostro.core.units import format_bytes
 from ostro.data.order.sequences import Batch
 from ostro.distributed import World
-from ostro.dry_run import num_tokens_of
+from ostro.inspect.plan import num_tokens_of
 from ostro.lm_config import TrainLmConfig
 from ostro.trainer import allocate, build_model, choose_engine, lay_out
 

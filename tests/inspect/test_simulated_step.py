@@ -9,9 +9,9 @@ from ostro.core.errors import ConfigError
 from ostro.data.sources.source import StdlibSource
 from ostro.data.text import LMDatasetConfig
 from ostro.distributed import World
+from ostro.inspect.simulated_step import CollectiveCounter, rehearse
 from ostro.lm_config import TrainLmConfig
 from ostro.models.gpt2 import Gpt2Config
-from ostro.rehearsal import CollectiveCounter, rehearse
 from ostro.trainer import TrainerConfig, build_state, choose_engine, lay_out
 
 SPLIT = {"tensor_parallel_axes": ["mlp", "heads", "vocab"], "model_axis_size": 2}
@@ -73,7 +73,7 @@ class Order(CollectiveCounter):
 
 
 def test_weights_are_gathered_while_the_block_before_computes(monkeypatch):
-    monkeypatch.setattr("ostro.rehearsal.CollectiveCounter", Order)
+    monkeypatch.setattr("ostro.inspect.simulated_step.CollectiveCounter", Order)
     monkeypatch.setattr(Order, "found", "")
     model = Gpt2Config(seq_len=16, num_layers=4, hidden_dim=16, num_heads=2,
                        gradient_checkpointing=False)  # fmt: skip

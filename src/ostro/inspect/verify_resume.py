@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from ostro.checkpoint import CheckpointInterval, Saved, find_latest, write
 from ostro.core.errors import ConfigError, OstroError, Problem
-from ostro.doctor import differences
-from ostro.doctor.children import Orders, quiet, sleep_on, strike, train
+from ostro.inspect import differences
+from ostro.inspect.children import Orders, quiet, sleep_on, strike, train
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.phase import place
 from ostro.session import Session

@@ -1,0 +1,1 @@
+"""Looking at runs: what one would do, whether it resumes bit for bit, what a batch held."""

@@ -1,0 +1,1 @@
+"""Runs that are killed on purpose, and what must be true of what they leave."""
