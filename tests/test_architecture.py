@@ -36,7 +36,6 @@ LEVELS = [
 ]
 OUTSIDE = {
     "inference": "train_lm",
-    "dialects": "compat",
 }  # modules that have still to move, and where to
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

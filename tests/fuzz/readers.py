@@ -31,6 +31,7 @@ from ostro.checkpoint import discovery, single_file, store
 from ostro.checkpoint.metadata import SHARDS, FileRecord, Metadata
 from ostro.checkpoint.saved import load as load_folder
 from ostro.cli.aliases import NATIVE
+from ostro.compat.nanogpt import checkpoint_file
 from ostro.config import check, dump_yaml, load, loading
 from ostro.core.errors import OstroError
 from ostro.data import meta
@@ -40,7 +41,6 @@ from ostro.data.cache.store import CacheDir
 from ostro.data.sources.source import TokensSource, UrlsSource
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_text
-from ostro.dialects import nanogpt_file
 from ostro.io.safetensors import read_tensors, tensor_pieces
 from ostro.io.torch_files import read_file
 from ostro.lm_config import TrainLmConfig
@@ -83,7 +83,7 @@ def speed_up() -> None:
     """Leave out what takes most of the time and depends on no input; only for a long run."""
     names = list(loading.dotted_names(TrainLmConfig))
     loading.dotted_names = lambda _: names
-    nanogpt_file.tokenizer_text = lambda _: {}
+    checkpoint_file.tokenizer_text = lambda _: {}
 
 
 def _hang(*_: Any) -> None:
@@ -485,8 +485,8 @@ def pt_target(folder: Path) -> Target:
             _repack(ours if mode == 1 else theirs, content, path)
         saved = single_file.load_file(path)
         content = read_file(path, check=False)
-        if nanogpt_file.NanoGptFormat().fits(content):
-            nanogpt_file.own_settings(content, path.name)
+        if checkpoint_file.NanoGptFormat().fits(content):
+            checkpoint_file.own_settings(content, path.name)
         assert isinstance(saved.step, int) and str(saved) == str(path) and saved.texts is not None
         for group in ("model", "optimizer", "state"):
             with contextlib.suppress(OstroError):

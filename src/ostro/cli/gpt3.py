@@ -12,11 +12,11 @@ from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import explained, speaking, start_run
 from ostro.cli.nanogpt import split_native
 from ostro.cli.recognise import recognising
+from ostro.compat.commands import Gpt3Dialect
+from ostro.compat.gpt3 import settings
+from ostro.compat.translation import Translation
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.core.errors import ConfigError, Problem, did_you_mean
-from ostro.dialects import gpt3
-from ostro.dialects.commands import Gpt3Dialect
-from ostro.dialects.translation import Translation
 from ostro.distributed.launch import launch
 from ostro.distributed.launchers import find_place
 from ostro.lm_config import TrainLmConfig
@@ -32,9 +32,9 @@ def train(argv: list[str], signals: Signals, environ: Mapping[str, str] = os.env
     """Train as a model file, a training file and flags say."""
     if "-h" in argv or "--help" in argv:
         for title, cls in (
-            (_USAGE, gpt3.Gpt3Flags),
-            ("model file:\n", gpt3.Gpt3ModelConfig),
-            ("training file:\n", gpt3.Gpt3TrainingConfig),
+            (_USAGE, settings.Gpt3Flags),
+            ("model file:\n", settings.Gpt3ModelConfig),
+            ("training file:\n", settings.Gpt3TrainingConfig),
         ):
             print(f"{title}\n{help_text(cls)}\n")
         return
@@ -60,7 +60,7 @@ def load_gpt3(
     """The native configuration of a command line, how it was translated, and its `processes`."""
     words = [word.replace("--local-rank", "--local_rank") for word in argv]
     words, native = split_native(words)
-    flags = load(gpt3.Gpt3Flags, [], words)
+    flags = load(settings.Gpt3Flags, [], words)
     search = script_folders()
     notices = []
     model_file = _model_file(flags.config, search)
@@ -68,11 +68,11 @@ def load_gpt3(
     if training_file is None:
         training_file = SMALL
         notices.append(f"no --training_config; using {SMALL}")
-    model = load(gpt3.Gpt3ModelConfig, [model_file], search=search)
-    training = load(gpt3.Gpt3TrainingConfig, [training_file], search=search)
-    parts = gpt3.Gpt3Run(model, training, flags, Path(model_file).name.removesuffix(".yaml"))
+    model = load(settings.Gpt3ModelConfig, [model_file], search=search)
+    training = load(settings.Gpt3TrainingConfig, [training_file], search=search)
+    parts = settings.Gpt3Run(model, training, flags, Path(model_file).name.removesuffix(".yaml"))
     num_local, num_nodes = processes(flags.config, environ)
-    made = gpt3.translate(parts, num_local * num_nodes)
+    made = settings.translate(parts, num_local * num_nodes)
     made.files["config"] = model_file
     made.notices[:0] = notices
     with speaking(Gpt3Dialect(argv, made)):
@@ -80,7 +80,7 @@ def load_gpt3(
     return whole, made, (num_local, num_nodes)
 
 
-def _model_file(flags: gpt3.Gpt3Flags, search: Sequence[Path]) -> str:
+def _model_file(flags: settings.Gpt3Flags, search: Sequence[Path]) -> str:
     if flags.config is not None:
         if flags.model_size not in (None, Path(flags.config).stem):
             rule = f"--config names another model, {flags.config}"
@@ -97,7 +97,7 @@ def _model_file(flags: gpt3.Gpt3Flags, search: Sequence[Path]) -> str:
     return f"{MODEL_FOLDER}/{flags.model_size}.yaml"
 
 
-def processes(flags: gpt3.Gpt3Flags, environ: Mapping[str, str]) -> tuple[int, int]:
+def processes(flags: settings.Gpt3Flags, environ: Mapping[str, str]) -> tuple[int, int]:
     """Processes on each machine, and machines; must be what a launcher has started.
 
     One task of SLURM on each machine may still start the workers of its machine.

@@ -14,14 +14,14 @@ from ostro.checkpoint.single_file import INTERRUPTED, NANOGPT
 from ostro.cli.aliases import NATIVE
 from ostro.cli.arguments import speaking, start_run
 from ostro.cli.recognise import recognising
+from ostro.compat.commands import NanoGptDialect
+from ostro.compat.nanogpt import checkpoint_file, settings
+from ostro.compat.translation import Translation
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.config.nodes import Mapping as Layer
 from ostro.config.nodes import from_plain
 from ostro.core.errors import CheckpointError, ConfigError, Problem, did_you_mean
 from ostro.core.redaction import local_path
-from ostro.dialects import nanogpt, nanogpt_file
-from ostro.dialects.commands import NanoGptDialect
-from ostro.dialects.translation import Translation
 from ostro.distributed.launchers import find_place
 from ostro.io.torch_files import read_file
 from ostro.lm_config import TrainLmConfig
@@ -42,7 +42,7 @@ def train(argv: list[str], signals: Signals) -> None:
     """Train as nanoGPT's `train.py` does."""
     if "-h" in argv or "--help" in argv:
         print(_USAGE)
-        print(help_text(nanogpt.NanoGptConfig))
+        print(help_text(settings.NanoGptConfig))
         return
     is_dry = "--dry_run" in argv
     words = [word for word in argv if word != "--dry_run"]
@@ -66,14 +66,14 @@ def load_nanogpt(argv: Sequence[str]) -> tuple[Loaded[TrainLmConfig], Translatio
     """The native configuration of a nanoGPT command line, and how it was translated."""
     files, flags, native = split(argv)
     search = script_folders()
-    defaults = [nanogpt.DEFAULT_FILE] if _exists(nanogpt.DEFAULT_FILE, search) else []
+    defaults = [settings.DEFAULT_FILE] if _exists(settings.DEFAULT_FILE, search) else []
     yaml_files = [name for name in files if not name.endswith(".py")]
     layers = [read_python(name, search) for name in files if name.endswith(".py")]
     loaded = load(
-        nanogpt.NanoGptConfig, [*defaults, *yaml_files], flags, layers=layers, search=search
+        settings.NanoGptConfig, [*defaults, *yaml_files], flags, layers=layers, search=search
     )
     config = loaded.config
-    made = nanogpt.translate(loaded, saved_arguments(config))
+    made = settings.translate(loaded, saved_arguments(config))
     words = [part for word in native for part in word.split("=", 1)]
     if ("--optimizer.type", "muon") in pairwise(words):
         made.set("optimizer.type", "muon")  # a type that comes later would drop all of AdamW's
@@ -107,7 +107,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
         elif word.endswith((".yaml", ".yml", ".py")):
             files.append(word)
         else:
-            advice = did_you_mean(word, nanogpt.names()) or "`python train.py --help` lists all"
+            advice = did_you_mean(word, settings.names()) or "`python train.py --help` lists all"
             raise ConfigError(f"{word} - is neither key=value nor a .yaml or .py file - {advice}")
     return files, flags, native
 
@@ -184,7 +184,7 @@ def _value(node: ast.expr, known: Mapping[str, Any], name: str, origin: str) -> 
     raise ConfigError(Problem(name, rule, "write the value itself", ast.unparse(node), origin))
 
 
-def saved_arguments(config: nanogpt.NanoGptConfig) -> Mapping[str, Any] | None:
+def saved_arguments(config: settings.NanoGptConfig) -> Mapping[str, Any] | None:
     """The architecture in `out_dir/ckpt.pt`, where the run goes on from it."""
     if config.init_from != "resume":
         return None
@@ -198,9 +198,9 @@ def saved_arguments(config: nanogpt.NanoGptConfig) -> Mapping[str, Any] | None:
         advice = "check out_dir, or start with init_from=scratch"
         raise CheckpointError(f"init_from = resume - there is no {paths[0]} - {advice}")
     content = read_file(Path(path), check=False)
-    if not nanogpt_file.NanoGptFormat().fits(content):
+    if not checkpoint_file.NanoGptFormat().fits(content):
         raise CheckpointError(f"{path} - is no checkpoint that nanoGPT wrote: it has no model_args")
-    return content["model_args"] | nanogpt_file.own_settings(content, str(path))
+    return content["model_args"] | checkpoint_file.own_settings(content, str(path))
 
 
 def _exists(name: str, folders: Sequence[Path]) -> bool:

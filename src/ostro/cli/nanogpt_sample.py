@@ -11,11 +11,11 @@ from ostro.cli.arguments import sampling_flags
 from ostro.cli.nanogpt import read_python, split
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.cli.recognise import recognising
+from ostro.compat.nanogpt.settings import GPT2_SIZES
 from ostro.config import help_text, load, script_folders
 from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.data.tokenizer import Tokenizer
 from ostro.data.tokenizer_config import Gpt2Tokenizer
-from ostro.dialects.nanogpt import GPT2_SIZES
 from ostro.distributed import pick_device
 from ostro.generate.sampling import SamplingConfig, complete_all
 from ostro.inference import load_model, load_tokenizer

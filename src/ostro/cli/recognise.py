@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import ostro
+from ostro.compat.gpt3.settings import Gpt3ModelConfig, Gpt3TrainingConfig
+from ostro.compat.nanogpt.settings import NanoGptConfig
 from ostro.config import script_folders
 from ostro.config.files import Reader
 from ostro.config.nodes import Mapping
 from ostro.core.errors import ConfigError
-from ostro.dialects.gpt3 import Gpt3ModelConfig, Gpt3TrainingConfig
-from ostro.dialects.nanogpt import NanoGptConfig
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.commands import CommandLine, typed_program
 

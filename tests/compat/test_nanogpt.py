@@ -21,8 +21,8 @@ from ostro.checkpoint import find_latest
 from ostro.cli import nanogpt
 from ostro.cli.nanogpt import load_nanogpt
 from ostro.cli.native import saved_config
+from ostro.compat.nanogpt.settings import NanoGptConfig, names
 from ostro.core.errors import CheckpointError, ConfigError
-from ostro.dialects.nanogpt import NanoGptConfig, names
 from ostro.inference import load_model, load_tokenizer
 from ostro.optim import MuonConfig
 from ostro.runtime.entry_point import guarded

@@ -18,11 +18,11 @@ import yaml
 from torch import Tensor
 
 from ostro.checkpoint import State, read_settings, register_format
+from ostro.compat.nanogpt import settings
 from ostro.config import dump_yaml, load
 from ostro.core.errors import CheckpointError, OstroError
 from ostro.core.units import Precision, resolve_steps
 from ostro.data.tokenizer_config import TokenizerConfig
-from ostro.dialects import nanogpt
 from ostro.lm_config import TrainLmConfig
 from ostro.models import Gpt2Config
 from ostro.models.hf.layout import HfParameter, gpt2_parameters
@@ -173,11 +173,11 @@ def _our_optimizer(
 
 def _texts(content: Mapping[str, Any]) -> dict[str, str]:
     """The native configuration, and the tokenizer if it is at hand, of a file of theirs."""
-    known = {key: value for key, value in content["config"].items() if key in nanogpt.names()}
-    known |= {key: content["model_args"][key] for key in nanogpt.ARCHITECTURE}
+    known = {key: value for key, value in content["config"].items() if key in settings.names()}
+    known |= {key: content["model_args"][key] for key in settings.ARCHITECTURE}
     known["init_from"], known["device"], known["backend"] = "scratch", "cpu", "gloo"
     flags = [f"--{key}={value}" for key, value in known.items()]
-    made = nanogpt.translate(load(nanogpt.NanoGptConfig, [], flags), environ={})
+    made = settings.translate(load(settings.NanoGptConfig, [], flags), environ={})
     made.set("vocab_size", content["model_args"]["vocab_size"])
     config = load(TrainLmConfig, [], [], layers=[made.layer]).config
     return {"config.yaml": dump_yaml(config)} | tokenizer_text(config.data.tokenizer)
@@ -211,7 +211,7 @@ def their_config(native: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:
     is_plain = isinstance(batch, int)
     micro = micro if micro and micro > 0 else (batch // num_ranks if is_plain else 1)
     num_steps = trainer["num_train_steps"]
-    same = {key: paths[0] for key, paths in nanogpt.SAME.items()} | nanogpt.MODEL
+    same = {key: paths[0] for key, paths in settings.SAME.items()} | settings.MODEL
     config = {key: reduce(getitem, path.split("."), native) for key, path in same.items()}
     return config | {
         "out_dir": trainer["checkpointer"]["base_path"].removesuffix("/."),
@@ -220,8 +220,8 @@ def their_config(native: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:
         "always_save_checkpoint": trainer["checkpointer"]["save_after_eval"] != "improved",
         "init_from": "scratch",
         "wandb_log": wandb is not None,
-        "wandb_project": (wandb or {}).get("project") or nanogpt.NanoGptConfig.wandb_project,
-        "wandb_run_name": (wandb or {}).get("name") or nanogpt.NanoGptConfig.wandb_run_name,
+        "wandb_project": (wandb or {}).get("project") or settings.NanoGptConfig.wandb_project,
+        "wandb_run_name": (wandb or {}).get("name") or settings.NanoGptConfig.wandb_run_name,
         "dataset": folder.rstrip("/").rpartition("/")[2],
         "gradient_accumulation_steps": batch // (micro * num_ranks) if is_plain else 1,
         "batch_size": micro,

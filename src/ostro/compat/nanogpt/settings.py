@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 
+from ostro.compat.translation import Translation, ratio
 from ostro.config import Loaded
 from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.core.redaction import Location, local_path
-from ostro.dialects.translation import Translation, ratio
 from ostro.distributed.launchers import find_place
 from ostro.models.hf import read_settings
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 
+from ostro.compat.translation import Translation, ratio
 from ostro.config import Loaded, encode
 from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.core.redaction import local_path
 from ostro.data.text import LMDatasetConfig
-from ostro.dialects.translation import Translation, ratio
 
 MICRO_BATCH_TOKENS = 16_384
 """Tokens that a device computes at once where the training file does not say."""

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ostro.dialects.nanogpt import NanoGptConfig
-from ostro.dialects.translation import Translation
+from ostro.compat.nanogpt.settings import NanoGptConfig
+from ostro.compat.translation import Translation
 from ostro.runtime.commands import CommandLine, Dialect, Names, RunFacts, launched, typed_program
 
 _NANOGPT = {

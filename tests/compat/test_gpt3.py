@@ -11,8 +11,8 @@ from tiny_run import write_text
 
 from ostro.checkpoint import disk_bytes, find_latest
 from ostro.cli.gpt3 import load_gpt3, processes, train
+from ostro.compat.gpt3 import settings
 from ostro.core.errors import CheckpointError, ConfigError
-from ostro.dialects import gpt3
 from ostro.distributed.launch import launch
 from ostro.optim import MuonConfig
 from ostro.runtime.signals import Signals
@@ -75,7 +75,7 @@ def test_muon_is_an_optimizer_of_a_training_file(folder):
     [(512, 1, 2048, 8), (512, 8, 2048, 8), (8, 4, 256, 2), (24, 1, 256, 8), (7, 1, 256, 1)],
 )
 def test_micro_batches_hold_16k_tokens_at_most(folder, batch, ranks, length, micro):
-    size = gpt3.micro_batch(batch // ranks, max(1, gpt3.MICRO_BATCH_TOKENS // length))
+    size = settings.micro_batch(batch // ranks, max(1, settings.MICRO_BATCH_TOKENS // length))
     assert size == micro and batch // ranks % size == 0
 
 
@@ -222,7 +222,7 @@ def test_mistakes_are_named(folder, words, environ, parts):
 
 
 def test_tasks_of_slurm_are_workers_or_start_them():
-    flags = gpt3.Gpt3Flags(num_nodes=4, gpus_per_node=8)
+    flags = settings.Gpt3Flags(num_nodes=4, gpus_per_node=8)
     for per_node, total in (("8(x4)", "32"), ("1(x4)", "4")):
         task = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": total, "SLURMD_NODENAME": "n1"}
         nodes = {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_STEP_TASKS_PER_NODE": per_node}

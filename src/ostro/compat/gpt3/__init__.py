@@ -1,0 +1,1 @@
+"""GPT-3-style pairs of YAML files."""

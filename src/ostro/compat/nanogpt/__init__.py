@@ -1,0 +1,1 @@
+"""nanoGPT: its settings and its checkpoint file."""
