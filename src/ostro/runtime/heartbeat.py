@@ -21,6 +21,7 @@ from ostro.runtime.phase import listening, place
 from ostro.runtime.watchdog import unfinished_collective
 
 _PATIENCE = 5.0  # seconds in which a rank that works is heard of, and seen to move
+_LATER = 1.5  # seconds by which the other ranks leave after rank 0
 _INTERVAL = 0.5  # seconds between two looks into the store
 _LONG_PHASES = ("compile", "rollback", "stage", "save", "commit")  # may take any time, at rest
 _BUSY = 0.1  # share of one core that a rank uses which computes
@@ -69,7 +70,9 @@ class Heartbeat(threading.Thread):
         self.num_ranks, self._rank = meeting.place.num_ranks, meeting.place.rank or 0
         # Where all ask at once each reads of all: with thousands of ranks not twice a second.
         self._interval = max(_INTERVAL, self.num_ranks / 256)
-        self._patience = max(_PATIENCE, 3 * self._interval)
+        # Rank 0 may have all to save: it goes first, as one that leaves breaks what others wait in.
+        later = _LATER if self._rank else 0.0
+        self._patience = max(_PATIENCE, 3 * self._interval) + later
         self.told, self.asked = _Stillness(is_saving), _Stillness(is_saving)
         # A connection of its own: the main thread may be waiting in the other.
         self._store = meeting.open_store("heartbeat")
