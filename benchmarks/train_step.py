@@ -155,7 +155,7 @@ def pick(case: str, peer: str) -> dict[str, Any]:
 
 
 def pick_all(case: str, file: Path | None) -> dict[str, Any]:
-    """`pick` for every peer, remembered in a file."""
+    """`pick` for every peer, shared_choice in a file."""
     known = json.loads(file.read_text()) if file and file.exists() else {}
     of_case = known.setdefault(case, {})
     for peer in available():

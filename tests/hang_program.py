@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ostro.cli.main import run_command
-from ostro.runtime.phase import listening, place
+from ostro.runtime.phase import current_phase, listening
 
 RANK = os.environ.get("RANK", "0")
 IS_MINE = os.environ["HANGS"] == RANK
@@ -61,7 +61,7 @@ def main(how: str, words: list[str]) -> int:
     def listener(phase: str) -> None:
         nonlocal num_loads, is_over
         num_loads += phase == "load"
-        late = num_loads > 4 if how == "loader" else place().step >= 3
+        late = num_loads > 4 if how == "loader" else current_phase().step >= 3
         here = phase == WHERE.get(how, "forward") and how != "never"
         if IS_MINE and late and here and not is_over:
             is_over = True

@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 
 from ostro.core.errors import ConfigError
-from ostro.distributed import DistributedConfig, joined
-from ostro.distributed.launchers import find_place
-from ostro.runtime.entry_point import guarded
+from ostro.distributed import DistributedConfig, open_process_group
+from ostro.distributed.launchers import find_rank_info
+from ostro.runtime.entry_point import entry_point
 
 
 def main(mode: str, signals: object) -> None:
     """Sum over the ranks again and again; `mode` says which of them fails, when and how."""
-    rank = find_place(os.environ).rank
+    rank = find_rank_info(os.environ).rank
     if mode == "all_refuse" or (mode == "rank_1_refuses" and rank == 1):
         raise ConfigError("trainer.sed = 3 - is not a setting")
     if mode == "sum":  # twice, as a program that trains twice does
-        with joined(DistributedConfig(), "cpu", False) as world:
+        with open_process_group(DistributedConfig(), "cpu", False) as world:
             world.barrier()
-    with joined(DistributedConfig(), "cpu", False) as world:
+    with open_process_group(DistributedConfig(), "cpu", False) as world:
         for round_number in range(1000 if mode != "sum" else 1):
             if round_number == 5 and rank == 1 and mode.startswith("rank_1"):
                 Path("died").write_text(str(time.time()))
@@ -37,4 +37,4 @@ def main(mode: str, signals: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda signals: main(sys.argv[1], signals)))
+    sys.exit(entry_point(lambda signals: main(sys.argv[1], signals)))

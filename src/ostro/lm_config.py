@@ -15,7 +15,7 @@ from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.core.redaction import Location, local_path
 from ostro.data.text import LMDatasetConfig
 from ostro.data.tokenizer import Tokenizer
-from ostro.distributed.rendezvous import remembered
+from ostro.distributed.rendezvous import shared_choice
 from ostro.generate.sampling import SamplingConfig
 from ostro.models import Gpt2Config
 from ostro.models.hf import read_model
@@ -113,7 +113,7 @@ def choose_run_id(config: TrainLmConfig, environ: Mapping[str, str] = os.environ
             return given
     if continued := _continued(config.trainer):
         return continued
-    return remembered("run id", "".join(random.SystemRandom().choices(letters, k=8)), environ)
+    return shared_choice("run id", "".join(random.SystemRandom().choices(letters, k=8)), environ)
 
 
 def _continued(trainer: TrainerConfig) -> str | None:

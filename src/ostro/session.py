@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 
-from ostro.checkpoint import Checkpointer, Decision, Due, State, checkpoint_bytes, require_budget
+from ostro.checkpoint import (
+    Checkpointer,
+    Due,
+    ResumeSource,
+    State,
+    checkpoint_bytes,
+    require_budget,
+)
 from ostro.checkpoint.stager import Stager
 from ostro.config import dump_yaml
 from ostro.core.errors import CheckpointError
@@ -24,14 +31,14 @@ from ostro.data.order.sequences import Batch
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import World
-from ostro.distributed.rendezvous import Meeting
+from ostro.distributed.rendezvous import Rendezvous
 from ostro.evaluation.losses import evaluate
 from ostro.generate.sampling import complete_all
 from ostro.io.filesystem import PARTIAL
 from ostro.lm_config import TrainLmConfig, vocab_size
 from ostro.models.hf import read_weights
 from ostro.runtime.heartbeat import Heartbeat, beating
-from ostro.runtime.phase import mark, place
+from ostro.runtime.phase import current_phase, enter_phase
 from ostro.runtime.signals import Interrupted, Signals
 from ostro.runtime.throughput import Throughput
 from ostro.runtime.watchdog import watching
@@ -42,9 +49,9 @@ from ostro.trainer import (
     Trainer,
     TrainingDivergedError,
     TrainState,
-    begin_again,
-    find_start,
+    reset_state,
     restore,
+    resume_source,
 )
 from ostro.trainer.callbacks import StepInfo, is_due
 from ostro.trainer.state import load_weights
@@ -55,7 +62,7 @@ _LOOK = 1.0  # seconds between two looks at whether another rank has got a signa
 
 
 def load_first_weights(
-    config: TrainLmConfig, state: TrainState, tokenizer: Tokenizer, start: Decision
+    config: TrainLmConfig, state: TrainState, tokenizer: Tokenizer, start: ResumeSource
 ) -> None:
     """The weights that a run starts from at step 0, if they are not random ones."""
     if start.saved is not None:
@@ -125,12 +132,12 @@ class Session:
         self._first_step = self.state.step
         trainer = self.config.trainer
         assert trainer.id is not None, "the run id is chosen before"
-        meeting = Meeting.current if self.world.num_ranks > 1 else None
+        rendezvous = Rendezvous.current if self.world.num_ranks > 1 else None
         with (
             self.signals.deferred(self._loses_nothing, self._leave, self._is_stuck),
             compilation_marked(self.signals.compilation),
-            watching(trainer.hang_timeout, run_folder(trainer.log_dir, trainer.id), meeting),
-            beating(meeting, self._saves) as self._heartbeat,
+            watching(trainer.hang_timeout, run_folder(trainer.log_dir, trainer.id), rendezvous),
+            beating(rendezvous, self._saves) as self._heartbeat,
         ):
             return self._fit()
 
@@ -215,7 +222,7 @@ class Session:
         A process that is killed before that resumes from one of them, remembers the same losses,
         and comes here as this one did.
         """
-        mark("rollback")
+        enter_phase("rollback")
         self._report_save(wait=True)
         if self.world.is_first:
             self.checkpointer.discard(step)
@@ -225,8 +232,8 @@ class Session:
         self._snapshot = None
         # That the run was not to resume, or had to, was about where its first process starts.
         trainer = dataclasses.replace(self.config.trainer, load_checkpoint=None)
-        start = find_start(trainer, self.checkpointer, self.world)
-        begin_again(self.state, self.config.optimizer, trainer)
+        start = resume_source(trainer, self.checkpointer, self.world)
+        reset_state(self.state, self.config.optimizer, trainer)
         if start.resumed is None:
             load_first_weights(self.config, self.state, self.tokenizer, start)
         else:
@@ -261,8 +268,8 @@ class Session:
         while True:
             if not coming.done():
                 wait([coming], _LOOK)
-            if coming.done() and place().phase == "data":
-                mark("ready")
+            if coming.done() and current_phase().name == "data":
+                enter_phase("ready")
             if self.agree(coming.done()):
                 return coming.result()
 
@@ -278,9 +285,9 @@ class Session:
 
     def _wait_for_first(self) -> None:
         """Stay until the first rank has saved: a launcher ends all once one has left."""
-        if (meeting := Meeting.current) is not None and self.world.num_ranks > 1:
+        if (rendezvous := Rendezvous.current) is not None and self.world.num_ranks > 1:
             had_signal = self.signals.received
-            meeting.wait_for_first(lambda: self.signals.received and not had_signal)
+            rendezvous.wait_for_first(lambda: self.signals.received and not had_signal)
 
     def before_update(self) -> None:
         """The state is about to change: no other thread may save it from here on."""
@@ -310,7 +317,7 @@ class Session:
         """Whether this rank alone has a state to save, between two updates or before the next."""
         alone = self.world.is_first and not self.engine.is_collective
         # What moves it otherwise; the first compilation comes before the first update.
-        moves = self._is_saving or place().phase in ("rollback", "compile")
+        moves = self._is_saving or current_phase().name in ("rollback", "compile")
         is_whole = self._changing != self.state.step and self.state.step > self._first_step
         return alone and is_whole and not moves and self.world.device.type == "cpu"
 
@@ -331,7 +338,7 @@ class Session:
 
     def _loses_nothing(self) -> bool:
         """Whether a signal may raise right here: alone and between updates, or before the first."""
-        phase, is_alone = place().phase, self.world.num_ranks == 1
+        phase, is_alone = current_phase().name, self.world.num_ranks == 1
         if self.state.step == self._first_step:
             return is_alone or phase == "compile"
         return is_alone and phase in ("data", "ready", "compile")
@@ -382,7 +389,7 @@ class Session:
             for index, text in enumerate(texts):
                 self.tracker.log_text(f"sample/{index}", text, step=step)
         while not self.agree():  # once for every token
-            mark("sample")
+            enter_phase("sample")
 
     def save(self, step: int, *, force: bool = False, interrupted: bool = False) -> None:
         """Save the state after update `step`, if the policy, `force` or `interrupted` says so.
@@ -464,16 +471,16 @@ def compilation_marked(lock: threading.Lock) -> Iterator[None]:
     lock, which a thread that leaves in the middle of it never gives back."""
     from torch._dynamo.callback import callback_handler  # makes folders at import
 
-    before = place().phase
+    before = current_phase().name
 
     def begin(_: object) -> None:
         nonlocal before
-        before = place().phase
-        mark("compile")
+        before = current_phase().name
+        enter_phase("compile")
 
     def end(_: object) -> None:
         with lock:
-            mark(before)
+            enter_phase(before)
 
     callback_handler.register_start_callback(begin)
     callback_handler.register_end_callback(end)

@@ -18,8 +18,8 @@ from ostro.core.errors import ConfigError, Problem
 from ostro.core.units import format_bytes, format_count, format_duration
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
-from ostro.distributed import World, joined
-from ostro.distributed.rendezvous import Meeting
+from ostro.distributed import World, open_process_group
+from ostro.distributed.rendezvous import Rendezvous
 from ostro.lm_config import (
     TrainLmConfig,
     choose_run_id,
@@ -34,7 +34,7 @@ from ostro.parallel import Mesh
 from ostro.runtime.commands import Dialect, NativeDialect
 from ostro.runtime.compile_cache import unusable_cache
 from ostro.runtime.malloc import keep_freed_memory
-from ostro.runtime.phase import place
+from ostro.runtime.phase import current_phase
 from ostro.runtime.run_log import folder_fault, logging_to
 from ostro.runtime.signals import Interrupted, Signals
 from ostro.runtime.throughput import Throughput, device_peak, measure_peak
@@ -50,12 +50,12 @@ from ostro.trainer import (
     build_model,
     choose,
     choose_engine,
-    compiling_pays,
-    find_start,
+    compile_pays_off,
     has_compiler,
-    lay_out,
+    init_mesh,
     restore,
     resume_check,
+    resume_source,
 )
 from ostro.trainer.rank_check import Fact, agreeing, facts_of_data, require_agreement
 
@@ -79,7 +79,7 @@ def run(
     `dialect`: the command line it came from, in whose words the run speaks; None: `ostro train`.
 
     Raises an `OstroError` for what the user can mend and `Interrupted` when stopped by a
-    signal, with a checkpoint of the last whole update in place.
+    signal, with a checkpoint of the last whole update in rank_info.
     """
     unusable_cache()  # before anything imports all of torch
     config = with_hf_model(config)
@@ -88,7 +88,9 @@ def run(
     trainer = config.trainer
     signals, origins = signals or Signals(), origins or {}
     agree = agreeing(config, origins)
-    joining = joined(trainer.distributed, trainer.device, trainer.require_accelerator, agree)
+    joining = open_process_group(
+        trainer.distributed, trainer.device, trainer.require_accelerator, agree
+    )
     with kernels.restored(), joining as world:
         run_id = world.from_first(choose_run_id(config))
         config = replace_trainer(config, id=run_id)
@@ -109,7 +111,7 @@ def run(
             contextlib.nullcontext() if trainer.eval_only else alone_in(saves_to, world),
             logging_to(log_file, trainer.log_level, dialect.spoken),
         ):
-            world, mesh = lay_out(config.trainer, world)
+            world, mesh = init_mesh(config.trainer, world)
             log.info("run %s on %s%s", run_id, world.device, _of(world, mesh))
             session = build_session(config, plan, world, mesh, signals, origins, dialect.spoken)
             if world.is_first:  # not before: what was there stays if nothing could be resumed
@@ -193,7 +195,7 @@ def build_session(
     checkpointer = trainer.checkpointer.build(
         trainer.id, run_name(config), in_folders=trainer.deepspeed is not None
     )
-    start = find_start(trainer, checkpointer, world)
+    start = resume_source(trainer, checkpointer, world)
     config = choose_settings(config, plan, world, mesh, num_tokens, start.resumed, signals)
     if config.trainer.compile != trainer.compile:
         model = build_model(config.model, config.trainer, num_tokens, mesh)
@@ -232,9 +234,9 @@ def build_session(
 
 def agree_on_data(config: TrainLmConfig, world: World, facts: Mapping[str, Fact]) -> None:
     """Refuse ranks that have found other texts; `ConfigError` on all of them."""
-    if world.num_ranks > 1 and Meeting.current is not None:
+    if world.num_ranks > 1 and Rendezvous.current is not None:
         timeout = config.trainer.distributed.timeout
-        require_agreement(Meeting.current, "the data", facts, timeout)
+        require_agreement(Rendezvous.current, "the data", facts, timeout)
 
 
 def choose_settings(
@@ -260,9 +262,11 @@ def choose_settings(
             return make_engine(allocate(model, config.optimizer, trainer, world.device))
 
         left = trainer.num_train_steps - (saved.step if saved else 0)
-        stoppable = signals.deferred(unless=lambda: place().phase != "compile", leave=lambda: None)
+        stoppable = signals.deferred(
+            unless=lambda: current_phase().name != "compile", leave=lambda: None
+        )
         with stoppable, compilation_marked(signals.compilation):
-            pays = compiling_pays(build, plan, config.model.seq_len, num_tokens, left)
+            pays = compile_pays_off(build, plan, config.model.seq_len, num_tokens, left)
         torch.compiler.reset()  # what was seen there must not decide how the run is compiled
         return pays
 

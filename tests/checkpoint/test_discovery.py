@@ -10,7 +10,7 @@ import pytest
 from checkpoint_states import small_state
 from fsspec.implementations.local import LocalFileSystem
 
-from ostro.checkpoint import discovery, entries, find_latest, scan, which_checkpoint, write
+from ostro.checkpoint import discovery, entries, find_latest, find_resume_source, scan, write
 from ostro.checkpoint.discovery import Search
 from ostro.checkpoint.single_file import FORMATS, point_to, write_file
 from ostro.checkpoint.stamp import Stamp
@@ -144,7 +144,7 @@ OWN, PATH, INIT = "runs/me", "runs/other", "runs/start"
 def decide(there, **settings):
     found = {place: f"{place}/step-9" for place in there}
     with patch("ostro.checkpoint.decision.search", lambda place, world: Search(found.get(place))):
-        return which_checkpoint(OWN, **settings)
+        return find_resume_source(OWN, **settings)
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,10 @@ def test_what_is_an_error(settings, there, named):
 
 def test_decision_on_real_folders(folder):
     save(f"{folder}/other", 3)
-    decision = which_checkpoint(f"{folder}/me", load_checkpoint_path=f"{folder}/other")
+    decision = find_resume_source(f"{folder}/me", load_checkpoint_path=f"{folder}/other")
     assert (decision.source, decision.saved.metadata.step) == ("load_checkpoint_path", 3)
     save(f"{folder}/me", 4)
-    decision = which_checkpoint(f"{folder}/me", load_checkpoint_path=f"{folder}/other")
+    decision = find_resume_source(f"{folder}/me", load_checkpoint_path=f"{folder}/other")
     assert (decision.source, decision.saved.metadata.step) == ("own", 4)
 
 
@@ -315,14 +315,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops(tmp_path):
         save(own, step, timestamp=1000 + step)
     damage(own)
     with pytest.raises(CheckpointError) as error:
-        which_checkpoint(own, elsewhere="--trainer.id me-2")
+        find_resume_source(own, elsewhere="--trainer.id me-2")
     message = str(error.value)
     for step in (10, 20):
         assert f"{own}/step-{step}/optimizer.safetensors - is missing" in message
     assert f"--trainer.id me-2 --trainer.initialize_from {own}/step-20" in message
     assert f"delete {own} first" in message
     with pytest.raises(CheckpointError, match="none of them can be resumed"):
-        which_checkpoint(str(tmp_path / "other"), load_checkpoint_path=own)
+        find_resume_source(str(tmp_path / "other"), load_checkpoint_path=own)
 
 
 @pytest.mark.parametrize("name", ["metadata.json", "model.safetensors", "values.json"])
@@ -331,10 +331,10 @@ def test_no_weights_are_offered_that_are_not_intact(tmp_path, name):
     save(own, 10)
     damage(own, name)
     with pytest.raises(CheckpointError, match=rf"step-10/{name} - is missing") as error:
-        which_checkpoint(own)
+        find_resume_source(own)
     assert "initialize_from" not in str(error.value)
     with pytest.raises(CheckpointError, match=rf"{name} - is missing(.|\n)*no weights are intact"):
-        which_checkpoint(str(tmp_path / "other"), initialize_from=own)
+        find_resume_source(str(tmp_path / "other"), initialize_from=own)
 
 
 def test_weights_without_the_rest_are_found_where_they_do(folder):
@@ -354,16 +354,16 @@ def test_weights_without_the_rest_are_found_where_they_do(folder):
 def test_initialize_from_takes_weights_where_there_is_no_more(tmp_path):
     other, own = str(tmp_path / "other"), str(tmp_path / "me")
     path = save(other, 10)
-    assert not which_checkpoint(own, initialize_from=other).weights_only
+    assert not find_resume_source(own, initialize_from=other).weights_only
     damage(other)
-    decision = which_checkpoint(own, initialize_from=other)
+    decision = find_resume_source(own, initialize_from=other)
     assert decision.weights_only
     assert decision.resumed is None
     assert "initialising from the weights of" in decision.message
     assert f"{path}/optimizer.safetensors - is missing" in decision.message
     # What would be saved over its source begins elsewhere.
     with pytest.raises(CheckpointError, match=r"--trainer\.id b"):
-        which_checkpoint(
+        find_resume_source(
             other, initialize_from=path, load_checkpoint=False, elsewhere="--trainer.id b"
         )
 

@@ -25,7 +25,7 @@ from ostro.compat.nanogpt.settings import NanoGptConfig, names
 from ostro.core.errors import CheckpointError, ConfigError
 from ostro.inference import load_model, load_tokenizer
 from ostro.optim import MuonConfig
-from ostro.runtime.entry_point import guarded
+from ostro.runtime.entry_point import entry_point
 from ostro.runtime.signals import Interrupted, Signals
 from ostro.train_lm import run
 
@@ -62,7 +62,7 @@ def train(folder: Path, *words: str, code: int = 0) -> Done:
     out, errors = io.StringIO(), io.StringIO()
     redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors)
     with contextlib.chdir(folder), redirected[0], redirected[1]:
-        found = guarded(lambda signals: nanogpt.train(list(words), signals))
+        found = entry_point(lambda signals: nanogpt.train(list(words), signals))
     done = Done(out.getvalue(), errors.getvalue())
     assert found == code, done.stdout + done.stderr
     return done

@@ -16,7 +16,7 @@ from ostro.core.errors import ConfigError, DataError
 from ostro.core.redaction import REDACTED, local_path, redact, redacted, with_secrets
 from ostro.data.cache.store import CacheDir
 from ostro.lm_config import TrainLmConfig
-from ostro.runtime.entry_point import guarded
+from ostro.runtime.entry_point import entry_point
 from ostro.runtime.run_log import logging_to
 
 SECRET = "pl4nted/s3cret+value"
@@ -223,7 +223,7 @@ def test_standard_error_leaves_credentials_out(tmp_path, capsys, monkeypatch):
         raise RuntimeError(url)
 
     with pytest.raises(RuntimeError):
-        guarded(command)
+        entry_point(command)
     said = capsys.readouterr().err
     assert said.count(f"https://{REDACTED}@host") >= 2 and SECRET not in said
     report = json.loads(file.read_text())["message"]

@@ -73,7 +73,7 @@ def test_places_do_not_depend_on_what_was_asked_before(shuffle):
     for first in [1020, 0, *firsts.tolist()]:
         indices = np.arange(first, first + 9)
         expected = shuffled(indices, data.num_windows, shuffle, key) * data.seq_len
-        assert data.places(first, 9)[1].tolist() == expected.tolist()
+        assert data.offsets(first, 9)[1].tolist() == expected.tolist()
     assert len(data._blocks) <= 2, "the memory of long runs stays flat"
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ostro.core.errors import ConfigError
-from ostro.distributed import DistributedConfig, join, place_of
+from ostro.distributed import DistributedConfig, join_process_group, rank_info_of
 from ostro.distributed.launchers import (
-    Place,
-    find_place,
+    RankInfo,
+    find_rank_info,
     slurm_address,
     slurm_nodes,
     visible_devices,
@@ -62,27 +62,26 @@ def test_a_job_gives_the_address():
 
 
 def test_torchrun():
-    assert find_place(TORCHRUN) == Place(
+    assert find_rank_info(TORCHRUN) == RankInfo(
         "torchrun", 3, 4, 1, 2, "n1:29501", has_agent=True, attempt=2
     )
 
 
 def test_a_task_of_slurm():
-    place = find_place(TASK)
-    assert (place.launcher, place.rank, place.num_ranks) == ("SLURM", 5, 10)
-    assert (place.local_rank, place.num_local, place.address) == (1, 2, "node001:61497")
-    assert place.hosts == tuple(node for node in slurm_nodes(JOB) for _ in "ab")
+    rank_info = find_rank_info(TASK)
+    assert (rank_info.launcher, rank_info.rank, rank_info.num_ranks) == ("SLURM", 5, 10)
+    assert (rank_info.local_rank, rank_info.num_local, rank_info.address) == (1, 2, "node001:61497")
+    assert rank_info.hosts == tuple(node for node in slurm_nodes(JOB) for _ in "ab")
     own = {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "1234"}
-    assert find_place(TASK | own).address == "10.0.0.9:1234"
+    assert find_rank_info(TASK | own).address == "10.0.0.9:1234"
 
 
 def test_slurm_counts_tasks_on_this_node():
     uneven = TASK | {"SLURM_STEP_NODELIST": "a[1-4]", "SLURM_STEP_TASKS_PER_NODE": "3(x3),1"}
-    assert [find_place(uneven | {"SLURMD_NODENAME": n}).num_local for n in ("a1", "a4", "?")] == [
-        3, 1, None,
-    ]  # fmt: skip
-    assert find_place(uneven).hosts == ("a1",) * 3 + ("a2",) * 3 + ("a3",) * 3 + ("a4",)
-    assert find_place(uneven | {"SLURM_DISTRIBUTION": "cyclic"}).hosts == ()
+    nodes = [uneven | {"SLURMD_NODENAME": name} for name in ("a1", "a4", "?")]
+    assert [find_rank_info(node).num_local for node in nodes] == [3, 1, None]
+    assert find_rank_info(uneven).hosts == ("a1",) * 3 + ("a2",) * 3 + ("a3",) * 3 + ("a4",)
+    assert find_rank_info(uneven | {"SLURM_DISTRIBUTION": "cyclic"}).hosts == ()
 
 
 @pytest.mark.parametrize(
@@ -97,40 +96,44 @@ def test_slurm_counts_tasks_on_this_node():
     ],
 )
 def test_one_process_stays_one(environ):
-    assert find_place(environ) == Place()
-    assert join(DistributedConfig(), "cpu", False, environ).num_ranks == 1
+    assert find_rank_info(environ) == RankInfo()
+    assert join_process_group(DistributedConfig(), "cpu", False, environ).num_ranks == 1
 
 
 def test_batch_step_is_told_from_its_script():
-    assert find_place(TASK | {"ENVIRONMENT": "BATCH"}).num_ranks == 10
+    assert find_rank_info(TASK | {"ENVIRONMENT": "BATCH"}).num_ranks == 10
     old = JOB | {"SLURM_PROCID": "7"}  # without any variable of the step
-    assert find_place(old).rank == 7
+    assert find_rank_info(old).rank == 7
 
 
 @pytest.mark.parametrize("environ", [OPEN_MPI, MVAPICH, INTEL])
 def test_mpi(environ):
-    place = find_place(environ)
-    assert (place.launcher, place.rank, place.num_ranks) == ("MPI", 1, 2)
-    assert (place.local_rank, place.num_local, place.address) == (1, 2, "127.0.0.1:29500")
-    assert find_place(environ | {"MASTER_ADDR": "h"}).address == "h:29500"
+    rank_info = find_rank_info(environ)
+    assert (rank_info.launcher, rank_info.rank, rank_info.num_ranks) == ("MPI", 1, 2)
+    assert (rank_info.local_rank, rank_info.num_local, rank_info.address) == (
+        1,
+        2,
+        "127.0.0.1:29500",
+    )
+    assert find_rank_info(environ | {"MASTER_ADDR": "h"}).address == "h:29500"
 
 
 def test_mpi_over_hosts_needs_an_address():
     over = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
     with pytest.raises(ConfigError, match=r"coordinator_address = null.*MASTER_ADDR"):
-        place_of(DistributedConfig(), over)
+        rank_info_of(DistributedConfig(), over)
 
 
 def test_the_first_of_settings_torchrun_slurm_and_mpi_counts():
     everything = INTEL | TASK | TORCHRUN
-    assert find_place(everything).launcher == "torchrun"
-    assert find_place(INTEL | TASK).launcher == "SLURM"
+    assert find_rank_info(everything).launcher == "torchrun"
+    assert find_rank_info(INTEL | TASK).launcher == "SLURM"
     # Scripts often export the count and the address, and leave the rank to SLURM.
-    found = find_place(TASK | {"WORLD_SIZE": "10", "MASTER_ADDR": "m"})
+    found = find_rank_info(TASK | {"WORLD_SIZE": "10", "MASTER_ADDR": "m"})
     assert (found.launcher, found.rank, found.address) == ("SLURM", 5, "m:29500")
-    place = place_of(DistributedConfig("10.0.0.1:7", 10, 5), TASK)
-    assert (place.rank, place.num_ranks, place.address) == (5, 10, "10.0.0.1:7")
-    alone = place_of(DistributedConfig("10.0.0.1:7", 10, 5), {})
+    rank_info = rank_info_of(DistributedConfig("10.0.0.1:7", 10, 5), TASK)
+    assert (rank_info.rank, rank_info.num_ranks, rank_info.address) == (5, 10, "10.0.0.1:7")
+    alone = rank_info_of(DistributedConfig("10.0.0.1:7", 10, 5), {})
     assert (alone.rank, alone.num_ranks, alone.address) == (5, 10, "10.0.0.1:7")
 
 
@@ -146,7 +149,7 @@ def test_the_first_of_settings_torchrun_slurm_and_mpi_counts():
 )
 def test_disagreement_is_refused(config, environ, part):
     with pytest.raises(ConfigError, match=part):
-        place_of(DistributedConfig(**config), environ)
+        rank_info_of(DistributedConfig(**config), environ)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +163,9 @@ def test_disagreement_is_refused(config, environ, part):
     ],
 )
 def test_visible_devices_are_split_over_the_tasks(visible, num_local, local, share):
-    place = Place("SLURM", local, num_local, local, num_local)
-    assert visible_devices({"CUDA_VISIBLE_DEVICES": visible}, place) == share
-    assert visible_devices({}, place) is None
+    rank_info = RankInfo("SLURM", local, num_local, local, num_local)
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": visible}, rank_info) == share
+    assert visible_devices({}, rank_info) is None
 
 
 @pytest.mark.parametrize(
@@ -190,10 +193,10 @@ def test_each_process_gets_a_gpu(monkeypatch, config, environ, count, index):
     monkeypatch.setattr("ostro.distributed.rendezvous._connect", _never)
     if isinstance(index, str):
         with pytest.raises(ConfigError, match=index):
-            join(DistributedConfig(**config), "auto", True, environ)
+            join_process_group(DistributedConfig(**config), "auto", True, environ)
         return
     with pytest.raises(_Reached) if environ else contextlib.nullcontext():
-        join(DistributedConfig(**config), "auto", True, environ)
+        join_process_group(DistributedConfig(**config), "auto", True, environ)
     assert picked == [torch.device("cuda", index)]
 
 

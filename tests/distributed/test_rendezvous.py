@@ -13,9 +13,9 @@ import pytest
 from tiny_run import PLAIN, TESTS, free_port, torchrun_words
 
 from ostro.core.errors import OstroError
-from ostro.distributed import DistributedConfig, join
-from ostro.distributed.launchers import Place
-from ostro.distributed.rendezvous import Meeting
+from ostro.distributed import DistributedConfig, join_process_group
+from ostro.distributed.launchers import RankInfo
+from ostro.distributed.rendezvous import Rendezvous
 
 pytestmark = pytest.mark.dist
 
@@ -111,11 +111,13 @@ def test_two_hosts_meet(tmp_path, two_hosts):
 @pytest.fixture
 def nobody_there(monkeypatch):
     """This process tries to meet others; the store is forgotten afterwards."""
-    monkeypatch.setattr(Meeting, "current", None)
+    monkeypatch.setattr(Rendezvous, "current", None)
 
     def try_to_join(environ: dict[str, str]) -> str:
         with pytest.raises(OstroError) as caught:
-            join(DistributedConfig(timeout=timedelta(seconds=1)), "cpu", False, environ)
+            join_process_group(
+                DistributedConfig(timeout=timedelta(seconds=1)), "cpu", False, environ
+            )
         return str(caught.value)
 
     return try_to_join
@@ -154,8 +156,10 @@ def test_a_name_that_does_not_resolve(nobody_there):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.2"])
 def test_the_store_listens_where_the_ranks_meet(host):
-    meeting = Meeting(Place(None, 0, 2, address=f"{host}:{free_port()}"), timedelta(seconds=5))
-    port = int(meeting.place.address.rpartition(":")[2])
+    rendezvous = Rendezvous(
+        RankInfo(None, 0, 2, address=f"{host}:{free_port()}"), timedelta(seconds=5)
+    )
+    port = int(rendezvous.rank_info.address.rpartition(":")[2])
     listening = re.findall(rf"^ *\d+: (\w+):{port:04X} 0+:0000 0A", tcp_sockets(), re.MULTILINE)
     assert listening and set(map(socket_address, listening)) <= {"127.0.0.1", "127.0.0.2", "::1"}
 
@@ -225,16 +229,16 @@ def test_what_one_rank_refuses_is_said_and_ends_the_wait_of_the_others(tmp_path)
 LEAVING = """
 import sys, time
 from datetime import timedelta
-from ostro.distributed.launchers import Place
-from ostro.distributed.rendezvous import Meeting
+from ostro.distributed.launchers import RankInfo
+from ostro.distributed.rendezvous import Rendezvous
 
 rank, address = int(sys.argv[1]), sys.argv[2]
-meeting = Meeting(Place(None, rank, 2, address=address), timedelta(seconds=60))
-meeting.gather(timedelta(seconds=60))
+rendezvous = Rendezvous(RankInfo(None, rank, 2, address=address), timedelta(seconds=60))
+rendezvous.gather(timedelta(seconds=60))
 if rank == int(sys.argv[3]):
     time.sleep(2)
 start = time.monotonic()
-meeting.wait_for_first(lambda: False)
+rendezvous.wait_for_first(lambda: False)
 print(round(time.monotonic() - start))
 """
 

@@ -49,7 +49,7 @@ def skip_window(state):
 
 
 def stale_config():
-    build, find = train_lm.build_session, train_lm.find_start
+    build, find = train_lm.build_session, train_lm.resume_source
 
     def stale(config, *rest):
         if any(Path(config.trainer.checkpointer.folder("doctor")).glob("step-*")):

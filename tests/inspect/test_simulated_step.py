@@ -12,7 +12,7 @@ from ostro.distributed import World
 from ostro.inspect.simulated_step import CollectiveCounter, rehearse
 from ostro.lm_config import TrainLmConfig
 from ostro.models.gpt2 import Gpt2Config
-from ostro.trainer import TrainerConfig, build_state, choose_engine, lay_out
+from ostro.trainer import TrainerConfig, build_state, choose_engine, init_mesh
 
 SPLIT = {"tensor_parallel_axes": ["mlp", "heads", "vocab"], "model_axis_size": 2}
 LAYOUTS = {
@@ -33,7 +33,7 @@ def real_steps(world: World) -> dict[str, tuple[dict, dict]]:
     for layout, settings in LAYOUTS.items():
         for name in ("gpt2", "llama"):
             trainer = trainer_config(1, **settings)
-            placed, mesh = lay_out(trainer, world)
+            placed, mesh = init_mesh(trainer, world)
             state = build_state(MODELS[name], OPTIMIZER, trainer, VOCAB, world.device, mesh)
             plan = trainer.batch_plan(world.num_ranks)
             engine = choose_engine(trainer, OPTIMIZER, plan, placed, mesh)(state)

@@ -11,7 +11,7 @@ from ostro.core.errors import ConfigError
 from ostro.core.units import Precision
 from ostro.distributed import World
 from ostro.optim import MuonConfig
-from ostro.trainer import TrainerConfig, lay_out
+from ostro.trainer import TrainerConfig, init_mesh
 from ostro.trainer.backends.deterministic import PairwiseSum, pairwise_sum
 
 NUM_STEPS = 3
@@ -30,7 +30,7 @@ def run_all(world: World, num_micro_batches: int) -> dict[str, tuple[dict, dict]
     for case, settings in CASES.items():
         size = BATCH_SIZE // world.num_ranks // num_micro_batches
         trainer = trainer_config(size, deterministic_reduction=True, **settings)
-        placed, mesh = lay_out(trainer, world)
+        placed, mesh = init_mesh(trainer, world)
         optimizer = MuonConfig() if case.endswith("muon") else OPTIMIZER
         for name in ("gpt2", "llama"):
             figures, engine = train(MODELS[name], trainer, placed, NUM_STEPS, mesh, optimizer)
@@ -90,4 +90,4 @@ def test_where_it_does_not_hold(settings, said):
 def test_three_devices_have_no_whole_branches():
     trainer = TrainerConfig(deterministic_reduction=True, train_batch_size=6)
     with pytest.raises(ConfigError, match="power of two"):
-        lay_out(trainer, World(torch.device("cpu"), 0, 3))
+        init_mesh(trainer, World(torch.device("cpu"), 0, 3))

@@ -11,7 +11,7 @@ from ostro.distributed import World
 from ostro.nn import axes_of
 from ostro.optim import MuonConfig
 from ostro.parallel import plan_sharding
-from ostro.trainer import Engine, lay_out
+from ostro.trainer import Engine, init_mesh
 
 pytestmark = pytest.mark.dist
 
@@ -51,7 +51,7 @@ def run_all(world: World, layouts: dict[str, dict[str, Any]]) -> dict[str, tuple
         rest = settings.get("model_axis_size", 1) * settings.get("context_axis_size", 1)
         rows = BATCH_SIZE // (world.num_ranks // rest)
         trainer = trainer_config(1 if rows == 3 else rows // 2, **settings)
-        placed, mesh = lay_out(trainer, world)  # once: every mesh makes groups with threads
+        placed, mesh = init_mesh(trainer, world)  # once: every mesh makes groups with threads
         for model in models_of(name):
             figures, engine = train(MODELS[model], trainer, placed, mesh=mesh)
             found[f"{model}, {name}"] = figures, *placements_and_memory(engine)
@@ -143,7 +143,7 @@ def run_muon(world: World, layouts: list[str]) -> dict[str, tuple[dict, dict]]:
     found = {}
     for layout in layouts:
         trainer = trainer_config(None, **LAYOUTS[layout][1])
-        placed, mesh = lay_out(trainer, world)
+        placed, mesh = init_mesh(trainer, world)
         for model in ("gpt2", "llama"):
             figures, engine = train(MODELS[model], trainer, placed, mesh=mesh, optimizer=MUON)
             tensors = engine.state.tensors()["optimizer"]

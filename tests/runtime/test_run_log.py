@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_run import ostro, write_config
 
-from ostro.runtime.entry_point import guarded
+from ostro.runtime.entry_point import entry_point
 from ostro.runtime.run_log import folder_fault, logging_to
 
 log = logging.getLogger("ostro.test")
@@ -66,5 +66,5 @@ def test_a_thread_that_hands_its_error_on_prints_no_traceback(capsys):
             thread.start()
             thread.join()
 
-    assert guarded(command) == 0
+    assert entry_point(command) == 0
     assert capsys.readouterr().err.count("OSError: disk full") == 1

@@ -84,7 +84,7 @@ def test_what_was_chosen_is_kept_on_resume(tmp_path, monkeypatch):
     path = write_config(tmp_path)
     auto = ("--trainer.compile", "auto")
     train(path, *auto, "--trainer.num_train_steps", "3")
-    monkeypatch.setattr("ostro.train_lm.compiling_pays", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("ostro.train_lm.compile_pays_off", lambda *_: pytest.fail("measured again"))
     train(path, *auto)
     saved = find_latest(str(tmp_path / "checkpoints"))
     assert saved is not None and saved.values["step"] == 6

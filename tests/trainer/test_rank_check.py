@@ -13,8 +13,8 @@ import pytest
 from tiny_run import PLAIN, free_port, write_config, write_text
 
 from ostro.core.errors import ConfigError, OstroError
-from ostro.distributed.launchers import Place
-from ostro.distributed.rendezvous import Meeting
+from ostro.distributed.launchers import RankInfo
+from ostro.distributed.rendezvous import Rendezvous
 from ostro.lm_config import TrainLmConfig
 from ostro.trainer import rank_check
 from ostro.trainer.rank_check import Fact, agreeing, facts_of_data, require_agreement
@@ -30,15 +30,15 @@ def outcomes(facts: list[Mapping[str, Fact]]) -> list[str | None]:
 
     def take_part(rank: int) -> None:
         try:
-            meeting = Meeting(Place(None, rank, len(facts), address=address), TIMEOUT)
-            meetings.append(meeting)
-            meeting.gather(TIMEOUT)
-            require_agreement(meeting, "settings", facts[rank], TIMEOUT)
+            rendezvous = Rendezvous(RankInfo(None, rank, len(facts), address=address), TIMEOUT)
+            meetings.append(rendezvous)
+            rendezvous.gather(TIMEOUT)
+            require_agreement(rendezvous, "settings", facts[rank], TIMEOUT)
         except OstroError as error:
             assert isinstance(error, ConfigError), error
             found[rank] = str(error)
 
-    meetings: list[Meeting] = []  # the store stays until all have ended
+    meetings: list[Rendezvous] = []  # the store stays until all have ended
     threads = [threading.Thread(target=take_part, args=[r]) for r in range(len(facts))]
     for thread in threads:
         thread.start()

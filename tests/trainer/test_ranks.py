@@ -12,7 +12,7 @@ from tiny_run import ostro, read_metrics, torchrun, torchrun_words, write_config
 from ostro.checkpoint import find_latest
 from ostro.cli.main import run_command
 from ostro.core.errors import ConfigError
-from ostro.distributed import DistributedConfig, join
+from ostro.distributed import DistributedConfig, join_process_group
 
 pytestmark = pytest.mark.dist
 
@@ -141,4 +141,4 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_nothing_had_been(tmp_
 )
 def test_what_cannot_meet_is_refused(config, environ, device, part):
     with pytest.raises(ConfigError, match=part):
-        join(DistributedConfig(**config), device, False, environ)
+        join_process_group(DistributedConfig(**config), device, False, environ)

@@ -10,7 +10,7 @@ from ostro.checkpoint.checkpointer import (
     require_budget,
 )
 from ostro.checkpoint.compare import average, differences
-from ostro.checkpoint.decision import Decision, which_checkpoint
+from ostro.checkpoint.decision import ResumeSource, find_resume_source
 from ostro.checkpoint.discovery import (
     delete,
     entries,

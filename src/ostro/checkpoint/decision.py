@@ -11,7 +11,7 @@ from ostro.distributed import World
 
 
 @dataclass(frozen=True)
-class Decision:
+class ResumeSource:
     """What a run starts from, and what to tell the user about it."""
 
     saved: Saved | SavedFile | None  # None: a start from scratch
@@ -26,7 +26,7 @@ class Decision:
         return None if self.weights_only else self.saved
 
 
-def which_checkpoint(
+def find_resume_source(
     own: str,
     *,
     world: World = ALONE,
@@ -34,7 +34,7 @@ def which_checkpoint(
     load_checkpoint_path: str | None = None,
     initialize_from: str | None = None,
     elsewhere: str = "--trainer.id with another name",
-) -> Decision:
+) -> ResumeSource:
     """Decide, on all ranks of `world` together, what a run starts from.
 
     The run's `own` folder comes first, so that a run that was interrupted goes on whatever it
@@ -58,11 +58,11 @@ def which_checkpoint(
             )
     else:
         if (saved := _resumable(own, world, elsewhere, is_own=True)) is not None:
-            return Decision(saved, "own", f"resuming from {saved}")
+            return ResumeSource(saved, "own", f"resuming from {saved}")
         if load_checkpoint_path is not None:
             saved = _resumable(load_checkpoint_path, world, elsewhere, is_own=False)
             if saved is not None:
-                return Decision(saved, "load_checkpoint_path", f"continuing from {saved}")
+                return ResumeSource(saved, "load_checkpoint_path", f"continuing from {saved}")
             warnings.append(
                 f"load_checkpoint_path = {load_checkpoint_path} - no complete checkpoint there"
             )
@@ -73,7 +73,7 @@ def which_checkpoint(
                 "give another load_checkpoint_path, or load_checkpoint: null to start anew"
             )
     if initialize_from is None:
-        return Decision(None, "scratch", "starting from scratch", tuple(warnings))
+        return ResumeSource(None, "scratch", "starting from scratch", tuple(warnings))
     return _initialized(initialize_from, own, world, elsewhere, tuple(warnings))
 
 
@@ -113,12 +113,12 @@ def _stuck(
 
 def _initialized(
     path: str, own: str, world: World, elsewhere: str, warnings: tuple[str, ...]
-) -> Decision:
+) -> ResumeSource:
     """Start from the full state of another run, or from the weights if there is no more."""
     found = search(path, world)
     if found.saved is not None:
         message = f"initialising from {found.saved}"
-        return Decision(found.saved, "initialize_from", message, warnings)
+        return ResumeSource(found.saved, "initialize_from", message, warnings)
     if not found.faults:
         raise CheckpointError(
             f"initialize_from = {path} - no complete checkpoint there or below - "
@@ -133,4 +133,4 @@ def _initialized(
         raise CheckpointError(_stuck(own, found, weights, elsewhere, is_own=True))
     why = weights.lacks or found.faults[0]
     message = f"initialising from the weights of {weights}, optimizer and step start fresh: {why}"
-    return Decision(weights, "initialize_from", message, warnings, weights_only=True)
+    return ResumeSource(weights, "initialize_from", message, warnings, weights_only=True)

@@ -12,7 +12,7 @@ import yaml
 
 from ostro.config.files import MAX_BYTES
 from ostro.core.errors import CheckpointError
-from ostro.io.json_schema import FILE_NAME, has_shape, read_object
+from ostro.io.json_schema import FILE_NAME, matches_schema, read_object
 
 FORMAT = 3
 VALUES = "values.json"
@@ -109,7 +109,7 @@ def parse_metadata(data: bytes, where: str) -> Metadata:
         text, _, own = data.rpartition(_CHECKSUM)
         if own != f'{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode():
             raise CheckpointError(f"{where} - is damaged: its content differs from its checksum")
-    if not has_shape(value, _FIELDS | {"files": {FILE_NAME: _RECORD}}):
+    if not matches_schema(value, _FIELDS | {"files": {FILE_NAME: _RECORD}}):
         raise CheckpointError(f"{where} - is damaged: not what ostro writes there")
     files = {name: FileRecord(r["bytes"], r["sha256"]) for name, r in value["files"].items()}
     numbers = [value["step"], *(record.bytes for record in files.values())]

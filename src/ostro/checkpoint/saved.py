@@ -18,7 +18,7 @@ from ostro.checkpoint.tiling import tiles
 from ostro.core.errors import CheckpointError
 from ostro.io import filesystem
 from ostro.io.downloads import Downloads
-from ostro.io.json_schema import has_shape, read_object
+from ostro.io.json_schema import matches_schema, read_object
 from ostro.io.safetensors import read_tensors
 
 WEIGHTS = "model"
@@ -105,7 +105,7 @@ class Saved:
             raise CheckpointError(f"{where} - is damaged: {group!r} in it is {error!r}") from error
 
     def _in_pieces(self, name: str, files: list[str], shape: list[int], pieces: list) -> Stored:
-        if not has_shape([shape, pieces], ([int], [(int, [int], [int])])):
+        if not matches_schema([shape, pieces], ([int], [(int, [int], [int])])):
             raise ValueError(f"a part of {name} that is not described by whole numbers")
         dims = {len(shape), *(len(part) for _, *box in pieces for part in box)}
         if len(dims) > 1 or not 0 <= max(shape, default=0) < 1 << 62:

@@ -31,7 +31,7 @@ from ostro.core.errors import CheckpointError
 from ostro.io import filesystem
 from ostro.io.json_schema import FILE_NAME, read_object
 from ostro.io.torch_files import read_file
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 
 LATEST = "latest_checkpoint.pt"
 NANOGPT = "ckpt.pt"
@@ -108,16 +108,16 @@ def write_file(path: Path, content: Mapping[str, Any], stamp: Stamp | None = Non
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(new, "wb") as file:
-            mark("save")
+            enter_phase("save")
             torch.save(content, file)
             if stamp is not None:
                 file.flush()
                 stamp.write(new)
             file.flush()
             os.fsync(file.fileno())
-        mark("commit")
+        enter_phase("commit")
         os.replace(new, path)  # the commit
-        mark("commit")
+        enter_phase("commit")
         filesystem.flush_folder(str(path.parent))
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ostro.checkpoint.sharded import Tensors
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 
 
 class Stager:
@@ -51,7 +51,7 @@ class Stager:
         """The copies, by group and name; those before are overwritten."""
         try:
             self.settle()
-            mark("stage")
+            enter_phase("stage")
             with torch.no_grad(), torch.cuda.stream(self._stream):
                 copies = {
                     group: {name: self._copy((group, name), t) for name, t in named.items()}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ostro.checkpoint.metadata import YEAR_9999
-from ostro.io.json_schema import has_shape
+from ostro.io.json_schema import matches_schema
 
 _END = b"PK\x05\x06"  # the record that ends a zip archive: 22 bytes, then the comment
 _END_BYTES = 22
@@ -60,6 +60,6 @@ class Stamp:
             value = json.loads(text)
         except ValueError:
             return None
-        if not has_shape(value, _SHAPE) or not 0 <= value["timestamp"] < YEAR_9999:
+        if not matches_schema(value, _SHAPE) or not 0 <= value["timestamp"] < YEAR_9999:
             return None
         return cls(**{name: value[name] for name in _SHAPE})

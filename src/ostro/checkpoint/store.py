@@ -39,7 +39,7 @@ from ostro.core.errors import CheckpointError
 from ostro.io import filesystem
 from ostro.io.json_schema import FILE_NAME
 from ostro.io.safetensors import file_size, tensor_pieces
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 
 _UNHASHED = 4  # pieces of a file that may be written before their checksum is made
 
@@ -200,16 +200,16 @@ class _Save:
             for name, data in _small_files(state, index).items():
                 files[name] = self.write_file(f"{work}/{name}", data)
             metadata = replace(self._marks, files=files)
-            mark("commit")
+            enter_phase("commit")
             self.write_file(f"{work}/{filesystem.MARKER}", metadata.to_json().encode())
             self._is_whole = not self._is_local  # found from now on, wherever it is
             if work != self._target:
                 filesystem.flush_folder(work)
                 if self._is_local and filesystem.is_folder(self._target):
                     filesystem.move(self._target, self._aside)
-                mark("commit")
+                enter_phase("commit")
                 filesystem.move(work, self._target)  # the commit
-        mark("commit")
+        enter_phase("commit")
         self.metadata = metadata
         with contextlib.suppress(OSError, CheckpointError):  # committed; the next one tidies up
             if not self._is_local:
@@ -282,7 +282,7 @@ def _write_once(url: str, content: bytes | Mapping[str, Tensor]) -> FileRecord:
     # The checksum takes as long as writing: another thread makes it meanwhile.
     with ThreadPoolExecutor(1, "checksum") as hasher, _opened(fs, path) as file:
         for piece in pieces:
-            mark("save")
+            enter_phase("save")
             hashed.append(hasher.submit(digest.update, piece))
             file.write(piece)
             filesystem.start_flush(file, size, len(piece))

@@ -21,8 +21,8 @@ from ostro.config import (
 )
 from ostro.core.errors import ConfigError, OstroError, Problem
 from ostro.core.redaction import redact
-from ostro.distributed import place_of
-from ostro.distributed.launchers import find_place
+from ostro.distributed import rank_info_of
+from ostro.distributed.launchers import find_rank_info
 from ostro.inspect.plan import describe
 from ostro.lm_config import TrainLmConfig, with_hf_model
 from ostro.runtime.commands import Dialect
@@ -143,7 +143,7 @@ def load_run(
         trusted=text is None,
         trust=trust,
     )
-    for notice in loaded.notices if find_place(os.environ).rank == 0 else ():
+    for notice in loaded.notices if find_rank_info(os.environ).rank == 0 else ():
         print(f"note: {redact(notice)}", file=sys.stderr)
     config = with_hf_model(loaded.config)
     names = ("model", "use_hf_model_config", "initialize_from_hf")
@@ -165,7 +165,7 @@ def start_run(
 
     `dialect`: the command line in whose words it does.
     """
-    talks = place_of(loaded.config.trainer.distributed).rank == 0
+    talks = rank_info_of(loaded.config.trainer.distributed).rank == 0
     for notice in notices if talks else ():
         print(f"note: {redact(notice)}", file=sys.stderr)
     if not is_dry:

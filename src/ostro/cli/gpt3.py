@@ -18,7 +18,7 @@ from ostro.compat.translation import Translation
 from ostro.config import Loaded, help_text, load, script_folders
 from ostro.core.errors import ConfigError, Problem, did_you_mean
 from ostro.distributed.launch import launch
-from ostro.distributed.launchers import find_place
+from ostro.distributed.launchers import find_rank_info
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.commands import STARTED_AS
 from ostro.runtime.signals import Signals
@@ -44,7 +44,7 @@ def train(argv: list[str], signals: Signals, environ: Mapping[str, str] = os.env
         loaded, made, (num_local, num_nodes) = load_gpt3(words, environ)
     dialect = Gpt3Dialect(words, made)
     total = num_local * num_nodes
-    if total > find_place(environ).num_ranks and not is_dry:
+    if total > find_rank_info(environ).num_ranks and not is_dry:
         check_devices(loaded, num_local)
         explained(loaded, lambda: loaded.config.trainer.batch_plan(total))  # not in each worker
         os.environ[STARTED_AS] = shlex.join(dialect.program)  # not torchrun, for its workers
@@ -107,12 +107,12 @@ def processes(flags: settings.Gpt3Flags, environ: Mapping[str, str]) -> tuple[in
     for name, count in (("gpus_per_node", num_local), ("num_nodes", num_nodes)):
         if count < 1:
             raise _wrong(name, "must be at least 1", count)
-    place = find_place(environ)
-    starts_workers = place.launcher == "SLURM" and place.num_local == 1 and num_local > 1
-    if place.launcher is None or (starts_workers and place.num_ranks == num_nodes):
+    rank_info = find_rank_info(environ)
+    starts_workers = rank_info.launcher == "SLURM" and rank_info.num_local == 1 and num_local > 1
+    if rank_info.launcher is None or (starts_workers and rank_info.num_ranks == num_nodes):
         return num_local, num_nodes
-    started_local = place.num_local or place.num_ranks
-    started = {"gpus_per_node": started_local, "num_nodes": place.num_ranks // started_local}
+    started_local = rank_info.num_local or rank_info.num_ranks
+    started = {"gpus_per_node": started_local, "num_nodes": rank_info.num_ranks // started_local}
     problems = [
         Problem(name, f"the launcher has started {count}", "leave it out", str(asked), f"--{name}")
         for name, count in started.items()

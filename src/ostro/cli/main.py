@@ -13,7 +13,7 @@ from ostro.cli.plot import plot
 from ostro.cli.recognise import recognising
 from ostro.cli.why import why
 from ostro.core.errors import ConfigError, did_you_mean
-from ostro.runtime.entry_point import guarded, leave_after
+from ostro.runtime.entry_point import entry_point, leave_after
 from ostro.runtime.signals import Signals
 
 _USAGE = """usage: ostro <command> [--config_path FILE] [--setting.name value ...]
@@ -69,7 +69,7 @@ def run_command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_USAGE)
         return 0 if argv else 2
-    return guarded(lambda signals: _dispatch(argv[0], argv[1:], signals), debug=debug)
+    return entry_point(lambda signals: _dispatch(argv[0], argv[1:], signals), debug=debug)
 
 
 def _dispatch(name: str, argv: list[str], signals: Signals) -> None:

@@ -22,7 +22,7 @@ from ostro.config.nodes import Mapping as Layer
 from ostro.config.nodes import from_plain
 from ostro.core.errors import CheckpointError, ConfigError, Problem, did_you_mean
 from ostro.core.redaction import local_path
-from ostro.distributed.launchers import find_place
+from ostro.distributed.launchers import find_rank_info
 from ostro.io.torch_files import read_file
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.commands import CommandLine, grouped, typed_program
@@ -50,7 +50,7 @@ def train(argv: list[str], signals: Signals) -> None:
         loaded, made = load_nanogpt(words)
     if not is_dry and loaded.origins.get("data.source.dir", "").startswith("dataset, "):
         require_data(made)  # no native setting has named other data
-    num_ranks = find_place(os.environ).num_ranks
+    num_ranks = find_rank_info(os.environ).num_ranks
     notices = [*made.notices, *loaded.notices]
     start_run(
         loaded,

@@ -17,7 +17,7 @@ from ostro.config import format_tree, json_schema, load, public
 from ostro.core.errors import CheckpointError, ConfigError, DataError, Problem
 from ostro.core.redaction import redact
 from ostro.distributed import World, pick_device
-from ostro.distributed.launchers import find_place
+from ostro.distributed.launchers import find_rank_info
 from ostro.evaluation.losses import evaluate as evaluate_sets
 from ostro.generate.sampling import SamplingConfig, complete_all
 from ostro.inference import load_model, load_tokenizer
@@ -49,7 +49,7 @@ def train(argv: list[str], signals: Signals) -> None:
     parser.add_argument("--dry_run", action="store_true", help="say what would happen, and stop")
     options, flags = parser.parse(argv)
     loaded = load_run(options.config_path, flags, trust=options.trust)
-    num_devices = max(find_place(os.environ).num_ranks, loaded.config.trainer.min_devices)
+    num_devices = max(find_rank_info(os.environ).num_ranks, loaded.config.trainer.min_devices)
     dialect = NativeDialect(argv)
     start_run(loaded, signals, is_dry=options.dry_run, num_devices=num_devices, dialect=dialect)
 

@@ -10,7 +10,7 @@ import torch
 
 from ostro.data.order.mixture import BatchSchedule
 from ostro.data.order.sequences import Batch, TrainData
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 
 _AHEAD = 2
 """Batches that the thread has read, or reads, beside the one in use."""
@@ -43,7 +43,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the batch of a step: the rank-th of `num_ranks` equal parts."""
-        mark("load")
+        enter_phase("load")
         offset, size = self._schedule.offset(step), self._schedule.size(step)
         if self._interleaved:
             whole = self._data.get(offset, size, self._schedule)

@@ -202,7 +202,7 @@ class LMDatasetConfig:
         key: dict[str, Any] = {
             "tokenizer": self.tokenizer.settings(),
             "source": {name: source.settings("train") for name, source in sources.items()},
-            "places": redacted([source.places("train") for source in sources.values()]),
+            "places": redacted([source.urls("train") for source in sources.values()]),
         }
 
         def shards() -> list[tuple[SourceConfig, Shard]]:
@@ -389,7 +389,7 @@ class _Builder:
         config = self._config
         folder = self._folder(name, split)
         request = CacheRequest(folder, source, split, self._tokenizer, **self._requests)
-        if not source.places(split):
+        if not source.urls(split):
             raise DataError(f"{folder} - there are no training files - name some, or give the "
                             "data set the weight 0")  # fmt: skip
         if isinstance(source, TokensSource):

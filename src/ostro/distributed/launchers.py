@@ -25,7 +25,7 @@ _MPI = (  # rank, number of ranks, both on the host: Open MPI, MVAPICH 2 and 3; 
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """A process among those of its run, as the launcher says. The default is a run of one."""
 
     launcher: str | None = None
@@ -52,14 +52,14 @@ class Place:
     """Where the address comes from, if not from the settings; for messages."""
 
 
-def find_place(environ: Mapping[str, str]) -> Place:
+def find_rank_info(environ: Mapping[str, str]) -> RankInfo:
     """This process's place; `ConfigError` where a variable holds no number."""
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         if (found := _slurm(environ) or _mpi(environ)) is not None:
             return found
         if "WORLD_SIZE" not in environ:
-            return Place(address=_master(environ))
-    return Place(
+            return RankInfo(address=_master(environ))
+    return RankInfo(
         "torchrun",
         _number(environ, "RANK"),
         _number(environ, "WORLD_SIZE") or 1,
@@ -94,27 +94,29 @@ def _with_braces(word: str) -> str:
     return re.sub(r"\[([^]]*)\]", braces, word)
 
 
-def visible_devices(environ: Mapping[str, str], place: Place) -> list[str] | None:
+def visible_devices(environ: Mapping[str, str], rank_info: RankInfo) -> list[str] | None:
     """This process's share of CUDA_VISIBLE_DEVICES, which the processes of a host split evenly.
 
     None where the variable or the number of processes is not known. A single device is this
     process's own: SLURM may show each task its GPU alone.
     """
     listed = [part for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-    if not listed or place.num_local is None:
+    if not listed or rank_info.num_local is None:
         return None
     if len(listed) == 1:
         return listed
-    size, rest = divmod(len(listed), place.num_local)
+    size, rest = divmod(len(listed), rank_info.num_local)
     if rest:
-        rule = f"{place.num_local} processes on this host cannot share {len(listed)} GPUs evenly"
+        rule = (
+            f"{rank_info.num_local} processes on this host cannot share {len(listed)} GPUs evenly"
+        )
         advice = "start as many as there are GPUs, or set trainer.distributed.local_device_ids"
         raise ConfigError(Problem("CUDA_VISIBLE_DEVICES", rule, advice, ",".join(listed)))
-    start = (place.local_rank or 0) * size
+    start = (rank_info.local_rank or 0) * size
     return listed[start : start + size]
 
 
-def _slurm(environ: Mapping[str, str]) -> Place | None:
+def _slurm(environ: Mapping[str, str]) -> RankInfo | None:
     """The task of `srun`. The shell of a job has a task's variables too, but is one process."""
     in_step = "SLURM_STEP_NODELIST" in environ or "SLURM_STEP_NUM_TASKS" in environ
     in_script = environ.get("ENVIRONMENT") == "BATCH" and not in_step
@@ -133,7 +135,7 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     by_node = dict(zip(nodes, tasks, strict=False))
     in_blocks = environ.get("SLURM_DISTRIBUTION", "block").startswith("block")
     hosts = tuple(node for node, count in by_node.items() for _ in range(count))
-    return Place(
+    return RankInfo(
         "SLURM",
         _number(environ, "SLURM_PROCID"),
         num_ranks,
@@ -145,12 +147,12 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     )
 
 
-def _mpi(environ: Mapping[str, str]) -> Place | None:
+def _mpi(environ: Mapping[str, str]) -> RankInfo | None:
     for rank, size, local_rank, local_size in _MPI:
         if rank in environ and (num_ranks := _number(environ, size) or 1) > 1:
             num_local = _number(environ, local_size)
             here = f"127.0.0.1:{environ.get('MASTER_PORT', PORT)}"
-            return Place(
+            return RankInfo(
                 "MPI",
                 _number(environ, rank),
                 num_ranks,

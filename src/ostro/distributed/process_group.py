@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from ostro.core.errors import ConfigError, Problem
 from ostro.distributed.config import DistributedConfig
-from ostro.distributed.launchers import Place, find_place, visible_devices
-from ostro.distributed.rendezvous import LostRankError, Meeting
+from ostro.distributed.launchers import RankInfo, find_rank_info, visible_devices
+from ostro.distributed.rendezvous import LostRankError, Rendezvous
 
 Value = TypeVar("Value")
 log = logging.getLogger("ostro")
@@ -57,13 +57,13 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor summed over the ranks that have different tokens, in place."""
+        """The tensor summed over the ranks that have different tokens, in rank_info."""
         if self.num_ranks > 1:
             dist.all_reduce(tensor, group=self.batch_group)
         return tensor
 
     def sum_all(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor summed over all ranks, in place."""
+        """The tensor summed over all ranks, in rank_info."""
         if self.num_ranks > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -106,23 +106,23 @@ def pick_device(name: str, require_accelerator: bool = False) -> torch.device:
 
 
 @contextlib.contextmanager
-def joined(
+def open_process_group(
     config: DistributedConfig,
     device: str,
     require_accelerator: bool,
-    agree: Callable[[Meeting], None] = lambda meeting: None,
+    agree: Callable[[Rendezvous], None] = lambda rendezvous: None,
 ) -> Iterator[World]:
     """Meet the other processes for the length of a `with` block; see `join`.
 
     Raises `LostRankError` in place of the error with which an exchange breaks off.
     """
-    world = join(config, device, require_accelerator, agree=agree)
-    meeting, failed = Meeting.current if world.num_ranks > 1 else None, False
+    world = join_process_group(config, device, require_accelerator, agree=agree)
+    rendezvous, failed = Rendezvous.current if world.num_ranks > 1 else None, False
     try:
         yield world
     except Exception as error:
-        failed = meeting is not None
-        if meeting is not None and (said := meeting.explain(error)) is not error:
+        failed = rendezvous is not None
+        if rendezvous is not None and (said := rendezvous.explain(error)) is not error:
             raise said from error
         raise
     finally:
@@ -132,23 +132,23 @@ def joined(
             dist.destroy_process_group()
 
 
-def join(
+def join_process_group(
     config: DistributedConfig,
     device: str,
     require_accelerator: bool,
     environ: Mapping[str, str] = os.environ,
-    agree: Callable[[Meeting], None] = lambda meeting: None,
+    agree: Callable[[Rendezvous], None] = lambda rendezvous: None,
 ) -> World:
     """Meet the other processes and pick this one's device: `cuda` is one GPU for each process.
 
     `agree` is called when all have met, before they make a process group: it may find that they
     do not belong together.
     """
-    place = place_of(config, environ)
-    rank, num_ranks = place.rank or 0, place.num_ranks
+    rank_info = rank_info_of(config, environ)
+    rank, num_ranks = rank_info.rank or 0, rank_info.num_ranks
     picked = pick_device(device, require_accelerator)
     if picked.type == "cuda" and (num_ranks > 1 or picked.index is None):
-        picked = torch.device("cuda", _gpu(config, place, environ))
+        picked = torch.device("cuda", _gpu(config, rank_info, environ))
     if config.backend == "nccl" and picked.type != "cuda":
         rule = f"nccl joins CUDA devices only, and this process uses {picked.type}"
         advice = "use auto or gloo"
@@ -157,10 +157,12 @@ def join(
         torch.cuda.set_device(picked)
     if num_ranks > 1:
         cuda = config.backend if config.backend != "auto" else "nccl"
-        if Meeting.current is None or Meeting.current.place != place:  # else it was here before
-            Meeting.current = Meeting(place, config.timeout)
-        store = Meeting.current.gather(config.timeout)
-        agree(Meeting.current)
+        if (
+            Rendezvous.current is None or Rendezvous.current.rank_info != rank_info
+        ):  # else it was here before
+            Rendezvous.current = Rendezvous(rank_info, config.timeout)
+        store = Rendezvous.current.gather(config.timeout)
+        agree(Rendezvous.current)
         try:
             dist.init_process_group(
                 f"cpu:gloo,cuda:{cuda}" if picked.type == "cuda" else "gloo",
@@ -181,35 +183,35 @@ def join(
         num_ranks,
         data_rank=rank,
         num_data_ranks=num_ranks,
-        local_rank=place.local_rank,
-        num_local=place.num_local,
+        local_rank=rank_info.local_rank,
+        num_local=rank_info.num_local,
     )
 
 
-def _gpu(config: DistributedConfig, place: Place, environ: Mapping[str, str]) -> int:
+def _gpu(config: DistributedConfig, rank_info: RankInfo, environ: Mapping[str, str]) -> int:
     """Index of this process's GPU among those that torch sees."""
     asked, count = config.local_device_ids, torch.cuda.device_count()
-    local = place.rank or 0 if place.local_rank is None else place.local_rank
+    local = rank_info.rank or 0 if rank_info.local_rank is None else rank_info.local_rank
     if asked is not None:
         index = asked[0] if isinstance(asked, list) else asked
-    elif place.local_rank is None:
+    elif rank_info.local_rank is None:
         index = local % count
-    elif place.launcher == "torchrun" or not (share := visible_devices(environ, place)):
+    elif rank_info.launcher == "torchrun" or not (share := visible_devices(environ, rank_info)):
         index = local
     else:
         index = local * len(share) if count > 1 else 0  # SLURM may show each task its own alone
         if len(share) > 1:
             log.warning("this process has %d GPUs and drives one: start one for each", len(share))
     if index >= count:
-        rule = f"process {place.rank} would use GPU {index}; here are {count}"
+        rule = f"process {rank_info.rank} would use GPU {index}; here are {count}"
         advice = "start fewer processes, or use trainer.device: cpu"
         raise ConfigError(Problem("trainer.device", rule, advice, "cuda"))
     return index
 
 
-def place_of(config: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Place:
-    """This process's place: the settings, then the launcher; `ConfigError` where they disagree."""
-    found, problems = find_place(environ), []
+def rank_info_of(config: DistributedConfig, environ: Mapping[str, str] = os.environ) -> RankInfo:
+    """Rank and number of ranks, by the settings, then the launcher; `ConfigError` at odds."""
+    found, problems = find_rank_info(environ), []
     said = {"process_id": found.rank, "num_processes": found.num_ranks}
     merged = {}
     for (name, value), variable in zip(said.items(), found.names, strict=True):

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ostro.core.errors import ConfigError, OstroError, Problem
-from ostro.distributed.launchers import Place, find_place
+from ostro.distributed.launchers import RankInfo, find_rank_info
 
 log = logging.getLogger("ostro")
 
@@ -40,22 +40,22 @@ class LostRankError(OstroError):
     exit_code = 1
 
 
-class Meeting:
+class Rendezvous:
     """What the processes of a run tell each other through a store that one of them keeps."""
 
-    current: ClassVar["Meeting | None"] = None
+    current: ClassVar["Rendezvous | None"] = None
     """The meeting this process takes part in."""
 
-    def __init__(self, place: Place, timeout: timedelta):
+    def __init__(self, rank_info: RankInfo, timeout: timedelta):
         """Connect to the store, and keep it if this is rank 0 and no launcher does.
 
         Raises `LostRankError` when there is none within the timeout.
         """
-        assert place.address is not None and place.rank is not None
-        self.place = place
-        self.keeps_store = place.rank == 0 and not place.has_agent
-        self._store = dist.PrefixStore("ostro", _connect(place, self.keeps_store, timeout))
-        self._failure, self._said = f"failure/{place.attempt}", f"said/{place.attempt}"
+        assert rank_info.address is not None and rank_info.rank is not None
+        self.rank_info = rank_info
+        self.keeps_store = rank_info.rank == 0 and not rank_info.has_agent
+        self._store = dist.PrefixStore("ostro", _connect(rank_info, self.keeps_store, timeout))
+        self._failure, self._said = f"failure/{rank_info.attempt}", f"said/{rank_info.attempt}"
 
     def gather(self, timeout: timedelta) -> dist.Store:
         """Wait for all ranks; returns a store of their own.
@@ -64,8 +64,8 @@ class Meeting:
         them has failed. A store that outlives its processes still has what those before a
         restart wrote: rank 0 names each round anew, and the others go to the one that has them.
         """
-        store, place, me = self._store, self.place, uuid.uuid4().hex
-        rank = place.rank or 0
+        store, rank_info, me = self._store, self.rank_info, uuid.uuid4().hex
+        rank = rank_info.rank or 0
         deadline = time.monotonic() + timeout.total_seconds()
         if rank == 0:
             store.set("round", me)
@@ -75,7 +75,7 @@ class Meeting:
                 if store.check(["round"]):
                     name = store.get("round").decode()
                     self._require_count(store.compare_set(f"{name}/count", "", self._count()))
-                    keys = [f"{name}/{r}" for r in range(place.num_ranks)]
+                    keys = [f"{name}/{r}" for r in range(rank_info.num_ranks)]
                     store.set(keys[rank], me)
                     if rank == 0 and store.check(keys):
                         store.set(f"{name}/all", b",".join(store.multi_get(keys)))
@@ -84,23 +84,23 @@ class Meeting:
                         return self._round
                     if time.monotonic() >= deadline:
                         missing = [r for r, key in enumerate(keys) if not store.check([key])]
-                if not place.has_agent and store.check([self._failure]):
+                if not rank_info.has_agent and store.check([self._failure]):
                     raise LostRankError(self._who_failed())
             if time.monotonic() >= deadline:
-                raise LostRankError(_absence(place, missing, timeout))
+                raise LostRankError(_absence(rank_info, missing, timeout))
             time.sleep(_POLL)
 
     def _count(self) -> str:
-        return f"{self.place.num_ranks} {self.place.rank}"
+        return f"{self.rank_info.num_ranks} {self.rank_info.rank}"
 
     def _require_count(self, said: bytes) -> None:
         """Refuse to wait for ranks that another rank knows nothing of."""
         count, rank = map(int, said.split())
-        if count != self.place.num_ranks:
+        if count != self.rank_info.num_ranks:
             rule = f"rank {rank} was told that there are {count}"
             advice = "tell all ranks the same number (num_processes, or the launcher's)"
-            value = str(self.place.num_ranks)
-            raise ConfigError(Problem(self.place.names[1], rule, advice, value))
+            value = str(self.rank_info.num_ranks)
+            raise ConfigError(Problem(self.rank_info.names[1], rule, advice, value))
 
     def wait(
         self, store: dist.Store, keys: Mapping[int, str], timeout: timedelta, what: str
@@ -115,18 +115,18 @@ class Meeting:
             with quiet_torch(), self._watched():
                 if store.check(list(keys.values())):
                     return
-                if not self.place.has_agent and self._store.check([self._failure]):
+                if not self.rank_info.has_agent and self._store.check([self._failure]):
                     raise LostRankError(self._who_failed())
                 if time.monotonic() >= deadline:
                     missing = [rank for rank, key in keys.items() if not store.check([key])]
-                    raise LostRankError(_absence(self.place, missing, timeout, what))
+                    raise LostRankError(_absence(self.rank_info, missing, timeout, what))
             time.sleep(_POLL)
 
     def wait_for_first(self, is_over: Callable[[], bool]) -> None:
         """Return once rank 0 calls this too, or has failed, or when it `is_over`."""
         # By the connection that is there: another waits for a rank 0 that kept the store and left.
         with contextlib.suppress(dist.DistError), quiet_torch():
-            if self.place.rank == 0:
+            if self.rank_info.rank == 0:
                 self._round.set("first", "is here")
             failed = partial(self._store.check, [self._failure])
             while not (self._round.check(["first"]) or failed() or is_over()):
@@ -153,7 +153,9 @@ class Meeting:
                     failure = self._store.get(self._failure).decode()
                     return f"another process of the run has failed: {failure}"
         except dist.DistError:
-            keeper = "the launcher" if self.place.has_agent else f"rank 0{_at(self.place, 0)}"
+            keeper = (
+                "the launcher" if self.rank_info.has_agent else f"rank 0{_at(self.rank_info, 0)}"
+            )
             return f"{keeper} is gone - its own error stands above, or in its log"
         what = re.sub(r"^\[[^\]]*\] ", "", str(error)).partition(". ")[0].partition("\n")[0]
         return (
@@ -176,7 +178,7 @@ class Meeting:
 
         A rank 0 that has come to the meeting does not refuse the settings: no need to wait for it.
         """
-        early = Meeting.current is None and not self.place.attempt
+        early = Rendezvous.current is None and not self.rank_info.attempt
         with contextlib.suppress(dist.DistError), quiet_torch():
             while not (said := self._store.check([self._said])) and time.monotonic() < deadline:
                 if early and self._store.check(["round"]):
@@ -191,63 +193,67 @@ class Meeting:
         """Leave word of a failure; the keeper of the store stays until the others have it."""
         lines = text.strip().splitlines()
         summary = lines[-1 if text.startswith("Traceback") else 0].removeprefix("ostro: error: ")
-        rank, deadline = self.place.rank, time.monotonic() + patience.total_seconds()
+        rank, deadline = self.rank_info.rank, time.monotonic() + patience.total_seconds()
         with contextlib.suppress(dist.DistError), quiet_torch():
             word = f"rank {rank} ({socket.gethostname()}): {summary}"
             self._store.compare_set(self._failure, "", word)
             if rank == 0:
                 self._store.set(self._said, text)
             while self.keeps_store and time.monotonic() < deadline:
-                if self._store.add("heard", 0) >= self.place.num_ranks - 1:
+                if self._store.add("heard", 0) >= self.rank_info.num_ranks - 1:
                     break
                 time.sleep(_POLL)
 
 
-def remembered(name: str, value: str, environ: Mapping[str, str] = os.environ) -> str:
+def shared_choice(name: str, value: str, environ: Mapping[str, str] = os.environ) -> str:
     """`value`, or what it was before an elastic launcher restarted this process."""
-    place = find_place(environ)
-    if not place.has_agent or place.address is None:
+    rank_info = find_rank_info(environ)
+    if not rank_info.has_agent or rank_info.address is None:
         return value
-    return (Meeting.current or Meeting(place, _PATIENCE)).remember(name, value)
+    return (Rendezvous.current or Rendezvous(rank_info, _PATIENCE)).remember(name, value)
 
 
-def last_words(text: str, is_lost: bool = False, environ: Mapping[str, str] = os.environ) -> None:
+def report_failure(
+    text: str, is_lost: bool = False, environ: Mapping[str, str] = os.environ
+) -> None:
     """Print why this process ends. Of what all ranks say, only rank 0's copy is printed.
 
     `is_lost`: for want of another process, which is no news that others may bring too. The first
     rank prints at once, the others after a moment in which they listen for the same words of it.
     """
-    deadline, place, meeting = time.monotonic() + _SOON, None, Meeting.current
-    if meeting is not None:
-        place = meeting.place
+    deadline, rank_info, rendezvous = time.monotonic() + _SOON, None, Rendezvous.current
+    if rendezvous is not None:
+        rank_info = rendezvous.rank_info
     elif not is_lost:
         with contextlib.suppress(OstroError):
-            found = find_place(environ)
+            found = find_rank_info(environ)
             if found.num_ranks > 1 and found.address is not None and found.rank is not None:
-                place = found
-    rank = 0 if place is None else place.rank or 0
-    if place is not None and rank:
+                rank_info = found
+    rank = 0 if rank_info is None else rank_info.rank or 0
+    if rank_info is not None and rank:
         with contextlib.suppress(OstroError):
-            meeting = meeting or Meeting(place, timedelta(seconds=_SOON))
-        if meeting is not None and meeting.hears(text, deadline):
+            rendezvous = rendezvous or Rendezvous(rank_info, timedelta(seconds=_SOON))
+        if rendezvous is not None and rendezvous.hears(text, deadline):
             return
     shown = textwrap.indent(text.rstrip(), f"[rank{rank}]: " if rank else "")
     sys.stderr.write(f"{shown}\n")  # at once, lest another process's lines come between
     sys.stderr.flush()
-    if place is None:
+    if rank_info is None:
         return
     with contextlib.suppress(OstroError):
-        patience = _PATIENCE if Meeting.current is None else timedelta(seconds=1 if is_lost else 3)
-        (meeting or Meeting(place, _PATIENCE)).tell(text, patience)
+        patience = (
+            _PATIENCE if Rendezvous.current is None else timedelta(seconds=1 if is_lost else 3)
+        )
+        (rendezvous or Rendezvous(rank_info, _PATIENCE)).tell(text, patience)
 
 
-def _connect(place: Place, keeps_store: bool, timeout: timedelta) -> dist.Store:
-    host, _, port = str(place.address).rpartition(":")
+def _connect(rank_info: RankInfo, keeps_store: bool, timeout: timedelta) -> dist.Store:
+    host, _, port = str(rank_info.address).rpartition(":")
     host = host.strip("[]")
     deadline = time.monotonic() + timeout.total_seconds()
     attempt = min(timeout, timedelta(seconds=5))  # a signal is heeded only between two of them
-    addresses = _resolve(place, timeout)
-    server = _listen(addresses, place) if keeps_store else None
+    addresses = _resolve(rank_info, timeout)
+    server = _listen(addresses, rank_info) if keeps_store else None
     while True:
         try:
             with quiet_torch():
@@ -262,17 +268,17 @@ def _connect(place: Place, keeps_store: bool, timeout: timedelta) -> dist.Store:
             if keeps_store:
                 rule = f"rank 0 listens there, but cannot reach itself: {_first_line(error)}"
                 advice = "give an address of this host that the other ranks can reach"
-                raise ConfigError(_wrong_address(place, rule, advice)) from error
+                raise ConfigError(_wrong_address(rank_info, rule, advice)) from error
             if time.monotonic() >= deadline:
-                raise LostRankError(_absence(place, [0], timeout)) from error
+                raise LostRankError(_absence(rank_info, [0], timeout)) from error
 
 
-def _resolve(place: Place, timeout: timedelta) -> list[tuple[int, tuple]]:
+def _resolve(rank_info: RankInfo, timeout: timedelta) -> list[tuple[int, tuple]]:
     """The family and the socket address of each address where the ranks are to meet.
 
     A name may become known a little later than this process starts, as on Kubernetes.
     """
-    host, _, port = str(place.address).rpartition(":")
+    host, _, port = str(rank_info.address).rpartition(":")
     deadline = time.monotonic() + min(timeout, _PATIENCE).total_seconds()
     while True:
         try:
@@ -282,20 +288,20 @@ def _resolve(place: Place, timeout: timedelta) -> list[tuple[int, tuple]]:
             if time.monotonic() >= deadline:
                 rule = f"the host name cannot be resolved ({error.strerror})"
                 advice = "correct the name, or give the number of rank 0's host"
-                raise ConfigError(_wrong_address(place, rule, advice)) from error
+                raise ConfigError(_wrong_address(rank_info, rule, advice)) from error
         time.sleep(1)
 
 
-def _listen(addresses: Sequence[tuple[int, tuple]], place: Place) -> socket.socket:
+def _listen(addresses: Sequence[tuple[int, tuple]], rank_info: RankInfo) -> socket.socket:
     """A socket that listens where the ranks were told to meet, and not on all interfaces.
 
     It does that only where the address is none of this host's, as behind a translation of
     addresses, or where the host knows its own name as a loopback address that no other reaches.
     """
-    host = str(place.address).rpartition(":")[0].strip("[]")
+    host = str(rank_info.address).rpartition(":")[0].strip("[]")
     family, address = addresses[0]
     everywhere = ("::" if family == socket.AF_INET6 else "", address[1])
-    is_alone = place.num_local == place.num_ranks or _is_loopback_name(host)
+    is_alone = rank_info.num_local == rank_info.num_ranks or _is_loopback_name(host)
     if not is_alone and all(ipaddress.ip_address(a[0]).is_loopback for _, a in addresses):
         address = everywhere
     try:
@@ -305,7 +311,7 @@ def _listen(addresses: Sequence[tuple[int, tuple]], place: Place) -> socket.sock
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
             log.warning(
-                f"{place.address} is no address of this host ({socket.gethostname()}):"
+                f"{rank_info.address} is no address of this host ({socket.gethostname()}):"
                 " listening on all interfaces"
             )
             return socket.create_server(everywhere, family=family, backlog=2048)
@@ -314,7 +320,7 @@ def _listen(addresses: Sequence[tuple[int, tuple]], place: Place) -> socket.sock
         advice = "take a free port of this host (MASTER_PORT)"
         if error.errno == errno.EACCES:
             advice = "take a port above 1023 (MASTER_PORT)"
-        raise ConfigError(_wrong_address(place, rule, advice)) from error
+        raise ConfigError(_wrong_address(rank_info, rule, advice)) from error
 
 
 def _is_loopback_name(host: str) -> bool:
@@ -323,8 +329,8 @@ def _is_loopback_name(host: str) -> bool:
     return host == "localhost" or host.startswith("localhost.")
 
 
-def _wrong_address(place: Place, rule: str, advice: str) -> Problem:
-    return Problem(_ADDRESS, rule, advice, place.address, place.address_origin)
+def _wrong_address(rank_info: RankInfo, rule: str, advice: str) -> Problem:
+    return Problem(_ADDRESS, rule, advice, rank_info.address, rank_info.address_origin)
 
 
 def _first_line(error: Exception) -> str:
@@ -332,20 +338,20 @@ def _first_line(error: Exception) -> str:
 
 
 def _absence(
-    place: Place, missing: Sequence[int], timeout: timedelta, what: str | None = None
+    rank_info: RankInfo, missing: Sequence[int], timeout: timedelta, what: str | None = None
 ) -> str:
-    listed = ", ".join(f"{rank}{_at(place, rank)}" for rank in missing[:8])
+    listed = ", ".join(f"{rank}{_at(rank_info, rank)}" for rank in missing[:8])
     more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
     return (
-        f"{'rank' if len(missing) == 1 else 'ranks'} {listed}{more} of {place.num_ranks} did not"
-        f" come to {what or place.address} within trainer.distributed.timeout ="
+        f"{'rank' if len(missing) == 1 else 'ranks'} {listed}{more} of {rank_info.num_ranks}"
+        f" did not come to {what or rank_info.address} within trainer.distributed.timeout ="
         f" {timeout.total_seconds():g} s - see whether each was started and what it printed, and"
         " whether its host reaches that address (name, port, firewall)"
     )
 
 
-def _at(place: Place, rank: int) -> str:
-    return f" (on {place.hosts[rank]})" if place.hosts else ""
+def _at(rank_info: RankInfo, rank: int) -> str:
+    return f" (on {rank_info.hosts[rank]})" if rank_info.hosts else ""
 
 
 class _TorchLog:

@@ -15,7 +15,7 @@ import torch
 from ostro.data.order.sequences import EvalData
 from ostro.distributed import World
 from ostro.models.lm_model import LmModel, inference
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 
 
 @dataclass
@@ -85,7 +85,7 @@ def evaluate(
             total, losses = Totals(), []
             ranks = {"rank": world.data_rank, "num_ranks": world.num_data_ranks}
             for batch in data.batches(batch_size, max_batches, **ranks):
-                mark("evaluation")
+                enter_phase("evaluation")
                 poll()
                 predicted = batch.targets[batch.targets >= 0]
                 if world.context_rank == 0:  # the others see the same tokens

@@ -12,7 +12,7 @@ from ostro.generate.cpu_decoder import decoder_of, in_compute_dtype
 from ostro.kernels.decoder import Decoder
 from ostro.models.lm_model import LmModel, inference
 from ostro.nn import KeyValueCache
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def generate(
         for _ in range(max_new_tokens):
             if not any(rows.active):
                 break
-            mark("sample")
+            enter_phase("sample")
             poll()
             logits = rows.next_logits(device)[:, :vocab_size]
             uniform = torch.stack([torch.rand((), generator=each) for each in generators])

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ostro.checkpoint import CheckpointerConfig
 from ostro.data.loader import Loader
-from ostro.distributed import joined
+from ostro.distributed import open_process_group
 from ostro.lm_config import TrainLmConfig, replace_trainer
 from ostro.runtime.malloc import keep_freed_memory
 from ostro.runtime.phase import listening
@@ -26,7 +26,7 @@ from ostro.runtime.signals import Signals
 from ostro.runtime.throughput import synchronize
 from ostro.session import Session
 from ostro.train_lm import build_session, choose_kernels
-from ostro.trainer import has_compiler, lay_out
+from ostro.trainer import has_compiler, init_mesh
 from ostro.trainer.rank_check import agreeing
 
 _WARM_UP = 5  # updates until no memory is new any more
@@ -103,7 +103,7 @@ def _session(config: TrainLmConfig) -> Iterator[Session]:
     """The run of a configuration, with nothing to resume from, to save or to report."""
     trainer = config.trainer
     with (
-        joined(
+        open_process_group(
             trainer.distributed,
             trainer.device,
             trainer.require_accelerator,
@@ -117,7 +117,7 @@ def _session(config: TrainLmConfig) -> Iterator[Session]:
         saved, given = CheckpointerConfig(f"{folder}/saved"), {**_ALONE, "log_dir": folder}
         config = replace(config, initialize_from_hf=None)
         config = replace_trainer(config, **given, checkpointer=saved, compile=has_compiler())
-        world, mesh = lay_out(config.trainer, world)
+        world, mesh = init_mesh(config.trainer, world)
         plan = config.trainer.batch_plan(world.num_ranks)
         yield build_session(config, plan, world, mesh, Signals(), {})
 

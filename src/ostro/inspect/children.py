@@ -15,8 +15,8 @@ from typing import NoReturn
 from ostro.checkpoint import CheckpointInterval
 from ostro.distributed import DistributedConfig
 from ostro.lm_config import TrainLmConfig, replace_trainer
-from ostro.runtime.entry_point import guarded
-from ostro.runtime.phase import listening, place
+from ostro.runtime.entry_point import entry_point
+from ostro.runtime.phase import current_phase, listening
 from ostro.session import Session
 from ostro.tracker import JsonLoggerConfig
 from ostro.train_lm import run
@@ -135,8 +135,8 @@ def _fork(
         os.dup2(file, 1)
         os.dup2(file, 2)
         with listening(orders.listener), orders.wrapper():
-            code = guarded(lambda signals: run(config, signals, orders.on_ready))
-    except BaseException:  # what `guarded` lets through is a crash
+            code = entry_point(lambda signals: run(config, signals, orders.on_ready))
+    except BaseException:  # what `entry_point` lets through is a crash
         sys.excepthook(*sys.exc_info())
         code = 1
     finally:
@@ -158,7 +158,7 @@ def say(text: str) -> None:
 
 def strike(signum: int, text: str) -> None:
     """Say what happens and where, then send this process a signal."""
-    at = place()
+    at = current_phase()
     say(f"{text}, the main thread in {at.phase} of step {at.step}")
     os.kill(os.getpid(), signum)
 

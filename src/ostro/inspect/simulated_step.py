@@ -22,7 +22,7 @@ from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.inspect.plan import num_tokens_of
 from ostro.lm_config import TrainLmConfig
-from ostro.trainer import allocate, build_model, choose_engine, lay_out
+from ostro.trainer import allocate, build_model, choose_engine, init_mesh
 
 _NAMES = {
     "allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce",
@@ -104,7 +104,7 @@ def rehearse(config: TrainLmConfig, num_devices: int) -> Rehearsal:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_devices)
     try:
         world = World(torch.device("cpu"), 0, num_devices, num_data_ranks=num_devices)
-        world, mesh = lay_out(trainer, world)
+        world, mesh = init_mesh(trainer, world)
         if mesh is not None and not mesh.is_split:
             rule = "nothing is split: every device holds everything, and sums its gradients once"
             raise ConfigError(Problem("trainer.fsdp_axis", rule, "nothing to rehearse", "null"))

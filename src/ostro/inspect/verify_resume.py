@@ -23,7 +23,7 @@ from ostro.core.errors import ConfigError, OstroError, Problem
 from ostro.inspect import differences
 from ostro.inspect.children import Orders, quiet, sleep_on, strike, train
 from ostro.lm_config import TrainLmConfig
-from ostro.runtime.phase import place
+from ostro.runtime.phase import current_phase
 from ostro.session import Session
 
 RELATIVE = 1e-5
@@ -175,7 +175,7 @@ class _Ending:
             self._commits += 1
         if threading.current_thread() is not threading.main_thread():
             return
-        step = place().step
+        step = current_phase().step
         if self._is_last:
             if phase == "update" and step == self._stop - 1:
                 os.kill(os.getpid(), signal.SIGTERM)  # makes it, saves, and leaves

@@ -96,7 +96,7 @@ def explain(
     batch = train.get(first, size, schedule)
     losses = None if model is None else batch_losses(model, batch)
     names, found = list(train.sources), []
-    numbers, offsets = train.places(first, size, schedule)
+    numbers, offsets = train.offsets(first, size, schedule)
     for example, (number, offset) in enumerate(zip(numbers, offsets, strict=True)):
         name = names[number]
         windows = train.sources[name]

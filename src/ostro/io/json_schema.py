@@ -25,12 +25,12 @@ def read_object(
         value = json.loads(data)
     except (ValueError, RecursionError) as fault:
         raise error(f"{where} - is damaged, it is not JSON: {fault}{advice}") from fault
-    if not has_shape(value, shape or {}):
+    if not matches_schema(value, shape or {}):
         raise error(f"{where} - is damaged: not what ostro writes there{advice}")
     return value
 
 
-def has_shape(value: Any, shape: Any) -> bool:
+def matches_schema(value: Any, shape: Any) -> bool:
     """Whether a JSON value is of a type, a text that matches a pattern, a list of values of the
     shape in `[shape]`, of just those in a tuple, or an object with these keys and maybe others;
     with a pattern for a key all keys match it, and all values have its shape."""
@@ -38,18 +38,18 @@ def has_shape(value: Any, shape: Any) -> bool:
         if not isinstance(value, dict):
             return False
         if len(shape) == 1 and isinstance(pattern := next(iter(shape)), re.Pattern):
-            of_keys = all(has_shape(key, pattern) for key in value)
-            return of_keys and all(has_shape(part, shape[pattern]) for part in value.values())
-        return all(key in value and has_shape(value[key], part) for key, part in shape.items())
+            of_keys = all(matches_schema(key, pattern) for key in value)
+            return of_keys and all(matches_schema(part, shape[pattern]) for part in value.values())
+        return all(key in value and matches_schema(value[key], part) for key, part in shape.items())
     if isinstance(shape, list):
         if not isinstance(value, list):
             return False
         if isinstance(shape[0], tuple) and all(type(part) is type for part in shape[0]):
             return _are_rows(value, shape[0])
-        return all(has_shape(item, shape[0]) for item in value)
+        return all(matches_schema(item, shape[0]) for item in value)
     if isinstance(shape, tuple):
         is_as_long = isinstance(value, list) and len(value) == len(shape)
-        return is_as_long and all(map(has_shape, value, shape))
+        return is_as_long and all(map(matches_schema, value, shape))
     if isinstance(shape, re.Pattern):
         return isinstance(value, str) and shape.fullmatch(value) is not None
     return type(value) is shape

@@ -1,4 +1,4 @@
-"""The commands that a run prints for its user to type, all made in one place.
+"""The commands that a run prints for its user to type, all made in one rank_info.
 
 A command is a value: the words that start the program, and the words after them. The one that
 started this process is read from the interpreter and from what a launcher has put into the
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ostro.distributed.launchers import find_place
+from ostro.distributed.launchers import find_rank_info
 
 STARTED_AS = "OSTRO_STARTED_AS"
 """Environment variable: the program a user typed, where it starts its own workers."""
@@ -108,19 +108,19 @@ def launched(program: Sequence[str], environ: Mapping[str, str] = os.environ) ->
     """The program as its launcher starts it: torchrun, deepspeed, srun, mpirun, or nobody."""
     if STARTED_AS in environ:
         return tuple(shlex.split(environ[STARTED_AS]))
-    place = find_place(environ)
-    num_local = place.num_local or place.num_ranks
-    if place.launcher == "torchrun" and "TORCHELASTIC_RUN_ID" in environ:
+    rank_info = find_rank_info(environ)
+    num_local = rank_info.num_local or rank_info.num_ranks
+    if rank_info.launcher == "torchrun" and "TORCHELASTIC_RUN_ID" in environ:
         return ("torchrun", *_torchrun(num_local, environ), *_script(program, "--no_python", "-m"))
-    if place.launcher == "torchrun" and "CROSS_SIZE" in environ:
+    if rank_info.launcher == "torchrun" and "CROSS_SIZE" in environ:
         count = f"--num_gpus={environ.get('LOCAL_SIZE', num_local)}"
         return ("deepspeed", count, *_script(program, "--no_python", "--module"))
-    if place.launcher == "SLURM":
-        num_nodes = len(dict.fromkeys(place.hosts))
+    if rank_info.launcher == "SLURM":
+        num_nodes = len(dict.fromkeys(rank_info.hosts))
         nodes = [f"--nodes={num_nodes}"] if num_nodes > 1 else []
-        return ("srun", *nodes, f"--ntasks={place.num_ranks}", *program)
-    if place.launcher == "MPI":
-        return ("mpirun", "-n", str(place.num_ranks), *program)
+        return ("srun", *nodes, f"--ntasks={rank_info.num_ranks}", *program)
+    if rank_info.launcher == "MPI":
+        return ("mpirun", "-n", str(rank_info.num_ranks), *program)
     return tuple(program)
 
 

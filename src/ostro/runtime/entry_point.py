@@ -16,12 +16,12 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ostro.core.errors import OstroError
 from ostro.core.redaction import redact
-from ostro.distributed.rendezvous import LostRankError, Meeting, last_words
+from ostro.distributed.rendezvous import LostRankError, Rendezvous, report_failure
 from ostro.runtime.compile_cache import unusable_cache
 from ostro.runtime.signals import Interrupted, Signals
 
 
-def guarded(command: Callable[[Signals], None], *, debug: bool = False) -> int:
+def entry_point(command: Callable[[Signals], None], *, debug: bool = False) -> int:
     """Run `command` under signal handlers; turn what it raises into a message and an exit code.
 
     Meanwhile nothing that Python writes to standard error shows a credential, be it a warning, a
@@ -57,11 +57,11 @@ def _guarded(command: Callable[[Signals], None], debug: bool) -> int:
         message = None if debug else _message(error)
         if message is None:
             _record(error)
-            if Meeting.current is None:
+            if Rendezvous.current is None:
                 sys.excepthook = _print_traceback
                 raise
         text = message or redact(traceback.format_exc())
-        last_words(text, is_lost=isinstance(error, LostRankError))
+        report_failure(text, is_lost=isinstance(error, LostRankError))
         return 1 if message is None else getattr(error, "exit_code", 2)
     return 0
 
@@ -73,7 +73,7 @@ def run_script(command: Callable[[list[str], Signals], None]) -> NoReturn:
     """
     words = [word for word in sys.argv[1:] if word != "--debug"]
     leave_after(
-        lambda: guarded(lambda signals: command(words, signals), debug="--debug" in sys.argv)
+        lambda: entry_point(lambda signals: command(words, signals), debug="--debug" in sys.argv)
     )
 
 

@@ -16,8 +16,8 @@ from dataclasses import astuple, dataclass
 
 import torch.distributed as dist
 
-from ostro.distributed.rendezvous import Meeting, quiet_torch
-from ostro.runtime.phase import listening, place
+from ostro.distributed.rendezvous import Rendezvous, quiet_torch
+from ostro.runtime.phase import current_phase, listening
 from ostro.runtime.watchdog import unfinished_collective
 
 _PATIENCE = 5.0  # seconds in which a rank that works is heard of, and seen to move
@@ -53,7 +53,7 @@ class _Stillness:
         computed = time.process_time() - time.thread_time()  # by all other threads
         share = (computed - self._computed) / max(now - self._looked, 1e-3)
         self._computed, self._looked = computed, now
-        works = self._is_saving() or place().phase in _LONG_PHASES or share > _BUSY
+        works = self._is_saving() or current_phase().name in _LONG_PHASES or share > _BUSY
         seen = self._num_marks, collective
         # Who waits in a collective may spin there, and its checkpoint be under way.
         if seen != self._seen or (collective is None and works):
@@ -64,10 +64,10 @@ class _Stillness:
 class Heartbeat(threading.Thread):
     """What this rank says of itself, and what it has heard of the others."""
 
-    def __init__(self, meeting: Meeting, is_saving: Callable[[], bool]):
+    def __init__(self, rendezvous: Rendezvous, is_saving: Callable[[], bool]):
         super().__init__(name="heartbeat", daemon=True)
         self.over = threading.Event()
-        self.num_ranks, self._rank = meeting.place.num_ranks, meeting.place.rank or 0
+        self.num_ranks, self._rank = rendezvous.rank_info.num_ranks, rendezvous.rank_info.rank or 0
         # Where all ask at once each reads of all: with thousands of ranks not twice a second.
         self._interval = max(_INTERVAL, self.num_ranks / 256)
         # Rank 0 may have all to save: it goes first, as one that leaves breaks what others wait in.
@@ -75,7 +75,7 @@ class Heartbeat(threading.Thread):
         self._patience = max(_PATIENCE, 3 * self._interval) + later
         self.told, self.asked = _Stillness(is_saving), _Stillness(is_saving)
         # A connection of its own: the main thread may be waiting in the other.
-        self._store = meeting.open_store("heartbeat")
+        self._store = rendezvous.open_store("heartbeat")
         self._asks = threading.Event()
         self._heard: dict[int, tuple[str, float]] = {}  # the last word of each, and since when
 
@@ -131,15 +131,17 @@ class Heartbeat(threading.Thread):
 
 
 @contextlib.contextmanager
-def beating(meeting: Meeting | None, is_saving: Callable[[], bool]) -> Iterator[Heartbeat | None]:
+def beating(
+    rendezvous: Rendezvous | None, is_saving: Callable[[], bool]
+) -> Iterator[Heartbeat | None]:
     """Answer the ranks that ask, while inside; None for a process alone. All ranks enter together.
 
     `is_saving`: whether a checkpoint of this rank is under way.
     """
-    if meeting is None:
+    if rendezvous is None:
         yield None
         return
-    heartbeat = Heartbeat(meeting, is_saving)
+    heartbeat = Heartbeat(rendezvous, is_saving)
     with listening(heartbeat.told.hear), listening(heartbeat.asked.hear):
         heartbeat.start()
         try:

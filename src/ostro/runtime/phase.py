@@ -16,27 +16,27 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class Phase:
     """What the main thread was last seen to begin."""
 
-    phase: str
+    name: str
     step: int  # 0-based index of the update that is being made
 
 
-_place = Place("start", 0)
+_current = Phase("start", 0)
 _listeners: list[Callable[[str], None]] = []
 
 
-def place() -> Place:
+def current_phase() -> Phase:
     """Where the main thread is."""
-    return _place
+    return _current
 
 
-def mark(phase: str, step: int | None = None) -> None:
+def enter_phase(phase: str, step: int | None = None) -> None:
     """This thread begins `phase`; of the main thread that is remembered, with its step."""
-    global _place
+    global _current
     if threading.current_thread() is threading.main_thread():
-        _place = Place(phase, _place.step if step is None else step)
+        _current = Phase(phase, _current.step if step is None else step)
     for listener in _listeners:
         listener(phase)
 

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ostro.core.errors import OstroError
-from ostro.runtime.phase import place
+from ostro.runtime.phase import current_phase
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 8.0  # seconds in which the main thread heeds a signal, if it does at all
@@ -87,7 +87,7 @@ class Signals:
         if self._received is not None:
             return  # `_insist` ends the process
         self._received = signum
-        compiles = self._leave is not None and place().phase == "compile"
+        compiles = self._leave is not None and current_phase().name == "compile"
         if not compiles and (self._may_raise is None or self._may_raise()):
             raise Interrupted(signum)
         name = signal.Signals(signum).name
@@ -125,7 +125,7 @@ class Signals:
             leave, may_raise = self._leave, self._may_raise
             if leave is None or may_raise is None:
                 return
-            compiles, name = place().phase == "compile", signal.Signals(signum).name
+            compiles, name = current_phase().name == "compile", signal.Signals(signum).name
             if compiles and may_raise():
                 why = f"stopped by {name}"
             elif not compiles and self._is_stuck():

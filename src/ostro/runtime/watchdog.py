@@ -25,8 +25,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace_json
 
-from ostro.distributed.rendezvous import Meeting
-from ostro.runtime.phase import listening, place
+from ostro.distributed.rendezvous import Rendezvous
+from ostro.runtime.phase import current_phase, listening
 
 log = logging.getLogger("ostro")
 
@@ -76,7 +76,7 @@ def find_odd(reports: Sequence[Report], num_ranks: int) -> tuple[list[int], str]
 
 @contextlib.contextmanager
 def watching(
-    timeout: timedelta | None, folder: Path, meeting: Meeting | None = None
+    timeout: timedelta | None, folder: Path, rendezvous: Rendezvous | None = None
 ) -> Iterator[None]:
     """End this process, with a report in `folder`, when the run begins no phase for so long.
 
@@ -85,7 +85,7 @@ def watching(
     if timeout is None:
         yield
         return
-    watchdog = _Watchdog(timeout.total_seconds(), folder, meeting)
+    watchdog = _Watchdog(timeout.total_seconds(), folder, rendezvous)
     with listening(watchdog.hear):
         watchdog.rearm()
         watchdog.start()
@@ -97,16 +97,16 @@ def watching(
 
 
 class _Watchdog(threading.Thread):
-    def __init__(self, timeout: float, folder: Path, meeting: Meeting | None):
+    def __init__(self, timeout: float, folder: Path, rendezvous: Rendezvous | None):
         super().__init__(name="watchdog", daemon=True)
         self.over = threading.Event()
         self._timeout, self._folder = timeout, folder
         self._interval = min(5.0, timeout / 8)
         self._num_marks = self._num_told = 0
-        self._num_ranks = 1 if meeting is None else meeting.place.num_ranks
-        self._rank = 0 if meeting is None else meeting.place.rank or 0
+        self._num_ranks = 1 if rendezvous is None else rendezvous.rank_info.num_ranks
+        self._rank = 0 if rendezvous is None else rendezvous.rank_info.rank or 0
         # A connection of its own: the main thread may be waiting in the other.
-        self._store = None if meeting is None else meeting.open_store("watchdog")
+        self._store = None if rendezvous is None else rendezvous.open_store("watchdog")
 
     def hear(self, phase: str) -> None:
         """A thread of this process has begun a phase."""
@@ -218,15 +218,15 @@ def _number(sent: Sequence[dict]) -> int:
 
 
 def _report(rank: int) -> Report:
-    at = place()
+    at = current_phase()
     sent = _collectives()
     last = sent[-1] if sent else None
     return Report(
         rank,
         socket.gethostname(),
-        at.phase,
+        at.name,
         at.step,
-        _innermost_line("loader" if at.phase == "data" else "MainThread"),
+        _innermost_line("loader" if at.name == "data" else "MainThread"),
         _number(sent),
         "none" if last is None else _kind(last),
         last is None or last["retired"],

@@ -70,7 +70,7 @@ def _known(saved: Saved | SavedFile | None, world: World) -> dict[str, Any]:
     return known
 
 
-def compiling_pays(
+def compile_pays_off(
     build: Callable[[], Engine], plan: BatchPlan, seq_len: int, num_tokens: int, num_steps: int
 ) -> bool:
     """Whether compiling saves more time in `num_steps` steps than it costs, by a few micro-batches.

@@ -32,7 +32,7 @@ from ostro.core.errors import ConfigError, Problem
 from ostro.data.text import LMData
 from ostro.data.tokenizer import Tokenizer
 from ostro.distributed import pick_device
-from ostro.distributed.rendezvous import LostRankError, Meeting
+from ostro.distributed.rendezvous import LostRankError, Rendezvous
 from ostro.trainer.resume_check import code_fingerprint
 
 MAY_DIFFER = {
@@ -76,12 +76,12 @@ class Fact:
     """What to do where ranks differ in it."""
 
 
-def agreeing(config: Any, origins: Mapping[str, str]) -> Callable[[Meeting], None]:
+def agreeing(config: Any, origins: Mapping[str, str]) -> Callable[[Rendezvous], None]:
     """What ranks that have met call to compare all that is known of the run by then."""
 
-    def agree(meeting: Meeting) -> None:
+    def agree(rendezvous: Rendezvous) -> None:
         facts = _facts_of_settings(config, origins) | _facts_of_programs(config)
-        require_agreement(meeting, "settings", facts, config.trainer.distributed.timeout)
+        require_agreement(rendezvous, "settings", facts, config.trainer.distributed.timeout)
 
     return agree
 
@@ -123,24 +123,24 @@ def facts_of_data(tokenizer: Tokenizer, num_tokens: int, data: LMData) -> dict[s
 
 
 def require_agreement(
-    meeting: Meeting, topic: str, facts: Mapping[str, Fact], timeout: timedelta
+    rendezvous: Rendezvous, topic: str, facts: Mapping[str, Fact], timeout: timedelta
 ) -> None:
     """Return where all ranks have the same facts; else raise the same `ConfigError` on all.
 
     All ranks call it, with a `topic` of its own. Rank 0 compares digests; facts are exchanged only
     where these differ, by one rank of each kind.
     """
-    rank, num_ranks = meeting.place.rank or 0, meeting.place.num_ranks
-    store = meeting.open_store(f"agreement/{topic}")
+    rank, num_ranks = rendezvous.rank_info.rank or 0, rendezvous.rank_info.num_ranks
+    store = rendezvous.open_store(f"agreement/{topic}")
     mine = {name: fact.value for name, fact in facts.items()}
     digests = {r: f"digest/{r}" for r in range(num_ranks)}
     store.set(digests[rank], hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest())
-    where = f"the comparison of {topic} at {meeting.place.address}"
+    where = f"the comparison of {topic} at {rendezvous.rank_info.address}"
     if rank == 0:
-        meeting.wait(store, digests, timeout, where)
+        rendezvous.wait(store, digests, timeout, where)
         found = [digest.decode() for digest in store.multi_get(list(digests.values()))]
         store.set("kinds", json.dumps(_kinds(found)))
-    meeting.wait(store, {0: "kinds"}, timeout, where)
+    rendezvous.wait(store, {0: "kinds"}, timeout, where)
     kinds = json.loads(store.get("kinds").decode())
     if len(kinds) == 1:
         return
@@ -149,16 +149,16 @@ def require_agreement(
         told = {name: asdict(fact) for name, fact in facts.items()}
         store.set(facts_at[rank], json.dumps({"host": socket.gethostname(), "facts": told}))
     if rank == 0:
-        meeting.wait(store, facts_at, timeout, where)
+        rendezvous.wait(store, facts_at, timeout, where)
         reports = [json.loads(text) for text in store.multi_get(list(facts_at.values()))]
         problems = [asdict(problem) for problem in _differences(kinds, reports)]
         store.set("problems", json.dumps(problems))
-    meeting.wait(store, {0: "problems"}, timeout, where)
+    rendezvous.wait(store, {0: "problems"}, timeout, where)
     problems = [Problem(**problem) for problem in json.loads(store.get("problems").decode())]
     store.set(f"read/{rank}", "")
     if rank == 0:  # which may keep the store
         with contextlib.suppress(LostRankError):
-            meeting.wait(store, {r: f"read/{r}" for r in digests}, _PATIENCE, where)
+            rendezvous.wait(store, {r: f"read/{r}" for r in digests}, _PATIENCE, where)
     raise ConfigError(problems)
 
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from ostro.checkpoint import (
     Checkpointer,
-    Decision,
+    ResumeSource,
     Saved,
     SavedFile,
     find_latest,
-    which_checkpoint,
+    find_resume_source,
 )
 from ostro.core.errors import CheckpointError, ConfigError, Problem
 from ostro.distributed import World
@@ -36,7 +36,7 @@ from ostro.trainer.state import TrainState
 log = logging.getLogger("ostro")
 
 
-def lay_out(trainer: TrainerConfig, world: World) -> tuple[World, Mesh | None]:
+def init_mesh(trainer: TrainerConfig, world: World) -> tuple[World, Mesh | None]:
     """Lay the ranks out as the settings say; `ConfigError` where these do not fit together."""
     mapping, sizes = trainer.axis_mapping(), trainer.mesh_sizes(world.num_ranks)
     for warning in mapping.warnings:
@@ -117,7 +117,7 @@ def allocate(
     )
 
 
-def begin_again(state: TrainState, optimizer: OptimizerConfig, trainer: TrainerConfig) -> None:
+def reset_state(state: TrainState, optimizer: OptimizerConfig, trainer: TrainerConfig) -> None:
     """Make the state what `allocate` made it, in the same memory."""
     state.reshard()
     initialize(state.model, trainer.seed)
@@ -170,9 +170,9 @@ def has_compiler() -> bool:
     return True
 
 
-def find_start(trainer: TrainerConfig, checkpointer: Checkpointer, world: World) -> Decision:
+def resume_source(trainer: TrainerConfig, checkpointer: Checkpointer, world: World) -> ResumeSource:
     """The checkpoint this run should go on from, if there is one; says why."""
-    decision = which_checkpoint(
+    decision = find_resume_source(
         checkpointer.folder,
         world=world,
         load_checkpoint=trainer.load_checkpoint,

@@ -12,7 +12,7 @@ from ostro.core.errors import OstroError
 from ostro.data.order.sequences import Batch
 from ostro.models.lm_model import inference
 from ostro.optim import Schedule
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 from ostro.runtime.throughput import Throughput
 from ostro.tracker import Tracker
 from ostro.trainer.backends.torch import Engine
@@ -105,7 +105,7 @@ class Trainer:
             micro = batch.rows(start, start + micro_size).to(device)
             loss += engine.backward(micro, num_targets, is_last=index == len(starts) - 1)
             self._last_micro = micro
-        mark("update")
+        enter_phase("update")
         return engine.update(loss, self.schedule(step), self.max_grad_norm)
 
     def fit(self, batches: Iterator[Batch], callbacks: Sequence[Callback] = ()) -> None:
@@ -124,7 +124,7 @@ class Trainer:
                 figures = None
                 if not self.state.recovery.skips(step):
                     start = time.perf_counter()
-                    mark("data", step)
+                    enter_phase("data", step)
                     batch = next(batches)
                     self._loading_time += time.perf_counter() - start
                     figures = self.train_step(step, batch)

@@ -12,7 +12,7 @@ from ostro.compat.translation import Translation, ratio
 from ostro.config import Loaded
 from ostro.core.errors import ConfigError, Problem, at_least, seed_problems
 from ostro.core.redaction import Location, local_path
-from ostro.distributed.launchers import find_place
+from ostro.distributed.launchers import find_rank_info
 from ostro.models.hf import read_settings
 
 DEFAULT_FILE = "train_config.yaml"
@@ -172,7 +172,7 @@ def translate(
     _outputs(config, made)
     _model_and_data(config, made, saved)
     _learning_rate(config, made)
-    num_ranks = find_place(environ).num_ranks
+    num_ranks = find_rank_info(environ).num_ranks
     steps = config.batch_size * config.gradient_accumulation_steps * num_ranks
     made.set("trainer.train_batch_size", steps, "batch_size", "gradient_accumulation_steps")
     made.set("trainer.num_train_steps", max(config.max_iters, 1), "max_iters")

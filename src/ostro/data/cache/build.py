@@ -31,7 +31,7 @@ from ostro.data.cache.identity import LISTING, STAMPS, Stamps
 from ostro.data.cache.request import CacheRequest
 from ostro.data.cache.store import LEDGER, CacheDir, TokenStore, is_own, write_json
 from ostro.data.sources.files import BadRecord, Shard
-from ostro.io.json_schema import FILE_NAME, has_shape
+from ostro.io.json_schema import FILE_NAME, matches_schema
 
 logger = logging.getLogger("ostro.data")
 
@@ -299,7 +299,7 @@ class _Writer:
         """Whether a note is whole, of this cache, and true of the files."""
         try:
             note = json.loads(line)
-            if not has_shape(note, _NOTE) or note["files"].keys() != _NOTE["files"].keys():
+            if not matches_schema(note, _NOTE) or note["files"].keys() != _NOTE["files"].keys():
                 return False  # of an earlier version, or damaged
             if note["key"] != self._state["key"] or not line.endswith(b"\n"):
                 return False

@@ -15,7 +15,7 @@ import numpy as np
 
 from ostro.core.errors import DataError
 from ostro.data.cache.identity import write_whole
-from ostro.io.json_schema import FILE_NAME, has_shape
+from ostro.io.json_schema import FILE_NAME, matches_schema
 
 FILE = "checksums.bin"
 _BLOCK = 1 << 18
@@ -45,7 +45,7 @@ def verify(folder: Path, ledger: dict[str, Any], *, whole: bool = False) -> bool
     described = ledger.get("checksums")
     if described is None:
         return False
-    if not has_shape(described, _SHAPE) or described["block"] <= 0:
+    if not matches_schema(described, _SHAPE) or described["block"] <= 0:
         raise _damaged(folder, folder / "ledger.json", "its entry for the checksums is no such")
     try:
         data = (folder / described["file"]).read_bytes()

@@ -58,7 +58,7 @@ class CacheRequest:
         tokenizer = {"vocab_size": self.tokenizer.vocab_size, "eos_id": self.tokenizer.eos_id,
                      "fingerprint": self.tokenizer.fingerprint}  # fmt: skip
         key = {"format": FORMAT, "source": self.source.settings(self.split),
-               "places": redacted(self.source.places(self.split)), "tokenizer": tokenizer,
+               "places": redacted(self.source.urls(self.split)), "tokenizer": tokenizer,
                "enforce_eos": self.enforce_eos}  # fmt: skip
         if self._has_special_text:
             key["special_tokens"] = "text"

@@ -142,7 +142,7 @@ class TrainData:
 
         `schedule` is needed when the mixture changes at given steps.
         """
-        source, offsets = self.places(first, count, schedule)
+        source, offsets = self.offsets(first, count, schedule)
         shape = (count, self.seq_len)
         tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         segments: np.ndarray | None = None
@@ -157,7 +157,7 @@ class TrainData:
                 segments[chosen] = found
         return make_batch(tokens, targets, segments)
 
-    def places(
+    def offsets(
         self, first: int, count: int, schedule: BatchSchedule | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of the same examples the numbers of their sources, and their token offsets there."""

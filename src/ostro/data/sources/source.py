@@ -58,13 +58,13 @@ class SourceConfig(Choice):
         """What the documents depend on beside the files' content; recorded in the cache."""
         return {}
 
-    def places(self, split: str) -> list[str]:
+    def urls(self, split: str) -> list[str]:
         """Where the files are said to be: what is compared while they cannot be reached."""
         raise NotImplementedError
 
     def has_validation(self) -> bool:
         """Whether there are documents for validation."""
-        return bool(self.places("validation"))
+        return bool(self.urls("validation"))
 
 
 @SourceConfig.register_subclass("urls")
@@ -87,11 +87,11 @@ class UrlsSource(SourceConfig):
         if not self.train_urls and not self.validation_urls:
             yield Problem("train_urls", "names no file", "list at least one path or URL")
 
-    def places(self, split: str) -> list[str]:
+    def urls(self, split: str) -> list[str]:
         return self.train_urls if split == "train" else self.validation_urls
 
     def list_shards(self, split: str) -> list[Shard]:
-        return files.list_files(self.places(split), f"{split}_urls", self.format)
+        return files.list_files(self.urls(split), f"{split}_urls", self.format)
 
     def read_shard(self, shard: Shard) -> Records:
         return read_file(shard.name, shard.format, self.text_key)
@@ -140,7 +140,7 @@ class StdlibSource(SourceConfig):
             yield BadRecord(shard.name, "line 1", f"cannot be decoded ({error})")
         return whole_hash(io.BytesIO(data), len(data))
 
-    def places(self, split: str) -> list[str]:
+    def urls(self, split: str) -> list[str]:
         return ["stdlib"]
 
 
@@ -225,7 +225,7 @@ class HfSource(SourceConfig):
     def settings(self, split: str) -> dict[str, Any]:
         return {"name": self.name, "split": self._split(split), "text_key": self.text_key}
 
-    def places(self, split: str) -> list[str]:
+    def urls(self, split: str) -> list[str]:
         return [self.id]
 
     def has_validation(self) -> bool:
@@ -260,7 +260,7 @@ class TokensSource(SourceConfig):
     def list_shards(self, split: str) -> list[Shard]:
         script = os.path.join(self.dir or "", "prepare.py")
         try:
-            paths = files.find_files(self.places(split), f"{split} tokens")
+            paths = files.find_files(self.urls(split), f"{split} tokens")
         except Unreachable as error:
             if self.dir is None or not os.path.exists(script):
                 raise
@@ -273,12 +273,12 @@ class TokensSource(SourceConfig):
     def settings(self, split: str) -> dict[str, Any]:
         return {"dtype": self.dtype}
 
-    def places(self, split: str) -> list[str]:
+    def urls(self, split: str) -> list[str]:
         if self.dir is not None:
             return [os.path.join(self.dir, "train.bin" if split == "train" else "val.bin")]
         return self.train_bin if split == "train" else self.val_bin
 
     def has_validation(self) -> bool:
         if self.dir is not None:
-            return os.path.exists(os.path.expanduser(local_path(self.places("validation")[0])))
+            return os.path.exists(os.path.expanduser(local_path(self.urls("validation")[0])))
         return super().has_validation()

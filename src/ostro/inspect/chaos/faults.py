@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ostro.inspect.children import sleep_on, strike
-from ostro.runtime.phase import place
+from ostro.runtime.phase import current_phase
 
 KILLED_IN = ("data", "forward", "backward", "update", "evaluation", "save", "commit")
 """Phases of a run in which a forked process is killed and asked to stop."""
@@ -109,7 +109,7 @@ class Strike:
     def _strike_compiling(self) -> None:
         """Somewhere within a compilation: this one, or where it has ended the next."""
         self._waits = True
-        if place().phase == "compile":
+        if current_phase().name == "compile":
             self._act()
 
     def _fill(self) -> None:

@@ -20,7 +20,7 @@ from ostro.core.errors import CheckpointError
 from ostro.core.redaction import local_path
 from ostro.data.tokenizer import LibraryTokenizer, tokenizer_from_text
 from ostro.io.filesystem import flush_folder
-from ostro.io.json_schema import has_shape, read_object
+from ostro.io.json_schema import matches_schema, read_object
 from ostro.io.safetensors import read_tensors, tensor_pieces
 from ostro.io.torch_files import read_file
 from ostro.models import LmConfig
@@ -82,7 +82,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     where = _json(index).get("weight_map")
-    if not has_shape(where, {re.compile(".*"): _SHARD}):
+    if not matches_schema(where, {re.compile(".*"): _SHARD}):
         raise CheckpointError(f"{index} - is damaged: it has no weight_map of names to files")
     return where
 

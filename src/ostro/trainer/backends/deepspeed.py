@@ -19,7 +19,7 @@ from ostro.core.units import format_bytes
 from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.optim import OptimizerConfig, gradient_norm, set_learning_rate
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 from ostro.trainer.backends.torch import Engine
 from ostro.trainer.config import BatchPlan, TrainerConfig
 from ostro.trainer.state import TrainState
@@ -225,11 +225,11 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed divides by the number of ranks. After a divergence nothing is updated any
         # more: a gradient that is not finite is what it leaves out.
         scale = nan if self._halted else self.world.num_ranks
-        mark("forward")
+        enter_phase("forward")
         loss = self.engine(
             micro.tokens, micro.targets, segments=micro.segments, scale=scale / num_targets
         )
-        mark("backward")
+        enter_phase("backward")
         # Another tensor than the model's output: a hook on that one divides by the number of
         # micro-batches.
         self.engine.backward(loss * 1, scale_wrt_gas=False)

@@ -20,7 +20,7 @@ from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.optim import gradient_norm
 from ostro.parallel import Mesh
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 from ostro.trainer.backends.torch import Engine
 from ostro.trainer.state import TrainState, split_like
 
@@ -108,9 +108,9 @@ class DeterministicEngine(Engine):
             self._num_rows += 1
             one = micro.rows(row, row + 1)
             scale = state.loss_scale / num_targets
-            mark("forward")
+            enter_phase("forward")
             loss = state.model(one.tokens, one.targets, segments=one.segments, scale=scale)
-            mark("backward")
+            enter_phase("backward")
             loss.backward()
             loss = loss.detach() / state.loss_scale
             total += loss

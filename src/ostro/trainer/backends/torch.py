@@ -19,7 +19,7 @@ from ostro.distributed import World
 from ostro.nn.loss import keep_memory
 from ostro.optim import apply_update, clip_scale, gradient_norm, set_learning_rate
 from ostro.parallel import Mesh
-from ostro.runtime.phase import mark
+from ostro.runtime.phase import enter_phase
 from ostro.trainer.state import TrainState
 
 
@@ -142,12 +142,12 @@ class TorchEngine(Engine):
         scale = self.state.loss_scale * (self.world.num_ranks if is_copied else 1)
         # FSDP shares the gradients of every micro-batch: keeping them whole would take the memory
         # that it saves.
-        mark("forward")
+        enter_phase("forward")
         with self._unshared() if not is_last else contextlib.nullcontext():
             loss = self.model(
                 micro.tokens, micro.targets, segments=micro.segments, scale=scale / num_targets
             )
-            mark("backward")
+            enter_phase("backward")
             loss.backward()
         return loss.detach() / scale
 
