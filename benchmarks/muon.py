@@ -24,7 +24,7 @@ from ostro.evaluation.losses import evaluate
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.malloc import keep_freed_memory
 from ostro.runtime.signals import Signals
-from ostro.train_lm import build_session
+from ostro.train_lm import build_trainer
 
 RUNS = {
     "AdamW": ["config/shakespeare_adamw.yaml"],
@@ -42,20 +42,22 @@ def train(preset: str, *changes: str, seed: int) -> dict[str, float]:
         config = load(TrainLmConfig, [preset], [*flags, *changes]).config
         world = World(torch.device("cpu"))
         plan = config.trainer.batch_plan(1)
-        session = build_session(config, plan, world, None, Signals(), {})
+        _, trainer = build_trainer(config, plan, world, None, Signals(), {})
         start = time.perf_counter()
-        session.fit()
+        trainer.train()
         seconds = time.perf_counter() - start
         # Every window once: nanoGPT's way draws some at random.
-        windows = {name: replace(data, key=None) for name, data in session.data.validation.items()}
+        assert trainer.saving is not None, "every run can save"
+        evaluation = trainer.saving.evaluation
+        windows = {name: replace(data, key=None) for name, data in evaluation.sets.items()}
         found = evaluate(
-            session.state.model,
+            trainer.state.model,
             windows,
             batch_size=128,
-            token_bytes=session.tokenizer.token_bytes(),
+            token_bytes=evaluation.token_bytes,
             world=world,
         )
-    return {"seconds": seconds, "steps": session.state.step, "loss": found["eval/loss"]}
+    return {"seconds": seconds, "steps": trainer.state.step, "loss": found["eval/loss"]}
 
 
 def measure(rounds: int) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from ostro.lm_config import TrainLmConfig
 from ostro.runtime.malloc import keep_freed_memory
 from ostro.runtime.throughput import DevicePeak, Throughput
 from ostro.tracker import CompositeTracker
-from ostro.train_lm import choose_kernels
-from ostro.trainer import Trainer, build_state
+from ostro.trainer import Trainer, build_state, choose_kernels
 from ostro.trainer.backends.torch import TorchEngine
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -71,8 +71,8 @@ class Bench:
             max_grad_norm=1.0,
             tracker=CompositeTracker([]),
             throughput=Throughput(SEQ_LEN, 1, DevicePeak("cpu", 1.0, "")),
-            before_update=lambda: self.held(self.checkpointer.before_update),
         )
+        self.trainer.engine.before_update = lambda: self.held(self.checkpointer.before_update)
         tokens = torch.randint(VOCAB, (BATCH_SIZE, SEQ_LEN))
         self.batch = Batch(tokens, tokens.roll(-1, 1))
         self.checkpointer.prepare(self.state.tensors())  # as a run does

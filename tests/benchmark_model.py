@@ -13,7 +13,7 @@ from transformers_weights import randomize
 from ostro.checkpoint import State, find_latest, write
 from ostro.cli.main import run_command
 from ostro.cli.native import saved_config
-from ostro.inference import load_model, load_tokenizer
+from ostro.train_lm import load_model, load_tokenizer
 
 SEQ_LEN = 48
 

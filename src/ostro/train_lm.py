@@ -5,19 +5,19 @@ import dataclasses
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 
 from ostro import kernels
-from ostro.checkpoint import Saved, SavedFile, alone_in, read_settings
+from ostro.checkpoint import ResumeSource, Saved, SavedFile, alone_in, read_settings
 from ostro.config import check, dump_yaml, public
-from ostro.core.errors import ConfigError, Problem
+from ostro.core.errors import CheckpointError, ConfigError, Problem
 from ostro.core.units import format_bytes, format_count, format_duration
 from ostro.data.text import LMData
-from ostro.data.tokenizer import Tokenizer
+from ostro.data.tokenizer import Tokenizer, tokenizer_from_text
 from ostro.distributed import World, open_process_group
 from ostro.distributed.rendezvous import Rendezvous
 from ostro.lm_config import (
@@ -29,7 +29,8 @@ from ostro.lm_config import (
     vocab_size,
     with_hf_model,
 )
-from ostro.next_steps import NextSteps
+from ostro.models.hf import read_weights
+from ostro.models.lm_model import LmModel
 from ostro.parallel import Mesh
 from ostro.runtime.commands import Dialect, NativeDialect
 from ostro.runtime.compile_cache import unusable_cache
@@ -38,11 +39,17 @@ from ostro.runtime.phase import current_phase
 from ostro.runtime.run_log import folder_fault, logging_to
 from ostro.runtime.signals import Interrupted, Signals
 from ostro.runtime.throughput import Throughput, device_peak, measure_peak
-from ostro.session import Session, compilation_marked, load_first_weights
 from ostro.tracker import RunInfo, build_trackers, run_folder
 from ostro.trainer import (
     BatchPlan,
+    Callback,
     Engine,
+    Evaluation,
+    RollBack,
+    Sampling,
+    Saving,
+    Snapshots,
+    Trainer,
     TrainerConfig,
     TrainingDivergedError,
     TrainState,
@@ -50,6 +57,7 @@ from ostro.trainer import (
     build_model,
     choose,
     choose_engine,
+    choose_kernels,
     compile_pays_off,
     has_compiler,
     init_mesh,
@@ -57,7 +65,10 @@ from ostro.trainer import (
     resume_check,
     resume_source,
 )
+from ostro.trainer.interruption import compilation_marked
+from ostro.trainer.next_steps import NextSteps
 from ostro.trainer.rank_check import Fact, agreeing, facts_of_data, require_agreement
+from ostro.trainer.state import load_weights
 
 log = logging.getLogger("ostro")
 
@@ -68,7 +79,7 @@ _CONFIG = "config.yaml"  # the resolved configuration; running it again resumes 
 def run(
     config: TrainLmConfig,
     signals: Signals | None = None,
-    on_ready: Callable[[Session], None] = lambda session: None,
+    on_ready: Callable[[Trainer], None] = lambda trainer: None,
     origins: Mapping[str, str] | None = None,
     dialect: Dialect | None = None,
 ) -> None:
@@ -113,30 +124,37 @@ def run(
         ):
             world, mesh = init_mesh(config.trainer, world)
             log.info("run %s on %s%s", run_id, world.device, _of(world, mesh))
-            session = build_session(config, plan, world, mesh, signals, origins, dialect.spoken)
-            if world.is_first:  # not before: what was there stays if nothing could be resumed
-                (log_dir / _CONFIG).write_text(dump_yaml(session.config))
-            ending = NextSteps(
-                session.config,
-                log_dir / _CONFIG,
-                session.checkpointer.folder,
-                session.tokenizer,
-                dialect,
+            config, trainer = build_trainer(
+                config, plan, world, mesh, signals, origins, dialect.spoken
             )
-            _fit(session, ending, on_ready)
+            if world.is_first:  # not before: what was there stays if nothing could be resumed
+                (log_dir / _CONFIG).write_text(dump_yaml(config))
+            assert trainer.saving is not None, "every run can save"
+            ending = NextSteps(
+                config.trainer,
+                log_dir / _CONFIG,
+                trainer.saving.checkpointer.folder,
+                trainer.saving.tokenizer,
+                dialect,
+                trackers(config),
+                imports=config.imports,
+                epoch=config.epoch,
+                prompts=config.sample_prompts,
+                has_documents=config.data.sampling != "windows",
+            )
+            _train(trainer, ending, on_ready)
 
 
-def _fit(session: Session, ending: NextSteps, on_ready: Callable[[Session], None]) -> None:
+def _train(trainer: Trainer, ending: NextSteps, on_ready: Callable[[Trainer], None]) -> None:
     """Train to the end, and say what to type next however that comes."""
-    start, first_step = time.perf_counter(), session.state.step
-    session.signals.go_on = lambda: _after_a_stop(session, ending)
+    start, signals = time.perf_counter(), trainer.interruption.signals
+    signals.go_on = lambda: _after_a_stop(trainer, ending)
     try:
-        summary = _summary(session.state, session.world, session.throughput)
-        session.tracker.log_summary(summary)
-        on_ready(session)
-        metrics = session.fit()
+        trainer.tracker.log_summary(_summary(trainer))
+        on_ready(trainer)
+        trainer.train()
     except (Interrupted, TrainingDivergedError) as stop:
-        go_on = session.signals.go_on()
+        go_on = signals.go_on()
         log.info("%s", go_on)
         if isinstance(stop, TrainingDivergedError):
             ending.report_batch(stop.spike.step)
@@ -144,34 +162,25 @@ def _fit(session: Session, ending: NextSteps, on_ready: Callable[[Session], None
             stop.go_on = go_on
         raise
     finally:
-        session.tracker.finish()
+        trainer.tracker.finish()
     seconds = time.perf_counter() - start
-    steps = range(first_step, session.state.step)
-    num_steps = sum(not session.state.recovery.skips(step) for step in steps)
-    if not session.config.trainer.eval_only:
+    steps = range(trainer.first_step, trainer.state.step)
+    num_steps = sum(not trainer.state.recovery.skips(step) for step in steps)
+    if not trainer.config.eval_only:
         log.info("Trained %d steps in %.0f s", num_steps, seconds)
-    if session.world.is_first:
-        ending.report(metrics, session.has_checkpoint)
+    if trainer.world.is_first and trainer.saving is not None:
+        evaluation = trainer.saving.evaluation
+        ending.report(evaluation.metrics, trainer.saving.has_checkpoint)
 
 
-def _after_a_stop(session: Session, ending: NextSteps) -> str:
+def _after_a_stop(trainer: Trainer, ending: NextSteps) -> str:
     """What to type next; the first rank alone says it, and knows what was saved."""
-    return ending.after_a_stop(session.has_checkpoint) if session.world.is_first else ""
+    if not trainer.world.is_first or trainer.saving is None:
+        return ""
+    return ending.after_a_stop(trainer.saving.has_checkpoint)
 
 
-def choose_kernels(trainer: TrainerConfig, device: torch.device) -> None:
-    """Take what `trainer.kernels` says; `ConfigError` where that cannot run."""
-    # Bits that do not depend on how a batch is split are a promise about torch's operators.
-    wanted = trainer.kernels != "torch" and not trainer.deterministic_reduction
-    wanted = wanted and device.type == "cpu"
-    kernels.use(wanted)
-    if wanted and trainer.kernels == "native" and kernels.why_not():
-        raise ConfigError(
-            f"trainer.kernels = native - {kernels.why_not()} - otherwise take trainer.kernels: auto"
-        )
-
-
-def build_session(
+def build_trainer(
     config: TrainLmConfig,
     plan: BatchPlan,
     world: World,
@@ -179,10 +188,11 @@ def build_session(
     signals: Signals,
     origins: Mapping[str, str],
     spoken: Callable[[str], str] = str,
-) -> Session:
+) -> tuple[TrainLmConfig, Trainer]:
     """Everything a run needs, resumed where there is something to resume from.
 
-    `spoken`: what the log makes of a message.
+    Returns the configuration with a value for all that was left open, too. `spoken`: what the log
+    makes of a message.
     """
     make_engine = choose_engine(config.trainer, config.optimizer, plan, world, mesh)
     tokenizer = config.data.build_tokenizer()
@@ -195,41 +205,84 @@ def build_session(
     checkpointer = trainer.checkpointer.build(
         trainer.id, run_name(config), in_folders=trainer.deepspeed is not None
     )
-    start = resume_source(trainer, checkpointer, world)
-    config = choose_settings(config, plan, world, mesh, num_tokens, start.resumed, signals)
+    source = resume_source(trainer, checkpointer, world)
+    config = choose_settings(config, plan, world, mesh, num_tokens, source.resumed, signals)
     if config.trainer.compile != trainer.compile:
         model = build_model(config.model, config.trainer, num_tokens, mesh)
     trainer = config.trainer
     if config.epoch:
         origins = {**origins, "trainer.num_train_steps": "epoch"}
     record = resume_check.record(world, num_tokens, tokenizer.fingerprint, data.contents, origins)
-    if start.resumed is not None:
-        keep_contract(start.resumed, config, record, origins, world, spoken)
+    if source.resumed is not None:
+        check_resume(source.resumed, config, record, origins, world, spoken)
     state = allocate(model, config.optimizer, trainer, world.device)
     throughput = _throughput(config, num_tokens, world)
-    if start.resumed is None:
-        load_first_weights(config, state, tokenizer, start)
+
+    def load_first(state: TrainState, source: ResumeSource) -> None:
+        load_first_weights(config, num_tokens, state, source)
+
+    if source.resumed is None:
+        load_first(state, source)
     engine = make_engine(state)
-    if start.resumed is not None:
-        restore(trainer, engine, start.resumed, config.epoch)
+    if source.resumed is not None:
+        restore(trainer, engine, source.resumed, config.epoch)
     _announce(config, plan, state, throughput)
-    return Session(
-        config=config,
-        plan=plan,
-        world=world,
-        data=data,
-        tokenizer=tokenizer,
-        state=state,
-        engine=engine,
-        tracker=build_trackers(
-            trackers(config) if world.is_first else [], _run_info(config, state.step)
-        ),
-        checkpointer=checkpointer,
+    run_info = _run_info(config, state.step)
+    built = Trainer(
+        trainer,
+        plan,
+        engine,
+        config.optimizer.schedule(trainer.num_train_steps),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        tracker=build_trackers(trackers(config) if world.is_first else [], run_info),
         throughput=throughput,
+        train_data=data.train,
         signals=signals,
-        record=record,
-        has_checkpoint=start.source == "own",
+        rollback=RollBack(config.optimizer, load_first),
     )
+    evaluation = Evaluation(data.validation, tokenizer.token_bytes())
+    if engine.is_collective and world.num_ranks > 1:
+        checkpointer.join()
+    values = {**record, "data": data.fingerprint, "run_id": trainer.id}
+    saving = Saving(
+        checkpointer,
+        evaluation,
+        tokenizer,
+        dump_yaml(config),
+        values,
+        has_checkpoint=source.source == "own",
+    )
+    built.saving = saving
+    built.callbacks = [evaluation, *_own_callbacks(config, tokenizer, saving, run_info)]
+    saving.require_room(built)
+    return config, built
+
+
+def _own_callbacks(
+    config: TrainLmConfig, tokenizer: Tokenizer, saving: Saving, run: RunInfo
+) -> Iterator[Callback]:
+    """What follows the evaluation, in order: that which a run asks for."""
+    if config.sample_prompts:
+        yield Sampling(config.sample_prompts, config.sampling, tokenizer)
+    yield saving
+    recover = config.trainer.recover
+    if recover is not None and recover.snapshot_every:
+        yield Snapshots(recover.snapshot_every)
+    for callback in config.trainer.callbacks:
+        yield callback.build(run)
+
+
+def load_first_weights(
+    config: TrainLmConfig, num_tokens: int, state: TrainState, source: ResumeSource
+) -> None:
+    """The weights that a run starts from at step 0, if they are not random ones."""
+    if source.saved is not None:
+        load_weights(state.model, source.saved.tensors("model"), str(source.saved))
+        return
+    where = config.initialize_from_hf
+    if isinstance(where, str):
+        log.info("starting from the weights of %s", where)
+        load_weights(state.model, read_weights(where, config.model, num_tokens), where)
 
 
 def agree_on_data(config: TrainLmConfig, world: World, facts: Mapping[str, Fact]) -> None:
@@ -270,7 +323,7 @@ def choose_settings(
         torch.compiler.reset()  # what was seen there must not decide how the run is compiled
         return pays
 
-    def kernels(trainer: TrainerConfig) -> str:
+    def kind_of_kernels(trainer: TrainerConfig) -> str:
         wanted = world.device.type == "cpu" and not trainer.deterministic_reduction
         if wanted and kernels.why_not():
             log.info("trainer.kernels = auto: torch, slower - %s", kernels.why_not())
@@ -278,7 +331,7 @@ def choose_settings(
 
     choices = {
         "num_threads": lambda _: torch.get_num_threads(),
-        "kernels": kernels,
+        "kernels": kind_of_kernels,
         "compile": measure,
     }
     trainer = choose(config.trainer, world, saved, choices)
@@ -286,7 +339,7 @@ def choose_settings(
     return dataclasses.replace(config, trainer=trainer)
 
 
-def keep_contract(
+def check_resume(
     saved: Saved | SavedFile,
     config: TrainLmConfig,
     record: Mapping[str, Any],
@@ -374,13 +427,13 @@ def _run_info(config: TrainLmConfig, start_step: int) -> RunInfo:
     )
 
 
-def _summary(state: TrainState, world: World, throughput: Throughput) -> dict[str, float | str]:
+def _summary(trainer: Trainer) -> dict[str, float | str]:
     """Facts about the run that no step changes."""
-    return throughput.summary() | {
-        "parameter_count": state.num_parameters,
-        "num_devices": world.num_ranks,
-        "num_hosts": world.num_hosts,
-        "backend": world.device.type,
+    return trainer.throughput.summary() | {
+        "parameter_count": trainer.state.num_parameters,
+        "num_devices": trainer.world.num_ranks,
+        "num_hosts": trainer.world.num_hosts,
+        "backend": trainer.world.device.type,
     }
 
 
@@ -424,3 +477,23 @@ def shorten_on_a_cpu(compute: str, flops: float) -> str:
         "lower trainer.num_train_steps, model.num_layers, model.hidden_dim or model.seq_len,"
         " or train on a GPU"
     )
+
+
+def load_tokenizer(saved: Saved | SavedFile) -> Tokenizer:
+    """The tokenizer that was saved with the checkpoint."""
+    text = saved.texts.get("tokenizer.json")
+    if text is None:
+        raise CheckpointError(f"{saved.path} holds no tokenizer.json - save it with ostro train")
+    eos_id = saved.values.get("eos_id")
+    return tokenizer_from_text(text, eos_id, f"{saved.path}/tokenizer.json")
+
+
+def load_model(
+    saved: Saved | SavedFile, config: TrainLmConfig, tokenizer: Tokenizer, device: torch.device
+) -> LmModel:
+    """The model of `config` with the checkpoint's weights, in evaluation mode."""
+    compute_dtype = getattr(torch, config.trainer.mp.compute)
+    with torch.device(device):
+        model = config.model.build(vocab_size(config, tokenizer), compute_dtype=compute_dtype)
+    load_weights(model, saved.tensors("model"), str(saved.path))
+    return model.eval()

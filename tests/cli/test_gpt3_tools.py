@@ -14,9 +14,9 @@ from ostro.checkpoint import State, find_latest
 from ostro.checkpoint.folders import FileStore
 from ostro.cli.gpt3_tools import evaluate, infer, results_folder
 from ostro.cli.main import run_command
-from ostro.inference import load_tokenizer
 from ostro.runtime import entry_point
 from ostro.runtime.entry_point import run_script
+from ostro.train_lm import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SOURCE = Path(__file__).parents[2] / "src"

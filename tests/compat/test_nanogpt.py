@@ -23,11 +23,10 @@ from ostro.cli.nanogpt import load_nanogpt
 from ostro.cli.native import saved_config
 from ostro.compat.nanogpt.settings import NanoGptConfig, names
 from ostro.core.errors import CheckpointError, ConfigError
-from ostro.inference import load_model, load_tokenizer
 from ostro.optim import MuonConfig
 from ostro.runtime.entry_point import entry_point
 from ostro.runtime.signals import Interrupted, Signals
-from ostro.train_lm import run
+from ostro.train_lm import load_model, load_tokenizer, run
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -10,7 +10,7 @@ from ostro.cli.benchmark import table
 from ostro.cli.native import saved_config
 from ostro.core.errors import ConfigError, DataError
 from ostro.evaluation import harness, squad
-from ostro.inference import load_model, load_tokenizer
+from ostro.train_lm import load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 DOCUMENTED = ["superglue", "lambada", "triviaqa", "piqa"]

@@ -49,7 +49,7 @@ def skip_window(state):
 
 
 def stale_config():
-    build, find = train_lm.build_session, train_lm.resume_source
+    build, find = train_lm.build_trainer, train_lm.resume_source
 
     def stale(config, *rest):
         if any(Path(config.trainer.checkpointer.folder("doctor")).glob("step-*")):
@@ -58,7 +58,7 @@ def stale_config():
         return build(config, *rest)
 
     assert find is not None
-    train_lm.build_session = stale
+    train_lm.build_trainer = stale
 
 
 DEFECTS = {

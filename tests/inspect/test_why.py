@@ -13,9 +13,8 @@ from ostro.checkpoint import load
 from ostro.cli.arguments import load_run
 from ostro.cli.main import run_command
 from ostro.data.loader import Loader
-from ostro.inference import load_model, load_tokenizer
 from ostro.inspect.why import batch_losses, explain, logged_loss
-from ostro.train_lm import build_data
+from ostro.train_lm import build_data, load_model, load_tokenizer
 
 EOS = 256  # of the tokenizer `bytes`
 

@@ -12,9 +12,8 @@ from tiny_run import TESTS, free_port, read_metrics, write_config
 
 from ostro.checkpoint import find_latest
 from ostro.cli.main import run_command
-from ostro.session import Session
-from ostro.trainer import TrainingDivergedError
-from ostro.trainer.rollback import RecoverConfig, Spike
+from ostro.trainer import Trainer, TrainingDivergedError
+from ostro.trainer.spikes import RecoverConfig, Spike
 
 PROGRAM = TESTS / "hang_program.py"
 STOPPED = "stopped by SIGTERM, while this rank waited for others"
@@ -99,9 +98,9 @@ def test_a_rank_that_is_late_is_waited_for(tmp_path, how, hangs, is_split, savin
 
 @pytest.mark.parametrize("recover", [None, RecoverConfig()])
 def test_a_state_to_go_back_from_is_not_saved_alone(recover):
-    session = MagicMock(_first_step=0)
-    session.state.step = 4
-    session.config.trainer.recover = recover
-    session.trainer.flush.side_effect = TrainingDivergedError(Spike(3, "loss = nan"))
-    Session._save_alone(session)
-    assert session._write.call_count == (recover is None)
+    trainer = MagicMock()
+    trainer.state.step = 4
+    trainer.config.recover = recover
+    trainer.flush.side_effect = TrainingDivergedError(Spike(3, "loss = nan"))
+    Trainer.save_alone(trainer)
+    assert trainer.saving.save_alone.call_count == (recover is None)

@@ -52,7 +52,7 @@ def test_the_rank_that_holds_up_the_others_is_named(tmp_path, how, hangs, why, p
     found = stacks(tmp_path)
     assert sorted(found) == ["hang-rank0.txt", "hang-rank1.txt"]
     assert "in hang\n" in found[f"hang-rank{hangs}.txt"]
-    assert all("gloo:" in text and "session.py" in text for text in found.values())
+    assert all("gloo:" in text and "trainer.py" in text for text in found.values())
     assert "for rank" in (tmp_path / "logs" / "tiny" / "train.log").read_text()
 
 

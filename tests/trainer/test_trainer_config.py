@@ -6,7 +6,7 @@ from ostro.checkpoint import CheckpointerConfig
 from ostro.config import check
 from ostro.core.errors import ConfigError
 from ostro.trainer import BatchStage, TrainerConfig
-from ostro.trainer.rollback import RecoverConfig, StepRange
+from ostro.trainer.spikes import RecoverConfig, StepRange
 
 
 @pytest.mark.parametrize(("devices", "micro_steps"), [(1, 4), (2, 2), (4, 1)])

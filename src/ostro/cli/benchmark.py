@@ -16,8 +16,8 @@ from ostro.core.redaction import redact
 from ostro.core.units import columns
 from ostro.distributed import pick_device
 from ostro.evaluation.harness import load_benchmarks, run_harness
-from ostro.inference import load_model, load_tokenizer
 from ostro.runtime.signals import Signals
+from ostro.train_lm import load_model, load_tokenizer
 
 
 def benchmark(argv: list[str], signals: Signals) -> None:

@@ -3,9 +3,9 @@
 from ostro.cli.arguments import Parser
 from ostro.cli.native import open_checkpoint, saved_config
 from ostro.core.redaction import redact
-from ostro.inference import load_tokenizer
 from ostro.models.hf import is_library_tokenizer, write_hf
 from ostro.runtime.signals import Signals
+from ostro.train_lm import load_tokenizer
 
 
 def export(argv: list[str], signals: Signals) -> None:

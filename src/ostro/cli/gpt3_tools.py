@@ -10,8 +10,8 @@ from ostro.config import load
 from ostro.core.errors import ConfigError, Problem
 from ostro.distributed import pick_device
 from ostro.generate.sampling import SamplingConfig, complete_all
-from ostro.inference import load_model, load_tokenizer
 from ostro.runtime.signals import Signals
+from ostro.train_lm import load_model, load_tokenizer
 
 
 def evaluate(argv: list[str], signals: Signals) -> None:

@@ -18,10 +18,10 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.data.tokenizer_config import Gpt2Tokenizer
 from ostro.distributed import pick_device
 from ostro.generate.sampling import SamplingConfig, complete_all
-from ostro.inference import load_model, load_tokenizer
 from ostro.models.hf import read_model, read_weights
 from ostro.models.lm_model import LmModel
 from ostro.runtime.signals import Signals
+from ostro.train_lm import load_model, load_tokenizer
 from ostro.trainer.state import load_weights
 
 _USAGE = "usage: python sample.py [config.yaml | config.py] [key=value ...]\n"

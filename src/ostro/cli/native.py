@@ -20,14 +20,13 @@ from ostro.distributed import World, pick_device
 from ostro.distributed.launchers import find_rank_info
 from ostro.evaluation.losses import evaluate as evaluate_sets
 from ostro.generate.sampling import SamplingConfig, complete_all
-from ostro.inference import load_model, load_tokenizer
 from ostro.inspect.plan import describe_sharding, draw
 from ostro.inspect.simulated_step import rehearse
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.commands import NativeDialect
 from ostro.runtime.run_log import logging_to_terminal
 from ostro.runtime.signals import Signals
-from ostro.train_lm import build_data
+from ostro.train_lm import build_data, load_model, load_tokenizer
 from ostro.trainer import TrainerConfig
 from ostro.trainer.callbacks import StepInfo, is_due
 from ostro.trainer.resume_check import compare

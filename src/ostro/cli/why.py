@@ -11,12 +11,11 @@ from ostro.cli.native import DATA, open_checkpoint, saved_config
 from ostro.core.errors import ConfigError
 from ostro.data.text import LMData
 from ostro.distributed import pick_device
-from ostro.inference import load_model, load_tokenizer
 from ostro.inspect.why import explain, logged_loss
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.signals import Signals
 from ostro.tracker import run_folder
-from ostro.train_lm import build_data
+from ostro.train_lm import build_data, load_model, load_tokenizer
 
 
 def why(argv: list[str], signals: Signals) -> None:

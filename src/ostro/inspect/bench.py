@@ -24,9 +24,8 @@ from ostro.runtime.malloc import keep_freed_memory
 from ostro.runtime.phase import listening
 from ostro.runtime.signals import Signals
 from ostro.runtime.throughput import synchronize
-from ostro.session import Session
-from ostro.train_lm import build_session, choose_kernels
-from ostro.trainer import has_compiler, init_mesh
+from ostro.train_lm import build_trainer
+from ostro.trainer import Trainer, choose_kernels, has_compiler, init_mesh
 from ostro.trainer.rank_check import agreeing
 
 _WARM_UP = 5  # updates until no memory is new any more
@@ -46,8 +45,8 @@ def bench(config: TrainLmConfig, num_steps: int, rounds: int) -> dict[str, Any]:
     own = "compiled" if config.trainer.compile is True and has_compiler() else "eager"
     stances = {"eager": "force_eager"} | ({"compiled": "default"} if has_compiler() else {})
     found: dict[str, list[float]] = {mode: [] for mode in stances}
-    with _session(config) as session, _trainer(session) as train:
-        device = session.world.device
+    with _trainer(config) as trainer, _steps(trainer) as train:
+        device = trainer.world.device
         with torch.compiler.set_stance(stances[own]):
             train(_WARM_UP)
             phases = _by_phase(device, lambda: train(num_steps))
@@ -58,7 +57,7 @@ def bench(config: TrainLmConfig, num_steps: int, rounds: int) -> dict[str, Any]:
                 with torch.compiler.set_stance(stance):
                     seconds = train(num_steps)
                 found[mode] += [seconds] if number else []  # the first one warms up
-        throughput, plan = session.throughput, session.plan
+        throughput, plan = trainer.throughput, trainer.plan
     tokens = plan.schedule.size(0) * throughput.seq_len / median(found[own])
     flops, whole = 3 * throughput.flops_per_token * tokens, sum(phases.values())
     return {
@@ -99,7 +98,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def _session(config: TrainLmConfig) -> Iterator[Session]:
+def _trainer(config: TrainLmConfig) -> Iterator[Trainer]:
     """The run of a configuration, with nothing to resume from, to save or to report."""
     trainer = config.trainer
     with (
@@ -119,19 +118,22 @@ def _session(config: TrainLmConfig) -> Iterator[Session]:
         config = replace_trainer(config, **given, checkpointer=saved, compile=has_compiler())
         world, mesh = init_mesh(config.trainer, world)
         plan = config.trainer.batch_plan(world.num_ranks)
-        yield build_session(config, plan, world, mesh, Signals(), {})
+        _, built = build_trainer(config, plan, world, mesh, Signals(), {})
+        built.callbacks = []
+        yield built
 
 
 @contextmanager
-def _trainer(session: Session) -> Iterator[Callable[[int], float]]:
+def _steps(trainer: Trainer) -> Iterator[Callable[[int], float]]:
     """Makes so many more updates, with the loop and the loader of a run; seconds per update."""
-    world, trainer = session.world, session.trainer
+    world = trainer.world
+    assert trainer.train_data is not None, "a run has some"
     ranks = {"rank": world.data_rank, "num_ranks": world.num_data_ranks}
-    loader = Loader(session.data.train, session.plan.schedule, **ranks)
+    loader = Loader(trainer.train_data, trainer.plan.schedule, **ranks)
     with closing(loader.batches(count())) as batches:
 
         def train(num_steps: int) -> float:
-            last = session.state.step + num_steps
+            last = trainer.state.step + num_steps
             trainer.config = replace(trainer.config, num_train_steps=last)
             start = time.perf_counter()
             trainer.fit(batches)

@@ -17,9 +17,9 @@ from ostro.distributed import DistributedConfig
 from ostro.lm_config import TrainLmConfig, replace_trainer
 from ostro.runtime.entry_point import entry_point
 from ostro.runtime.phase import current_phase, listening
-from ostro.session import Session
 from ostro.tracker import JsonLoggerConfig
 from ostro.train_lm import run
+from ostro.trainer import Trainer
 
 RUN_ID = "doctor"
 
@@ -43,7 +43,7 @@ class Orders:
 
     listener: Callable[[str], None] = lambda phase: None
     """Called with every phase that begins; may raise, signal, or never return."""
-    on_ready: Callable[[Session], None] = lambda session: None
+    on_ready: Callable[[Trainer], None] = lambda trainer: None
     """Called before the first update, when everything was restored."""
     wrapper: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     """Entered around the run."""
@@ -159,7 +159,7 @@ def say(text: str) -> None:
 def strike(signum: int, text: str) -> None:
     """Say what happens and where, then send this process a signal."""
     at = current_phase()
-    say(f"{text}, the main thread in {at.phase} of step {at.step}")
+    say(f"{text}, the main thread in {at.name} of step {at.step}")
     os.kill(os.getpid(), signum)
 
 

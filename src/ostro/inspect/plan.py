@@ -14,7 +14,7 @@ from ostro.models.lm_model import LmModel
 from ostro.nn import axes_of
 from ostro.optim import Schedule, optimizer_tensors
 from ostro.parallel.plan import ParameterPlan, plan_sharding, table
-from ostro.trainer.rollback import Recovery
+from ostro.trainer.spikes import Recovery
 
 
 def describe(config: TrainLmConfig, num_devices: int = 1) -> Iterator[str]:

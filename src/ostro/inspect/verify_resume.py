@@ -24,7 +24,7 @@ from ostro.inspect import differences
 from ostro.inspect.children import Orders, quiet, sleep_on, strike, train
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.phase import current_phase
-from ostro.session import Session
+from ostro.trainer import Trainer
 
 RELATIVE = 1e-5
 """What losses and tensors may differ by, of their size, when the number of ranks changes."""
@@ -139,20 +139,21 @@ class _Part:
     def _orders(self, rank: int) -> Orders:
         return Orders(_Ending(self.stop, self.is_last, rank), lambda s: self._watch(s, rank))
 
-    def _watch(self, session: Session, rank: int) -> None:
+    def _watch(self, trainer: Trainer, rank: int) -> None:
         """In the child: keep what it begins with, and which batches it sees."""
         self.start_folder.mkdir(exist_ok=True)
-        (self.start_folder / f"recipe-{rank}.json").write_text(json.dumps(_recipe(session)))
-        if session.state.step:
+        (self.start_folder / f"recipe-{rank}.json").write_text(json.dumps(_recipe(trainer)))
+        if trainer.state.step:
             group = None
-            if session.engine.is_collective and session.world.num_ranks > 1:
+            if trainer.engine.is_collective and trainer.world.num_ranks > 1:
                 group = dist.new_group(backend="gloo")
             if group is not None or rank == 0:
-                state = session.make_state(self.start_folder / "shards")
-                write(f"{self.start_folder}", state, step=session.state.step - 1,
+                assert trainer.saving is not None, "every run can save"
+                state = trainer.saving.make_state(trainer, self.start_folder / "shards")
+                write(f"{self.start_folder}", state, step=trainer.state.step - 1,
                       is_temporary=True, group=group)  # fmt: skip
         batches = open(self.start_folder / f"batches-{rank}.jsonl", "w", buffering=1)  # noqa: SIM115
-        make = session.trainer.train_step
+        make = trainer.train_step
 
         def train_step(step: int, batch: Any) -> Any:
             digest = hashlib.sha256(batch.tokens.numpy().tobytes())
@@ -160,7 +161,7 @@ class _Part:
             batches.write(json.dumps([step, digest.hexdigest()[:16]]) + "\n")
             return make(step, batch)
 
-        session.trainer.train_step = train_step
+        trainer.train_step = train_step
 
 
 class _Ending:
@@ -187,13 +188,13 @@ class _Ending:
             strike(signal.SIGKILL, "kill -9")
 
 
-def _recipe(session: Session) -> dict[str, Any]:
+def _recipe(trainer: Trainer) -> dict[str, Any]:
     """What the updates are made with, by name."""
-    trainer, state = session.trainer, session.state
+    state = trainer.state
     plain = (bool, int, float, str, list, tuple)
     recipe: dict[str, Any] = {
         "trainer.seed": state.seed,
-        "trainer.mp": str(session.config.trainer.mp),
+        "trainer.mp": str(trainer.config.mp),
         "optimizer.max_grad_norm": trainer.max_grad_norm,
         "optimizer.skip_bad_steps": str(state.skip_step and state.skip_step.config),
     }

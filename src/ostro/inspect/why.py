@@ -25,7 +25,7 @@ from ostro.data.tokenizer import Tokenizer
 from ostro.lm_config import TrainLmConfig
 from ostro.models.lm_model import LmModel, inference
 from ostro.train_lm import with_epochs
-from ostro.trainer.rollback import Recovery
+from ostro.trainer.spikes import Recovery
 
 _TOKENS_AT_ONCE = 8192
 _EXCERPT_TOKENS, _EXCERPT_CHARS = 32, 40

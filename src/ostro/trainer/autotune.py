@@ -13,6 +13,7 @@ import torch
 
 from ostro import kernels
 from ostro.checkpoint import Saved, SavedFile, read_settings
+from ostro.core.errors import ConfigError
 from ostro.data.order.sequences import Batch
 from ostro.distributed import World
 from ostro.runtime.throughput import synchronize
@@ -109,3 +110,15 @@ def compile_pays_off(
         *(str(pays).lower(), eager, compiled, first - compiled, count),
     )
     return pays
+
+
+def choose_kernels(trainer: TrainerConfig, device: torch.device) -> None:
+    """Take what `trainer.kernels` says; `ConfigError` where that cannot run."""
+    # Bits that do not depend on how a batch is split are a promise about torch's operators.
+    wanted = trainer.kernels != "torch" and not trainer.deterministic_reduction
+    wanted = wanted and device.type == "cpu"
+    kernels.use(wanted)
+    if wanted and trainer.kernels == "native" and kernels.why_not():
+        raise ConfigError(
+            f"trainer.kernels = native - {kernels.why_not()} - otherwise take trainer.kernels: auto"
+        )

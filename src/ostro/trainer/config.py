@@ -26,8 +26,9 @@ from ostro.core.units import Precision
 from ostro.data.order.mixture import BatchSchedule
 from ostro.distributed import DistributedConfig, RayConfig
 from ostro.tracker import TrackerConfig, WandbConfig
+from ostro.trainer.callbacks.callback import CallbackConfig
 from ostro.trainer.resume_check import Policy
-from ostro.trainer.rollback import RecoverConfig, StepRange
+from ostro.trainer.spikes import RecoverConfig, StepRange
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,9 @@ class TrainerConfig:
     deepspeed: dict[str, Any] | None = None
     """Train with DeepSpeed: the content of its JSON, where "auto" takes the value from here. Null:
     plain PyTorch."""
+    callbacks: list[CallbackConfig] = field(default_factory=list)
+    """What else to do beside the steps, as a list of `{type: ...}`, called in this order after
+    evaluation and saving: `profile`, or callbacks of your own out of `imports`."""
     ray: RayConfig = field(default_factory=RayConfig)
     """The cluster that tokenises a corpus when a run spans hosts."""
 

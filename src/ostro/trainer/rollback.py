@@ -1,151 +1,85 @@
-"""Batches that a run leaves out, and the spikes of its loss that make it go back: no effects.
+"""Go back to the state before a spike of the loss, skip the batches that led to it, and train on.
 
-All of it is a function of the losses by step, so a run that is repeated, or killed and resumed,
-decides the same.
+Which step is bad and which batches are skipped is decided in `trainer.spikes`, from the losses
+alone; here is what has to happen to the state and to the checkpoints.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import inf, sqrt
-from typing import Any
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from ostro.core.errors import Problem, at_least
-from ostro.data.order.mixture import BatchSchedule
+from ostro.checkpoint import ResumeSource
+from ostro.optim import OptimizerConfig
+from ostro.runtime.phase import enter_phase
+from ostro.trainer.callbacks.snapshots import Snapshots
+from ostro.trainer.start import reset_state, restore, resume_source
+from ostro.trainer.state import TrainState
+from ostro.trainer.trainer import Trainer, TrainingDivergedError
 
-_MIN_DEVIATION = 1e-6
-
-
-@dataclass(frozen=True)
-class StepRange:
-    """Some steps in a row."""
-
-    first: int
-    """The first step, counted from 0."""
-    last: int
-    """The last step, which belongs to them."""
-
-    def problems(self) -> Iterator[Problem]:
-        if self.first < 0:
-            yield Problem("first", "must not be negative")
-        if self.last < self.first:
-            yield Problem("last", f"must be at least first = {self.first}", "it is inclusive")
-
-    def __str__(self) -> str:
-        one = self.first == self.last
-        return f"step {self.first}" if one else f"steps {self.first} to {self.last}"
+log = logging.getLogger("ostro")
 
 
-@dataclass(frozen=True)
-class RecoverConfig:
-    """After a spike of the loss, or one that is not finite: go back to the state before it, leave
-    the batches out that led to it, and go on."""
+class RollBack:
+    """Answers a spike as `trainer.recover` says."""
 
-    max_rollbacks: int = 3
-    """How often to go back in the whole run; after that it stops."""
-    window: int = 16
-    """How many batches to leave out each time."""
-    batches_before: int = 1
-    """How many of these come before the first bad step: its loss may be the work of the update
-    before it."""
-    sigma_factor: float = 6.0
-    """A loss is too high that is so many (population) standard deviations above the mean of those
-    before it."""
-    rolling_interval_length: int = 128
-    """Number of past losses to compare with. None is too high before half of them are seen."""
-    patience: int = 3
-    """Losses in a row that must be too high to make a spike. One that is not finite is enough."""
-    snapshot_every: int | None = None
-    """Keep a copy of the state in the CPU's memory, a new one after every so many updates. Null:
-    none; the run goes back to its newest checkpoint, or to its start."""
+    def __init__(
+        self,
+        optimizer: OptimizerConfig,
+        load_first_weights: Callable[[TrainState, ResumeSource], None],
+    ):
+        """`load_first_weights`: takes over the weights that a run starts from at step 0."""
+        self._optimizer, self._load_first_weights = optimizer, load_first_weights
 
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(1, self, "max_rollbacks", "window", "patience")
-        yield from at_least(1, self, "snapshot_every", advice="null switches it off")
-        yield from at_least(2, self, "rolling_interval_length")
-        if not 0 <= self.batches_before < max(self.window, 1):
-            rule = f"must be at least 0 and below window = {self.window}"
-            yield Problem("batches_before", rule, "the first bad step has to be left out too")
-        if not self.sigma_factor > 0:
-            yield Problem("sigma_factor", "must be above 0")
+    @contextlib.contextmanager
+    def answering(self, trainer: Trainer) -> Iterator[None]:
+        """Answer a `TrainingDivergedError` from inside with a roll-back, if some are left."""
+        try:
+            yield
+        except TrainingDivergedError as error:
+            recover, spike, state = trainer.config.recover, error.spike, trainer.state
+            if recover is None:
+                raise
+            reached, windows = state.step, state.recovery.windows
+            window = state.recovery.window(spike)
+            self._go_back_to(window.first, trainer)
+            state.recovery.windows = windows
+            if len(windows) >= recover.max_rollbacks:
+                raise TrainingDivergedError(spike, windows) from None
+            state.recovery.windows = [*windows, window]
+            count = f"{len(windows) + 1} of at most {recover.max_rollbacks}"
+            log.warning(
+                f"step {spike.step}: {spike.reason} - rolled back from step {reached} to step"
+                f" {state.step} ({count}); the batches of {window} are left out"
+            )
+            values = {"from": reached, "to": state.step, "reason": spike.reason}
+            values |= {"window": [window.first, window.last]}
+            trainer.tracker.log_event("rollback", values, state.step)
 
+    def _go_back_to(self, step: int, trainer: Trainer) -> None:
+        """Take over the newest state of at most `step` updates: the copy in memory, or what a new
+        process would start from. Checkpoints of later steps are deleted first.
 
-@dataclass(frozen=True)
-class Spike:
-    """Why a run cannot go on as it is."""
-
-    step: int  # the first bad step
-    reason: str  # what was seen there
-
-
-class Recovery:
-    """What a run leaves out, and what it remembers of its losses."""
-
-    def __init__(self, config: RecoverConfig | None = None, skip_steps: Sequence[StepRange] = ()):
-        self.config = config
-        self.windows: list[StepRange] = []
-        """What was left out after each roll-back so far."""
-        self.suspects: list[int] = []
-        """The last steps, if their losses are too high: a spike may have begun."""
-        self._given = tuple(skip_steps)
-        length = config.rolling_interval_length if config else 0
-        self._losses: deque[float] = deque(maxlen=length)
-
-    def skips(self, step: int) -> bool:
-        """Whether the batch of this step is left out."""
-        return any(part.first <= step <= part.last for part in (*self._given, *self.windows))
-
-    def num_examples(self, schedule: BatchSchedule, stop: int) -> int:
-        """Examples in the batches before step `stop`, without those that are left out."""
-        total, end = schedule.offset(stop), 0
-        for part in sorted((*self._given, *self.windows), key=lambda part: part.first):
-            first, after = max(part.first, end), min(part.last + 1, stop)
-            if first < after:
-                total -= schedule.offset(after) - schedule.offset(first)
-                end = after
-        return total
-
-    def observe(self, step: int, loss: float, norm: float, diverged: bool) -> Spike | None:
-        """Take in the figures of the next step that was made; a spike if they complete one.
-
-        `diverged`: loss or gradient norm are not finite, and the run should stop for that.
+        A process that is killed before that resumes from one of them, remembers the same losses,
+        and comes here as this one did.
         """
-        if diverged:
-            return Spike(step, f"loss = {loss}, gradient norm = {norm}")
-        if self.config is None:
-            return None
-        limit = self._limit(self.config.sigma_factor)
-        if loss <= limit:
-            self._losses.append(loss)
-            self.suspects.clear()
-            return None
-        self.suspects.append(step)
-        if len(self.suspects) < self.config.patience:
-            return None
-        reason = f"loss above {limit:.4f} until step {step}, where it is {loss:.4f}"
-        return Spike(self.suspects[0], reason)
-
-    def _limit(self, sigma_factor: float) -> float:
-        losses = self._losses
-        if len(losses) < max(2, (losses.maxlen or 0) // 2):
-            return inf
-        mean = sum(losses) / len(losses)
-        deviation = sqrt(sum((loss - mean) ** 2 for loss in losses) / len(losses))
-        return mean + sigma_factor * max(deviation, _MIN_DEVIATION)
-
-    def window(self, spike: Spike) -> StepRange:
-        """The steps to leave out because of a spike."""
-        assert self.config is not None, "only a run with `recover` goes back"
-        first = spike.step - self.config.batches_before
-        return StepRange(max(first, 0), first + self.config.window - 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The roll-backs, and the losses to compare with, as JSON values."""
-        windows = [[window.first, window.last] for window in self.windows]
-        return {"windows": windows, "losses": list(self._losses), "suspects": [*self.suspects]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take both over; of the losses the newest that fit."""
-        self.windows = [StepRange(first, last) for first, last in state["windows"]]
-        self._losses = deque(state["losses"], maxlen=self._losses.maxlen)
-        self.suspects = list(state["suspects"])
+        enter_phase("rollback")
+        saving, state = trainer.saving, trainer.state
+        assert saving is not None, "a run that rolls back saves"
+        saving.report(trainer, wait=True)
+        if trainer.world.is_first:
+            saving.checkpointer.discard(step)
+        snapshots = next((c for c in trainer.callbacks if isinstance(c, Snapshots)), None)
+        if snapshots is not None and snapshots.newest is not None:
+            if snapshots.newest.values["step"] <= step:
+                state.restore(snapshots.newest)
+                return
+            snapshots.newest = None
+        # That the run was not to resume, or had to, was about where its first process starts.
+        config = replace(trainer.config, load_checkpoint=None)
+        source = resume_source(config, saving.checkpointer, trainer.world)
+        reset_state(state, self._optimizer, config)
+        if source.resumed is None:
+            self._load_first_weights(state, source)
+        else:
+            restore(config, trainer.engine, source.resumed)

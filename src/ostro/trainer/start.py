@@ -30,7 +30,7 @@ from ostro.trainer.backends.deepspeed import DeepSpeedEngine, deepspeed_settings
 from ostro.trainer.backends.deterministic import DeterministicEngine
 from ostro.trainer.backends.torch import Engine, TorchEngine
 from ostro.trainer.config import BatchPlan, TrainerConfig
-from ostro.trainer.rollback import Recovery
+from ostro.trainer.spikes import Recovery
 from ostro.trainer.state import TrainState
 
 log = logging.getLogger("ostro")

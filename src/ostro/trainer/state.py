@@ -22,7 +22,7 @@ from ostro.optim import (
     optimizer_tensors,
     take_numbers,
 )
-from ostro.trainer.rollback import Recovery
+from ostro.trainer.spikes import Recovery
 
 
 class TrainState:

@@ -3,22 +3,32 @@
 import gc
 import logging
 import math
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from typing import TYPE_CHECKING
 
 import torch
 
 from ostro.core.errors import OstroError
-from ostro.data.order.sequences import Batch
+from ostro.data.loader import Loader
+from ostro.data.order.sequences import Batch, TrainData
 from ostro.models.lm_model import inference
 from ostro.optim import Schedule
 from ostro.runtime.phase import enter_phase
+from ostro.runtime.signals import Interrupted, Signals
 from ostro.runtime.throughput import Throughput
 from ostro.tracker import Tracker
 from ostro.trainer.backends.torch import Engine
 from ostro.trainer.callbacks import Callback, StepInfo
 from ostro.trainer.config import BatchPlan, TrainerConfig
-from ostro.trainer.rollback import Spike, StepRange
+from ostro.trainer.interruption import Interruption
+from ostro.trainer.spikes import Spike, StepRange
+
+if TYPE_CHECKING:
+    from ostro.trainer.callbacks.saving import Saving
+    from ostro.trainer.rollback import RollBack
 
 log = logging.getLogger("ostro")
 
@@ -49,9 +59,10 @@ class TrainingDivergedError(OstroError):
 
 
 class Trainer:
-    """Makes updates of a `TrainState` from batches; `fit` is the loop, `train_step` one update.
+    """Owns the loop of a run: `train` makes all steps that are left, `train_step` one.
 
-    Knows no concrete model, optimizer, tracker or command line.
+    Beside the steps it calls `callbacks`, in their order: see `trainer.callbacks`. It knows no
+    concrete model, optimizer, tracker or command line.
     """
 
     def __init__(
@@ -64,25 +75,105 @@ class Trainer:
         max_grad_norm: float | None,
         tracker: Tracker,
         throughput: Throughput,
-        poll: Callable[[], object] = lambda: None,
-        before_update: Callable[[], None] = lambda: None,
+        train_data: TrainData | None = None,
+        signals: Signals | None = None,
+        rollback: "RollBack | None" = None,
     ):
-        """`poll` is called between micro-batches and may raise to stop; `before_update` when the
-        gradients are made and the state is about to change.
+        """`train_data`: what `train` takes its batches from. `signals`: those to heed; None: none.
+        `rollback`: what answers a spike of the loss.
         """
         self.config = config
         self.plan = plan
         self.engine = engine
         self.state = engine.state
+        self.world = engine.world
         self.schedule = schedule
         self.max_grad_norm = max_grad_norm
         self.tracker = tracker
         self.throughput = throughput
-        self.poll = poll
-        engine.before_update = before_update
+        self.train_data = train_data
+        self.rollback = rollback
+        self.callbacks: list[Callback] = []
+        """Called in this order."""
+        self.saving: Saving | None = None
+        """The one among them that saves, if one does."""
+        self.first_step = self.state.step
+        """The first step of this process's part of the run."""
+        self.interruption = Interruption(self, signals or Signals())
+        engine.before_update = self.interruption.before_update
         self._pending: list[tuple[int, dict[str, torch.Tensor] | None]] = []
         self._last_micro: Batch | None = None
+        self._ruined: int | None = None  # the step whose update left weights of no use
         self._restart_clock()
+
+    def train(self) -> None:
+        """Make the steps that are left, calling the callbacks.
+
+        Raises `Interrupted` after a signal and `TrainingDivergedError` where the loss or the
+        gradient says so, with a checkpoint of the last whole step saved.
+        """
+        assert self.train_data is not None, "it was given when the trainer was made"
+        with self.interruption.heeded():
+            try:
+                for callback in self.callbacks:
+                    callback.on_start(self)
+                if self.config.eval_only:
+                    return
+                loader = Loader(
+                    self.train_data,
+                    self.plan.schedule,
+                    rank=self.world.data_rank,
+                    num_ranks=self.world.num_data_ranks,
+                    interleaved=self.config.deterministic_reduction,
+                )
+                while self.state.step < self.config.num_train_steps:
+                    batches = loader.batches(self._steps_left(), self.interruption.wait_for)
+                    with self._answering(), closing(batches):
+                        self.fit(batches)
+            except (Interrupted, TrainingDivergedError):
+                self.interruption.stop()
+                raise
+            except Exception:
+                with self.interruption.lock:  # a thread may be saving what this rank has
+                    pass
+                raise
+            finally:
+                for callback in self.callbacks:
+                    callback.on_end(self)
+
+    def _steps_left(self) -> Iterator[int]:
+        """The steps still to make, without those whose batches are skipped."""
+        steps = range(self.state.step, self.config.num_train_steps)
+        return (step for step in steps if not self.state.recovery.skips(step))
+
+    def _answering(self) -> AbstractContextManager[None]:
+        """Inside, a spike of the loss is answered with a roll-back, if one is to be made."""
+        return nullcontext() if self.rollback is None else self.rollback.answering(self)
+
+    def save_what_was_done(self) -> None:
+        """Save the last whole step of this process's part of the run, all ranks together."""
+        # It may find that the weights stopped changing earlier, or a spike.
+        with suppress(TrainingDivergedError), self._answering():
+            self.flush()
+        step = self.state.step - 1
+        if self.saving is not None and step >= self.first_step and self._ruined != step:
+            self.saving.save(self, step, interrupted=True)
+        self._log_stop()
+
+    def save_alone(self) -> None:
+        """The same by the first rank without the others, which hold copies of the state."""
+        try:
+            self.flush(alone=True)
+        except TrainingDivergedError as error:
+            if self.config.recover is not None:  # it would go back, together with the others
+                log.warning("step %d: not saved, %s", self.state.step - 1, error.spike.reason)
+                return
+        if self.saving is not None:
+            self.saving.save_alone(self)
+        self._log_stop()
+
+    def _log_stop(self) -> None:
+        log.info("stopped after %d of %d steps", self.state.step, self.config.num_train_steps)
 
     def train_step(self, step: int, batch: Batch) -> dict[str, torch.Tensor]:
         """Update the weights once, from this rank's examples of batch `step`.
@@ -99,21 +190,20 @@ class Trainer:
         starts = range(0, len(batch.tokens), micro_size)
         for index, start in enumerate(starts):
             if index:
-                self.poll()
-            number = engine.world.data_rank * len(starts) + index
-            self.state.seed_dropout(step, number, engine.world.context_rank)
+                self.interruption.agree()
+            number = self.world.data_rank * len(starts) + index
+            self.state.seed_dropout(step, number, self.world.context_rank)
             micro = batch.rows(start, start + micro_size).to(device)
             loss += engine.backward(micro, num_targets, is_last=index == len(starts) - 1)
             self._last_micro = micro
         enter_phase("update")
         return engine.update(loss, self.schedule(step), self.max_grad_norm)
 
-    def fit(self, batches: Iterator[Batch], callbacks: Sequence[Callback] = ()) -> None:
-        """Make the updates that are left of `num_train_steps`, calling the hooks after each.
+    def fit(self, batches: Iterator[Batch]) -> None:
+        """Make the steps that are left with these batches, calling the callbacks after each.
 
-        `batches` has none for the steps that are left out; the hooks are called there too. Raises
-        `TrainingDivergedError`; lets what `poll` and `batches` raise through, with the state of the
-        last whole update.
+        `batches` has none for the steps that are skipped; the callbacks are called there too. What
+        a poll for signals, `batches` or a callback raises leaves the state of the last whole step.
         """
         num_steps = self.config.num_train_steps
         self._restart_clock()
@@ -127,25 +217,29 @@ class Trainer:
                     enter_phase("data", step)
                     batch = next(batches)
                     self._loading_time += time.perf_counter() - start
+                    self._call("before_step", step)
                     figures = self.train_step(step, batch)
                 self.state.step = step + 1
                 self._pending.append((step, figures))
-
                 if info.is_last or step % self.config.log_interval == 0:
                     self.flush()
-                start = time.perf_counter()
-                for callback in callbacks:
-                    callback(info)
-                self._hook_time += time.perf_counter() - start
+                self._call("after_step", info)
         finally:
             gc.unfreeze()
+
+    def _call(self, method: str, argument: object) -> None:
+        """Call a method of every callback; its time is no training time."""
+        start = time.perf_counter()
+        for callback in self.callbacks:
+            getattr(callback, method)(self, argument)
+        self._callback_time += time.perf_counter() - start
 
     def flush(self, *, alone: bool = False) -> None:
         """Hand the figures of the steps since the last flush to the tracker.
 
-        Hooks that read or save the state call it first, on all ranks. This is where the host waits
-        for the device. A step that was not finite, or the end of a spike, is reported like any
-        other and then raised, unless `crash_on_nan` is false. `alone`: the first rank calls it
+        Callbacks that read or save the state call it first, on all ranks. This is where the host
+        waits for the device. A step that was not finite, or the end of a spike, is reported like
+        any other and then raised, unless `crash_on_nan` is false. `alone`: the first rank calls it
         without the others.
         """
         if not self._pending:
@@ -178,15 +272,17 @@ class Trainer:
         """Raise `TrainingDivergedError` where the update that was made last has ruined the weights.
 
         Its own loss and gradient were finite: that shows in the next forward pass only, and there
-        is none after the last update. All ranks call it, each with a micro-batch it has seen.
+        is none after the last update. All ranks call it, each with a micro-batch it has seen. It
+        does nothing in a thread, which saves while the main one is in the model.
         """
-        micro = self._last_micro
-        if micro is None or not self.config.crash_on_nan:
+        micro, is_main = self._last_micro, threading.current_thread() is threading.main_thread()
+        if micro is None or not self.config.crash_on_nan or not is_main:
             return
         with inference(self.state.model), torch.compiler.set_stance("force_eager"):
             loss = self.state.model(micro.tokens, micro.targets, segments=micro.segments)
         is_bad = torch.tensor(not math.isfinite(loss.item()), dtype=torch.int32)
-        if int(self.engine.world.sum_all(is_bad)):
+        if int(self.world.sum_all(is_bad)):
+            self._ruined = step
             reason = "the weights that this update made give a loss that is not finite"
             raise TrainingDivergedError(Spike(step, reason), is_made=True)
 
@@ -200,14 +296,14 @@ class Trainer:
         rows = torch.stack([torch.stack([f[n].float() for n in names]) for f in figures.values()])
         values = rows.tolist()  # the one wait for the device
         if not alone:
-            values = self.engine.world.from_first(values)
+            values = self.world.from_first(values)
         named = (dict(zip(names, row, strict=True)) for row in values)
         return dict(zip(figures, named, strict=True))
 
     def _rates(self, steps: Sequence[int]) -> dict[str, float]:
-        """Throughput over the updates since the last flush, hooks left out."""
-        seconds = time.perf_counter() - self._interval_start - self._hook_time
-        hook_time, loading_time = self._hook_time, self._loading_time
+        """Throughput over the updates since the last flush, without the callbacks' time."""
+        seconds = time.perf_counter() - self._interval_start - self._callback_time
+        callback_time, loading_time = self._callback_time, self._loading_time
         self._restart_clock()
         if not steps:
             return {}
@@ -219,9 +315,9 @@ class Trainer:
             total_examples=self.state.recovery.num_examples(schedule, steps[-1] + 1),
         ) | {
             "throughput/loading_time": loading_time / len(steps),
-            "throughput/hook_time": hook_time / len(steps),
+            "throughput/hook_time": callback_time / len(steps),
         }
 
     def _restart_clock(self) -> None:
         self._interval_start = time.perf_counter()
-        self._loading_time = self._hook_time = 0.0
+        self._loading_time = self._callback_time = 0.0

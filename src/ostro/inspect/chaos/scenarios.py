@@ -13,9 +13,9 @@ from ostro.data.sources.source import UrlsSource
 from ostro.inspect.chaos.faults import DAMAGES, SIGNALS, Fault, Strike
 from ostro.inspect.children import Orders, strike
 from ostro.lm_config import TrainLmConfig, replace_trainer
-from ostro.session import Session
 from ostro.tracker import JsonLoggerConfig, NoopConfig, Tracker
-from ostro.trainer.rollback import RecoverConfig, StepRange
+from ostro.trainer import Trainer
+from ostro.trainer.spikes import RecoverConfig, StepRange
 
 Change = Callable[[TrainLmConfig], TrainLmConfig]
 
@@ -87,18 +87,18 @@ def _nan_gradient(fault: Fault, config: TrainLmConfig) -> Scenario:
     num_steps = config.trainer.num_train_steps
     step = fault.draw.randrange(1, num_steps - 2)
 
-    def spoil(session: Session) -> None:
-        update = session.engine.update
+    def spoil(trainer: Trainer) -> None:
+        update = trainer.engine.update
 
         def spoiled(*arguments: object) -> object:
-            if session.state.step == step and not done:
+            if trainer.state.step == step and not done:
                 done.append(step)
                 strike(0, "NaN gradient; complete: none")
-                next(p for p in session.state.model.parameters()).grad.fill_(math.nan)  # type: ignore
+                next(p for p in trainer.state.model.parameters()).grad.fill_(math.nan)  # type: ignore
             return update(*arguments)  # type: ignore[arg-type]
 
         done: list[int] = []
-        session.engine.update = spoiled  # type: ignore[method-assign]
+        trainer.engine.update = spoiled  # type: ignore[method-assign]
 
     orders, marker = [Orders(on_ready=spoil)], "doctor: NaN gradient"
     if fault.where == "stop":

@@ -2,16 +2,16 @@
 
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ostro.core.errors import DataError
 from ostro.core.redaction import REDACTED
 from ostro.data.tokenizer import Tokenizer
-from ostro.lm_config import TrainLmConfig, trackers
 from ostro.runtime.commands import Dialect, NativeDialect, RunFacts
-from ostro.tracker import TensorboardConfig
+from ostro.tracker import TensorboardConfig, TrackerConfig
+from ostro.trainer.config import TrainerConfig
 
 log = logging.getLogger("ostro")
 
@@ -20,26 +20,35 @@ log = logging.getLogger("ostro")
 class NextSteps:
     """The end of one run, in the words of the command line that started it."""
 
-    config: TrainLmConfig
+    trainer: TrainerConfig
     """As it was resolved."""
     config_path: Path
-    """Where that lies."""
+    """Where the whole configuration lies, as it was resolved."""
     checkpoints: str
     """The folder of the run's checkpoints."""
     tokenizer: Tokenizer
     dialect: Dialect
+    trackers: Sequence[TrackerConfig]
+    imports: Sequence[str] = ()
+    """Modules that whoever reads the checkpoints has to import, too."""
+    epoch: int = 0
+    """Passes over the data after which the run ends, if it does."""
+    prompts: Sequence[str] = ()
+    """What the user lets the model continue."""
+    has_documents: bool = True
+    """Whether its batches are made of documents that `ostro why` can show."""
 
     @property
     def facts(self) -> RunFacts:
         """What the commands have to know."""
-        trainer = self.config.trainer
+        trainer = self.trainer
         assert trainer.id is not None, "the run id is chosen before"
         return RunFacts(
             trainer.id,
             str(self.config_path),
             self.checkpoints,
             never_loads=trainer.load_checkpoint is False,
-            imports=tuple(self.config.imports),
+            imports=tuple(self.imports),
             is_complete=REDACTED not in self.config_path.read_text(encoding="utf-8"),
         )
 
@@ -52,7 +61,7 @@ class NextSteps:
 
     def report_batch(self, step: int) -> None:
         """Log how to see the documents of a batch, where its data is made of documents."""
-        if self.config.data.sampling != "windows":
+        if self.has_documents:
             command = NativeDialect().why(self.facts, step)
             log.info("See the documents of that batch with: %s", command)
 
@@ -72,20 +81,20 @@ class NextSteps:
             log.info("  %-12s %s", f"{name}:", command)
 
     def _commands(self, has_checkpoint: bool) -> Iterator[tuple[str, str]]:
-        trainer, epoch = self.config.trainer, self.config.epoch
+        trainer, epoch = self.trainer, self.epoch
         if has_checkpoint and not trainer.eval_only:
             command = self.dialect.train_on(self.facts, trainer.num_train_steps * 2, epoch * 2)
             yield "train on", str(command)
         if has_checkpoint:
             yield "sample", str(self.dialect.sample(self.facts, self._prompt()))
-        for tracker in trackers(self.config):
+        for tracker in self.trackers:
             if isinstance(tracker, TensorboardConfig):
                 folder = tracker.logdir.partition("${run_id}")[0].removesuffix("/.") or "."
                 yield "TensorBoard", shlex.join(["tensorboard", "--logdir", folder])
 
     def _prompt(self) -> str:
         """A prompt that the tokenizer has tokens for."""
-        for prompt in [*self.config.sample_prompts[:1], "Once"]:
+        for prompt in [*self.prompts[:1], "Once"]:
             try:
                 self.tokenizer.encode_prompt(prompt)
             except DataError:

@@ -15,7 +15,7 @@ from tiny_run import ostro, read_metrics, torchrun, write_config
 
 from ostro.checkpoint import find_latest
 from ostro.data.order.mixture import BatchSchedule
-from ostro.trainer.rollback import RecoverConfig, Recovery, StepRange
+from ostro.trainer.spikes import RecoverConfig, Recovery, StepRange
 
 
 def observed(recovery: Recovery, losses, first: int = 0):
