@@ -15,4 +15,4 @@ from ostro import kernels
 def _kernels_as_at_the_start():
     """What a run in this process chose is not for the tests after it."""
     yield
-    kernels.use(None)
+    kernels.enable(None)

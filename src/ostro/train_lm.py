@@ -102,7 +102,7 @@ def run(
     joining = open_process_group(
         trainer.distributed, trainer.device, trainer.require_accelerator, agree
     )
-    with kernels.restored(), joining as world:
+    with kernels.scope(), joining as world:
         run_id = world.from_first(choose_run_id(config))
         config = replace_trainer(config, id=run_id)
         check(config)  # the id may come from the environment
@@ -325,9 +325,9 @@ def choose_settings(
 
     def kind_of_kernels(trainer: TrainerConfig) -> str:
         wanted = world.device.type == "cpu" and not trainer.deterministic_reduction
-        if wanted and kernels.why_not():
-            log.info("trainer.kernels = auto: torch, slower - %s", kernels.why_not())
-        return kernels.in_use()
+        if wanted and kernels.unavailable_reason():
+            log.info("trainer.kernels = auto: torch, slower - %s", kernels.unavailable_reason())
+        return kernels.active_kind()
 
     choices = {
         "num_threads": lambda _: torch.get_num_threads(),

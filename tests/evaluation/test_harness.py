@@ -127,7 +127,7 @@ def test_an_empty_prompt_and_too_long_an_answer_have_an_answer_too(models, caplo
 
 def test_an_answer_ends_at_its_stop(models):
     model, tokenizer, _, _ = models
-    kernels.use(False)  # whose steps call no module
+    kernels.enable(False)  # whose steps call no module
     steps = []
     hook = model.blocks[0].register_forward_hook(lambda *_: steps.append(1))
     long = harness.write_until(model, tokenizer, [("the", {"max_gen_toks": 30})], 1)[0]

@@ -17,12 +17,14 @@ from ostro.nn.loss import keep_memory
 from ostro.nn.norm import LayerNorm, RMSNorm
 from ostro.nn.rotary import turn_fused
 
-needs_kernels = pytest.mark.skipif(not kernels.available(), reason=kernels.why_not() or "runs")
+needs_kernels = pytest.mark.skipif(
+    not kernels.available(), reason=kernels.unavailable_reason() or "runs"
+)
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def dtype(request):
-    kernels.use(True)
+    kernels.enable(True)
     return request.param
 
 
@@ -174,12 +176,12 @@ def test_a_model_learns_the_same_with_and_without(family, recompute, dtype):
     for wanted in (True, False):
         model = config.build(65, dtype)
         initialize(model, 0)
-        kernels.use(wanted)
+        kernels.enable(wanted)
         try:
             loss = model(tokens[:, :-1], tokens[:, 1:], scale=1 / 141)
             loss.backward()
         finally:
-            kernels.use(None)
+            kernels.enable(None)
         found.append((loss.item(), [p.grad for p in model.parameters()]))
     (ours, gradients), (theirs, expected) = found
     assert not all(map(torch.equal, gradients, expected)), "the kernels were not used"
@@ -191,10 +193,10 @@ def test_a_model_learns_the_same_with_and_without(family, recompute, dtype):
 
 def test_without_a_compiler_torch_does_the_work(tmp_path):
     program = (
-        "import torch; from ostro import native\n"
+        "import torch; from ostro import kernels\n"
         "assert not kernels.available()\n"
         "assert kernels.linear(torch.ones(64, 16).bfloat16(), torch.ones(16, 16), None) is None\n"
-        "print(kernels.why_not())"
+        "print(kernels.unavailable_reason())"
     )
     environment = {**os.environ, "CXX": "no-such-compiler", "OSTRO_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", program]
@@ -217,7 +219,7 @@ def test_norms_and_their_gradients(kind, adds, dtype):
         parameter.data = torch.randn(96).to(dtype).float()
     found = []
     for wanted in (True, False):
-        kernels.use(wanted)
+        kernels.enable(wanted)
         norm.zero_grad()
         inputs = [x.clone().requires_grad_()] + [added.clone().requires_grad_()] * adds
         total, normed = norm(*inputs)
@@ -239,7 +241,7 @@ def test_rotary_positions_and_their_gradients(dtype):
     angles = torch.randn(1, 9, 1, 1, 16)
     found = []
     for wanted in (True, False):
-        kernels.use(wanted)
+        kernels.enable(wanted)
         qkv.grad = None
         turned = turn_fused(qkv, angles.cos(), angles.sin())
         turned.backward(back)
@@ -260,7 +262,7 @@ def test_a_profile_has_the_kernels():
 def test_the_norms_of_gradients():
     grads = [torch.randn(70_000, generator=torch.Generator().manual_seed(0)), torch.ones(3, 5)]
     assert kernels.norms(grads) is None  # nobody has said that this process uses kernels
-    kernels.use(True)
+    kernels.enable(True)
     torch.testing.assert_close(kernels.norms(grads), torch.stack(torch._foreach_norm(grads)))
     assert kernels.norms([grads[0][::2]]) is None
 
@@ -268,9 +270,9 @@ def test_the_norms_of_gradients():
 @needs_kernels
 def test_float32_is_for_kernels_where_that_was_said():
     assert kernels.gelu(noise(4, 16)) is not None and kernels.gelu(torch.ones(4, 16)) is None
-    kernels.use(True)
+    kernels.enable(True)
     assert kernels.gelu(torch.ones(4, 16)) is not None
-    kernels.use(False)
+    kernels.enable(False)
     assert kernels.gelu(noise(4, 16)) is None and kernels.gelu(torch.ones(4, 16)) is None
 
 
@@ -282,7 +284,7 @@ def test_adamw_is_a_kernel_where_that_was_said():
     optimizer.step()  # makes its state
     before = weight.tolist()
     assert not kernels.adamw(optimizer, None) and weight.tolist() == before
-    kernels.use(True)
+    kernels.enable(True)
     assert kernels.adamw(optimizer, None) and weight.tolist() != before
     optimizer.param_groups[0]["maximize"] = True
     assert not kernels.adamw(optimizer, None)

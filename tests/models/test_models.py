@@ -76,8 +76,8 @@ def test_the_sum_through_the_blocks_stays_float32(config, kernels):
         block.register_forward_hook(lambda _, args, out: seen.extend([args[0], out]))
         for layer in (block.attention, block.mlp):
             layer.register_forward_hook(lambda _, args, out: computed.update([args[0], out]))
-    with kernels.restored():
-        kernels.use(kernels)
+    with kernels.scope():
+        kernels.enable(kernels)
         model(tokens(), tokens(seed=1)).backward()
         with in_compute_dtype(model), torch.no_grad():
             model(tokens())

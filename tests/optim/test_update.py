@@ -91,7 +91,7 @@ def reference(config: AdamConfig, num_steps: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e9])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 3e-7)])
 def test_adamw_against_a_float64_reference(dtype, tolerance, max_grad_norm, kernels):
-    kernels.use(kernels)
+    kernels.enable(kernels)
     config = AdamConfig(
         learning_rate=0.02,
         weight_decay=0.3,

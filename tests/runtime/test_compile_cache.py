@@ -207,8 +207,8 @@ def test_damaged_kernels_are_compiled_again(home, tmp_path):
 @needs_compiler
 def test_a_run_goes_without_kernels_that_cannot_be_kept(home, tmp_path):
     program = "def full(*_): raise OSError(28, 'No space left')\ncompile_cache._make = full\n"
-    assert "No space left" in kernels(tmp_path, program + "print(kernels.why_not())")
-    assert "torch" in kernels(tmp_path, program + "print(kernels.in_use())")
+    assert "No space left" in kernels(tmp_path, program + "print(kernels.unavailable_reason())")
+    assert "torch" in kernels(tmp_path, program + "print(kernels.active_kind())")
 
 
 @pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])

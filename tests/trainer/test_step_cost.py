@@ -94,7 +94,7 @@ def faults(ours: Cost, plain: Cost, bounds) -> list[str]:
 @pytest.mark.parametrize("name", BOUNDS)
 def test_an_update_makes_few_calls_allocates_little_and_does_not_wait(name):
     if "native" in name and not kernels.available():
-        pytest.skip(kernels.why_not())
+        pytest.skip(kernels.unavailable_reason())
     plain = cost(plain_step(name))
     trainer, step = build_ours(name)
     assert faults(cost(step), plain, BOUNDS[name]) == []
@@ -113,7 +113,7 @@ def seconds(step) -> float:
     return time.perf_counter() - start
 
 
-@pytest.mark.skipif(not kernels.available(), reason=kernels.why_not() or "runs")
+@pytest.mark.skipif(not kernels.available(), reason=kernels.unavailable_reason() or "runs")
 def test_an_update_takes_less_time_than_in_plain_torch():
     """Fastest of interleaved updates, which neighbours disturb least."""
     ours, plain = build_ours("native f32")[1], plain_step("native f32")

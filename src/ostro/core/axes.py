@@ -29,9 +29,10 @@ class ParameterAxes:
     lookup: bool = False
     """True for a table indexed by token or position (its dims are then `ins` before `outs`)."""
     num_heads: int | None = None
-    """How many equal parts an axis `heads` is made of; it can be split between them only."""
+    """Number of heads on an axis `heads`. It can be sharded between heads, not within one."""
     fused: tuple[int, ...] = (1,)
-    """How many shares of every head each of the layers has that are stored in one, in order."""
+    """Layers that are stored in one tensor, in order, by the parts of each head that they make up:
+    (1, 1, 1) for queries, keys and values."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class RankInfo:
 
 
 def find_rank_info(environ: Mapping[str, str]) -> RankInfo:
-    """This process's place; `ConfigError` where a variable holds no number."""
+    """This process's rank, as its launcher says; `ConfigError` where a variable is no number."""
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         if (found := _slurm(environ) or _mpi(environ)) is not None:
             return found

@@ -112,7 +112,7 @@ def open_process_group(
     require_accelerator: bool,
     agree: Callable[[Rendezvous], None] = lambda rendezvous: None,
 ) -> Iterator[World]:
-    """Meet the other processes for the length of a `with` block; see `join`.
+    """Meet the other processes for the length of a `with` block; see `join_process_group`.
 
     Raises `LostRankError` in place of the error with which an exchange breaks off.
     """

@@ -41,15 +41,18 @@ class LostRankError(OstroError):
 
 
 class Rendezvous:
-    """What the processes of a run tell each other through a store that one of them keeps."""
+    """The store in which the ranks of a run meet, and tell each other why they fail.
+
+    Rank 0 keeps it, or the launcher does where there is one that outlives the ranks (torchrun).
+    """
 
     current: ClassVar["Rendezvous | None"] = None
-    """The meeting this process takes part in."""
+    """The one that this process has joined."""
 
     def __init__(self, rank_info: RankInfo, timeout: timedelta):
-        """Connect to the store, and keep it if this is rank 0 and no launcher does.
+        """Connect to the store; rank 0 starts it where no launcher has.
 
-        Raises `LostRankError` when there is none within the timeout.
+        Raises `LostRankError` if it cannot be reached within the timeout.
         """
         assert rank_info.address is not None and rank_info.rank is not None
         self.rank_info = rank_info
@@ -58,11 +61,13 @@ class Rendezvous:
         self._failure, self._said = f"failure/{rank_info.attempt}", f"said/{rank_info.attempt}"
 
     def gather(self, timeout: timedelta) -> dist.Store:
-        """Wait for all ranks; returns a store of their own.
+        """Wait until all ranks are here; returns a store of this round alone.
 
-        Raises `LostRankError` with the missing ones after the timeout, and at once when one of
-        them has failed. A store that outlives its processes still has what those before a
-        restart wrote: rank 0 names each round anew, and the others go to the one that has them.
+        A launcher's store outlives the ranks: after a restart it still holds what the ranks before
+        wrote. So rank 0 draws a new name for each round, and a rank has arrived once it finds
+        itself in the round's list.
+
+        Raises `LostRankError` with the missing ranks after the timeout, and at once if one fails.
         """
         store, rank_info, me = self._store, self.rank_info, uuid.uuid4().hex
         rank = rank_info.rank or 0
@@ -123,8 +128,9 @@ class Rendezvous:
             time.sleep(_POLL)
 
     def wait_for_first(self, is_over: Callable[[], bool]) -> None:
-        """Return once rank 0 calls this too, or has failed, or when it `is_over`."""
-        # By the connection that is there: another waits for a rank 0 that kept the store and left.
+        """Wait until rank 0 calls this too, or has failed, or `is_over()`."""
+        # Through the connection that exists: opening one would block if rank 0 kept the store and
+        # has left.
         with contextlib.suppress(dist.DistError), quiet_torch():
             if self.rank_info.rank == 0:
                 self._round.set("first", "is here")

@@ -61,7 +61,7 @@ def decoder_of(model: LmModel, cache: KeyValueCache, rows: int) -> Decoder | Non
     known = bool(blocks) and all(_is_known(block, type(model.final_norm)) for block in blocks)
     if not (plain and known and dtype in (torch.float32, torch.bfloat16) and rows <= MAX_ROWS):
         return None
-    if model._compiled_call_impl is not None or kernels.in_use() != "native":
+    if model._compiled_call_impl is not None or kernels.active_kind() != "native":
         return None
     first, config, head = blocks[0], model.config, model.head_weight()
     keys, _ = cache.layers[0]

@@ -26,28 +26,30 @@ from ostro.runtime.compile_cache import compiled_file
 log = logging.getLogger("ostro")
 _FLAGS = "-O3 -march=native -std=c++20 -fopenmp -shared -fPIC -w"
 _is_wanted: bool | None = None
-"""Null where nobody has said: then what can only be done in bfloat16 is."""
+"""Whether to use the kernels. None: nobody has said, and bfloat16 alone is computed with them."""
 
 
-def use(wanted: bool | None) -> None:
-    """Whether this process uses the kernels where it can; None as at its start: models do."""
+def enable(wanted: bool | None) -> None:
+    """Use the kernels wherever they apply, or nowhere; None: for bfloat16, as at the start."""
     global _is_wanted
     _is_wanted = wanted
 
 
 @contextmanager
-def restored() -> Iterator[None]:
-    """What is said by `use` inside is forgotten behind it."""
+def scope() -> Iterator[None]:
+    """At the end of the `with` block, undo what `enable` did inside it."""
     before = _is_wanted
     try:
         yield
     finally:
-        use(before)
+        enable(before)
 
 
-def is_used(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether kernels in `dtype`, by default its own, do the work on this tensor of a CPU; those in
-    float32 where that was said."""
+def applies_to(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a kernel that computes in `dtype` (by default the tensor's own) takes this tensor.
+
+    It must be a plain tensor on the CPU, outside of a compilation. float32 needs `enable(True)`.
+    """
     dtype = dtype or x.dtype
     return (
         _is_wanted is not False
@@ -59,7 +61,7 @@ def is_used(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     )
 
 
-def in_use() -> str:
+def active_kind() -> str:
     """`native` or `torch`: what does the work on tensors of CPUs."""
     return "native" if _is_wanted is not False and available() else "torch"
 
@@ -69,7 +71,7 @@ def available() -> bool:
     return not isinstance(_library(), str)
 
 
-def why_not() -> str:
+def unavailable_reason() -> str:
     """What the kernels lack here; empty where they run."""
     found = _library()
     return found if isinstance(found, str) else ""
@@ -172,7 +174,7 @@ def attention(qkv: Tensor, scale: float) -> Tensor | None:
     For each key-value head: the queries of its group, its key, its value. Returns (batch, position,
     kv_heads * group * head_size), or None where the kernels cannot do it.
     """
-    if not is_used(qkv) or qkv.shape[-1] % 16 or not qkv.is_contiguous():
+    if not applies_to(qkv) or qkv.shape[-1] % 16 or not qkv.is_contiguous():
         return None
     return _Attention.apply(qkv, float(scale))
 
@@ -209,7 +211,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """`x @ weight.T + bias`, the weights float32; None where the kernels cannot do it."""
     outs, ins = weight.shape
     fits = ins % 16 == 0 and outs % 16 == 0 and x.numel() >= MIN_ROWS * ins
-    if not (fits and is_used(x) and _is_plain(weight) and (bias is None or _is_plain(bias))):
+    if not (fits and applies_to(x) and _is_plain(weight) and (bias is None or _is_plain(bias))):
         return None
     return _Linear.apply(x.contiguous(), weight, bias)
 
@@ -220,7 +222,7 @@ def _is_plain(weight: Tensor) -> bool:
 
 def gives_loss(hidden: Tensor, weight: Tensor) -> bool:
     """Whether `head_loss` can work on these."""
-    return hidden.shape[-1] % 16 == 0 and is_used(hidden) and _is_plain(weight)
+    return hidden.shape[-1] % 16 == 0 and applies_to(hidden) and _is_plain(weight)
 
 
 def head_loss(
@@ -267,12 +269,12 @@ class _Elementwise(torch.autograd.Function):
 
 def gelu(x: Tensor) -> Tensor | None:
     """GELU by its tanh approximation; None where the kernels cannot do it."""
-    return _Elementwise.apply("gelu", x) if is_used(x) and x.is_contiguous() else None
+    return _Elementwise.apply("gelu", x) if applies_to(x) and x.is_contiguous() else None
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor | None:
     """`silu(gate) * up`; None where the kernels cannot do it."""
-    fits = is_used(gate) and gate.is_contiguous() and up.is_contiguous()
+    fits = applies_to(gate) and gate.is_contiguous() and up.is_contiguous()
     return _Elementwise.apply("silu_gate", gate, up) if fits else None
 
 
@@ -317,7 +319,7 @@ def normalise(
     `(x - mean) * weight / sqrt(variance + eps) + bias`, the mean taken as 0 unless `is_centred`.
     None where the kernels cannot do it.
     """
-    fits = x.shape[-1] % 16 == 0 and is_used(x, dtype) and _is_plain(x) and _is_plain(weight)
+    fits = x.shape[-1] % 16 == 0 and applies_to(x, dtype) and _is_plain(x) and _is_plain(weight)
     fits = fits and (bias is None or _is_plain(bias))
     fits = fits and (added is None or (added.dtype == dtype and added.is_contiguous()))
     if not fits:
@@ -350,7 +352,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     Dim i turns against dim i + head_size / 2 by the angles of which `cos` and `sin` are (batch or
     1, position, 1, 1, head_size / 2). None where the kernels cannot do it.
     """
-    fits = qkv.shape[-1] % 32 == 0 and is_used(qkv) and qkv.is_contiguous()
+    fits = qkv.shape[-1] % 32 == 0 and applies_to(qkv) and qkv.is_contiguous()
     fits = fits and cos.dtype == sin.dtype == torch.float32
     return _Rotary.apply(qkv, cos.contiguous(), sin.contiguous()) if fits else None
 

@@ -1,12 +1,24 @@
-"""Where a process is: the phases that a run passes through, told to whoever listens.
+"""The phase that a process is in. A run enters one after the other, and listeners are told.
 
-    data  ready  forward  backward  update           the main thread, again and again: it waits
-    evaluation  sample  rollback                     for a batch; has it, and waits for the others
-    compile                                          within any of them
-    load  stage  save  commit                        any thread: one batch read; a checkpoint's
-                                                     copy made, its files written, made to count
+The main thread, for every step:
 
-The watchdog looks here for what stalls, and the tests of failures let them happen here.
+    data        waits for a batch
+    ready       has it, and waits for the other ranks
+    forward     computes the loss of a micro-batch
+    backward    computes its gradients
+    update      changes the weights
+
+In between, when due: `evaluation`, `sample` (one token), `rollback`; and within any of them
+`compile`, while torch compiles something.
+
+Any thread:
+
+    load        reads a batch
+    stage       copies the state for a checkpoint
+    save        writes a part of its files
+    commit      makes the checkpoint count
+
+The watchdog finds out here what stalls, and tests make runs fail at a given phase.
 """
 
 import threading
@@ -17,10 +29,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phase:
-    """What the main thread was last seen to begin."""
+    """The phase that the main thread entered last."""
 
     name: str
-    step: int  # 0-based index of the update that is being made
+    step: int  # the step that is being made, 0-based
 
 
 _current = Phase("start", 0)
@@ -28,12 +40,12 @@ _listeners: list[Callable[[str], None]] = []
 
 
 def current_phase() -> Phase:
-    """Where the main thread is."""
+    """The phase that the main thread is in."""
     return _current
 
 
 def enter_phase(phase: str, step: int | None = None) -> None:
-    """This thread begins `phase`; of the main thread that is remembered, with its step."""
+    """Enter a phase, and tell the listeners. That of the main thread is kept, with its step."""
     global _current
     if threading.current_thread() is threading.main_thread():
         _current = Phase(phase, _current.step if step is None else step)
@@ -43,7 +55,8 @@ def enter_phase(phase: str, step: int | None = None) -> None:
 
 @contextmanager
 def listening(listener: Callable[[str], None]) -> Iterator[None]:
-    """Call `listener` with every phase that any thread begins; what it raises comes out there."""
+    """Call `listener` with every phase that any thread enters, in that thread. What it raises is
+    raised there."""
     _listeners.append(listener)
     try:
         yield

@@ -63,7 +63,7 @@ def _known(saved: Saved | SavedFile | None, world: World) -> dict[str, Any]:
         return {}
     trainer = read_settings(saved.texts["config.yaml"], str(saved))["trainer"]
     known = {name: trainer[name] for name in _OPEN if name in trainer}
-    if known.get("kernels") == "native" and kernels.why_not():
+    if known.get("kernels") == "native" and kernels.unavailable_reason():
         del known["kernels"]  # made on a machine that could run them
     made_by = saved.values.get("made_by")
     if not isinstance(made_by, dict) or made_by.get("num_ranks") != world.num_ranks:
@@ -117,8 +117,7 @@ def choose_kernels(trainer: TrainerConfig, device: torch.device) -> None:
     # Bits that do not depend on how a batch is split are a promise about torch's operators.
     wanted = trainer.kernels != "torch" and not trainer.deterministic_reduction
     wanted = wanted and device.type == "cpu"
-    kernels.use(wanted)
-    if wanted and trainer.kernels == "native" and kernels.why_not():
-        raise ConfigError(
-            f"trainer.kernels = native - {kernels.why_not()} - otherwise take trainer.kernels: auto"
-        )
+    kernels.enable(wanted)
+    reason = kernels.unavailable_reason() if wanted and trainer.kernels == "native" else None
+    if reason:
+        raise ConfigError(f"trainer.kernels = native - {reason} - or set trainer.kernels: auto")

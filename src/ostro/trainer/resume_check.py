@@ -140,7 +140,7 @@ def record(
         "torch": str(torch.__version__),  # a class of its own, which a file refuses
         "device": device.type + kind,
         "num_threads": torch.get_num_threads(),
-        "kernels": kernels.in_use(),
+        "kernels": kernels.active_kind(),
         "num_ranks": world.num_ranks,
         "vocab_size": vocab_size,
         "tokenizer": tokenizer,

@@ -88,7 +88,7 @@ class DeterministicEngine(Engine):
     def __init__(self, state: TrainState, world: World, mesh: Mesh | None):
         super().__init__(state, world)
         torch.set_num_threads(1)
-        kernels.use(False)
+        kernels.enable(False)
         for group in state.optimizer.param_groups:
             # The fused kernel rounds the last elements of a tensor in another way than the others,
             # and which these are depends on how it is split.
