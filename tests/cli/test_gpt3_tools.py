@@ -181,7 +181,9 @@ def test_the_scripts_do_not_hide_the_library_evaluate(name, tmp_path):
     (tmp_path / "ostro" / "__init__.py").touch()
     stub = f"def {name}(*_):\n    import importlib.util as u; print(u.find_spec('evaluate'))\n"
     (package / "gpt3_tools.py").write_text(stub)
-    (package.parent / "guard.py").write_text("def run_script(command):\n    command([], None)\n")
+    (package.parent / "runtime").mkdir()
+    script = "def run_script(command):\n    command([], None)\n"
+    (package.parent / "runtime" / "entry_point.py").write_text(script)
     for script in ("evaluate.py", "infer.py"):
         shutil.copy(SOURCE / script, tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

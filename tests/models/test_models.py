@@ -68,8 +68,8 @@ def test_every_parameter_has_axes_of_its_rank(config):
 
 
 @BOTH
-@pytest.mark.parametrize("kernels", [True, False])
-def test_the_sum_through_the_blocks_stays_float32(config, kernels):
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_sum_through_the_blocks_stays_float32(config, enabled):
     """Layers compute in what was asked for; tables can be in that, too, as they are to generate."""
     model, seen, computed = built(config, compute_dtype=torch.bfloat16), [], set()
     for block in model.blocks:
@@ -77,7 +77,7 @@ def test_the_sum_through_the_blocks_stays_float32(config, kernels):
         for layer in (block.attention, block.mlp):
             layer.register_forward_hook(lambda _, args, out: computed.update([args[0], out]))
     with kernels.scope():
-        kernels.enable(kernels)
+        kernels.enable(enabled)
         model(tokens(), tokens(seed=1)).backward()
         with in_compute_dtype(model), torch.no_grad():
             model(tokens())

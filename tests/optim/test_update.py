@@ -87,11 +87,11 @@ def reference(config: AdamConfig, num_steps: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e9])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 3e-7)])
-def test_adamw_against_a_float64_reference(dtype, tolerance, max_grad_norm, kernels):
-    kernels.enable(kernels)
+def test_adamw_against_a_float64_reference(dtype, tolerance, max_grad_norm, enabled):
+    kernels.enable(enabled)
     config = AdamConfig(
         learning_rate=0.02,
         weight_decay=0.3,
