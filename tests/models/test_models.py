@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from ostro import kernels
 from ostro.generate.cpu_decoder import in_compute_dtype
 from ostro.models import Gpt2Config, LlamaConfig, initialize
 from ostro.nn import axes_of

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ostro import kernels
 from ostro.core.axes import EMBED, MLP, POSITION, VOCAB, ParameterAxes
 from ostro.core.errors import ConfigError
 from ostro.optim import (
