@@ -1,6 +1,7 @@
 """The rules that hold the code together, read from the source: nothing is imported here."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -308,3 +309,34 @@ def test_nothing_that_is_read_can_run():
 def test_unsafe_calls_are_seen(code):
     assert list(unsafe_calls(ast.parse(code)))
     assert not list(unsafe_calls(ast.parse("torch.load(x, weights_only=True); model.eval()")))
+
+
+ROOT = SRC.parent
+
+
+def test_the_page_on_the_architecture_shows_the_packages_in_their_order():
+    """Those that stand on one level may come in any order."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.split("## The packages")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted(listed) == sorted(LEVEL_OF)
+    levels = [LEVEL_OF[name] for name in listed]
+    assert levels == sorted(levels, reverse=True)
+
+
+def test_contributing_says_where_every_package_is_changed():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Where to touch")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| \*\*(\w+)\*\*:", table, re.MULTILINE)
+    assert [LEVEL_OF[name] for name in listed] == sorted(LEVEL_OF.values(), reverse=True)
+    assert sorted(listed) == sorted(LEVEL_OF)
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_files_that_pages_name_are_there(page):
+    """A name without a folder is beside the one before it."""
+    folder = None
+    for name in re.findall(r"`([\w./-]+(?:\.(?:py|md|ya?ml|cpp)|/))`", (ROOT / page).read_text()):
+        if "/" in name.rstrip("/") and (ROOT / name).exists():
+            folder = (ROOT / name).parent
+        elif not (ROOT / name).exists():
+            assert folder is not None and (folder / name).exists(), f"{page} names {name}"

@@ -9,7 +9,8 @@ from ostro.checkpoint import find_latest
 from ostro.cli.benchmark import table
 from ostro.cli.native import saved_config
 from ostro.core.errors import ConfigError, DataError
-from ostro.evaluation import harness, squad
+from ostro.evaluation import _squad as squad
+from ostro.evaluation import harness
 from ostro.train_lm import load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

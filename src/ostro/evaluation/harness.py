@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ostro.core.errors import ConfigError, DataError, Problem, did_you_mean
 from ostro.data.tokenizer import Tokenizer
-from ostro.evaluation import squad
+from ostro.evaluation import _squad as squad
 from ostro.generate.sampling import generate, start_of_text
 from ostro.models.lm_model import LmModel, inference
 
