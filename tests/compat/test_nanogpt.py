@@ -552,3 +552,35 @@ def test_weights_without_an_optimizer_sample_and_do_not_resume(trained, tmp_path
     flags = refused.partition("from these weights alone, with ")[2].splitlines()[0].split()
     done = train(tmp_path, *SMALL, "init_from=resume", *flags)
     assert "initialising from the weights of out/ckpt.pt" in done.stdout
+
+
+LIBRARY = """
+import sys
+from ostro.checkpoint import CheckpointerConfig
+from ostro.data.text import LMDatasetConfig
+from ostro.data.tokenizer_config import BytesTokenizer
+from ostro.lm_config import TrainLmConfig
+from ostro.models import Gpt2Config
+from ostro.tracker import NoopConfig
+from ostro.train_lm import run
+from ostro.trainer import TrainerConfig
+
+saving = CheckpointerConfig("saved/.", format="nanogpt")
+run(TrainLmConfig(
+    data=LMDatasetConfig(tokenizer=BytesTokenizer(), train_urls=["train.txt"]),
+    model=Gpt2Config(seq_len=16, hidden_dim=16, num_layers=1, num_heads=2),
+    trainer=TrainerConfig(
+        num_train_steps=2, train_batch_size=2, steps_per_eval=None, id="a", device="cpu",
+        checkpointer=saving, tracker=NoopConfig(),
+    ),
+))
+assert not any(name.startswith("ostro.cli") for name in sys.modules)
+"""
+
+
+def test_the_format_needs_no_command_line(tmp_path):
+    write_text(tmp_path / "train.txt")
+    words = [sys.executable, "-c", LIBRARY]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "saved" / "ckpt.pt", weights_only=True)["iter_num"] == 2

@@ -220,7 +220,7 @@ class FileStore:
         stamp = Stamp(step, self._newest, **marks)
         state = replace(state, values={**state.values, **marks, "timestamp": self._newest})
         if self.format_name == "nanogpt":
-            content = single_file.FORMATS[self.format_name].pack(state)
+            content = single_file.format_called(self.format_name).pack(state)
             aside = self.only_best and not best
             path = folder / (single_file.INTERRUPTED if aside else single_file.NANOGPT)
             single_file.write_file(path, content, stamp)

@@ -11,6 +11,7 @@ plain values is ever read from one.
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import re
@@ -67,9 +68,21 @@ class FileFormat:
 FORMATS: dict[str, Any] = {"file": FileFormat()}
 
 
+_ELSEWHERE = {"nanogpt": ("ostro.compat.nanogpt.checkpoint_file", "FORMAT")}
+"""Module and name of formats of other programs, imported once a file may be of that format."""
+
+
 def register_format(name: str, file_format: Any) -> None:
     """Make a format known under the name that `checkpointer.format` gives it."""
     FORMATS[name] = file_format
+
+
+def format_called(name: str) -> Any:
+    """The format of that name."""
+    if name not in FORMATS:
+        module, attribute = _ELSEWHERE[name]
+        register_format(name, getattr(importlib.import_module(module), attribute))
+    return FORMATS[name]
 
 
 def point_to(path: Path) -> None:
@@ -188,7 +201,7 @@ def load_file(path: str | Path, *, check: bool = True) -> SavedFile:
     `check` false as for `read_file`.
     """
     content = read_file(Path(path), check=check)
-    for file_format in FORMATS.values():
+    for file_format in map(format_called, [*FORMATS, *(_ELSEWHERE.keys() - FORMATS)]):
         if file_format.fits(content):
             state = file_format.unpack(content, str(path))
             if not _is_state(state):

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
@@ -58,7 +58,7 @@ class Loader:
 
     def batches(
         self, steps: Iterable[int], wait: Callable[[Future[Batch]], Batch] = Future.result
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches of these steps; the thread ends with the iterator.
 
         `wait` takes a batch that may not have been read yet, and returns it.

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ostro.checkpoint import State, read_settings, register_format
+from ostro.checkpoint import State, read_settings
 from ostro.compat.nanogpt import settings
 from ostro.config import dump_yaml, load
 from ostro.core.errors import CheckpointError, OstroError
@@ -94,7 +94,8 @@ class NanoGptFormat:
         return "model" in content and all(isinstance(part, dict) for part in parts)
 
 
-register_format("nanogpt", NanoGptFormat())
+FORMAT = NanoGptFormat()
+"""What `checkpointer.format: nanogpt` stands for."""
 
 
 def _grouped(names: list[str], ndims: Mapping[str, int]) -> list[list[str]]:

@@ -137,10 +137,12 @@ class Saving(Callback):
             failure = error
         if trainer.world.is_first and failure:  # the others say the same
             log.error("%s; training goes on", failure)
-        if trainer.world.is_first and report:
+        if report is None:
+            return
+        if trainer.world.is_first:
             self.has_checkpoint = True
             log.info("saved %s (%s, %.1f s)", report.path, report.kind, report.seconds)
-        for callback in trainer.callbacks if report else ():
+        for callback in trainer.callbacks:
             callback.after_save(trainer, report)
 
     def make_state(self, trainer: Trainer, shards: Path) -> State:
