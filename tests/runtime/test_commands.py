@@ -49,6 +49,8 @@ def test_a_setting_takes_the_place_of_its_other_spellings(words, expected):
         (["python3", "-u", "d/train.py"], ["d/train.py"], "python train.py", "python3 d/train.py"),
         (["python", "-m", "ostro.cli.main", "train"], ["/lib/main.py", "train"], "ostro",
          "python -m ostro.cli.main"),
+        (["python", "-m", "ostro", "train"], ["/l/ostro/__main__.py", "train"], "ostro",
+         "python -m ostro"),
         (["python", "-m", "pytest", "x"], ["/lib/pytest.py", "x"], "ostro", None),
         (["python", "other.py"], ["other.py"], "ostro", None),
     ],
@@ -56,7 +58,7 @@ def test_a_setting_takes_the_place_of_its_other_spellings(words, expected):
 def test_the_program_is_what_was_typed(orig, argv, default, expected):
     found = typed_program(default.split(), argv, orig)
     if expected is None:
-        assert found in [("ostro",), (sys.executable, "-m", "ostro.cli.main")]
+        assert found in [("ostro",), (sys.executable, "-m", "ostro")]
     else:
         assert shlex.join(found) == expected
 

@@ -1,20 +1,12 @@
 """`ostro <command>`: dispatch."""
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from ostro.cli.benchmark import benchmark
-from ostro.cli.checkpoint import checkpoint
-from ostro.cli.doctor import bench, chaos, verify_resume
-from ostro.cli.export import export
-from ostro.cli.launch import launch
-from ostro.cli.native import cache, config, evaluate, plan, sample, schedule, train
-from ostro.cli.plot import plot
-from ostro.cli.recognise import recognising
-from ostro.cli.why import why
+from ostro import __version__
 from ostro.core.errors import ConfigError, did_you_mean
-from ostro.runtime.entry_point import entry_point, leave_after
-from ostro.runtime.signals import Signals
 
 _USAGE = """usage: ostro <command> [--config_path FILE] [--setting.name value ...]
 
@@ -44,12 +36,28 @@ commands:
 """
 
 
-COMMANDS: dict[str, Callable[[list[str], Signals], None]] = {
-    "train": train, "launch": launch, "eval": evaluate, "benchmark": benchmark, "sample": sample,
-    "export": export, "why": why, "plot": plot, "cache": cache, "config": config,
-    "schedule": schedule, "plan": plan, "checkpoint": checkpoint, "verify-resume": verify_resume,
-    "chaos": chaos, "bench": bench,
-}  # fmt: skip
+COMMANDS = {
+    "train": "ostro.cli.native:train",
+    "launch": "ostro.cli.launch:launch",
+    "eval": "ostro.cli.native:evaluate",
+    "benchmark": "ostro.cli.benchmark:benchmark",
+    "sample": "ostro.cli.native:sample",
+    "export": "ostro.cli.export:export",
+    "why": "ostro.cli.why:why",
+    "plot": "ostro.cli.plot:plot",
+    "cache": "ostro.cli.native:cache",
+    "config": "ostro.cli.native:config",
+    "schedule": "ostro.cli.native:schedule",
+    "plan": "ostro.cli.native:plan",
+    "checkpoint": "ostro.cli.checkpoint:checkpoint",
+    "verify-resume": "ostro.cli.doctor:verify_resume",
+    "chaos": "ostro.cli.doctor:chaos",
+    "bench": "ostro.cli.doctor:bench",
+}
+"""Where each command is. It is imported once it is asked for: torch alone takes seconds."""
+_ENTRY_POINT = "ostro.runtime.entry_point:entry_point"
+_LEAVE_AFTER = "ostro.runtime.entry_point:leave_after"
+_RECOGNISING = "ostro.cli.recognise:recognising"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,30 +65,41 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Without one the process's own arguments are taken, and nothing of it is left to run afterwards.
     """
-    if argv is None:
-        leave_after(lambda: run_command(sys.argv[1:]))
-    sys.exit(run_command(list(argv)))
+    words = sys.argv[1:] if argv is None else list(argv)
+    if argv is None and not _is_question(words):
+        _load(_LEAVE_AFTER)(lambda: run_command(words))
+    sys.exit(run_command(words))
 
 
 def run_command(argv: list[str]) -> int:
     """Run a command; 0, or 2 for a mistake of the user's, 130 and 143 for signals."""
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_USAGE)
+    if _is_question(argv):
+        print(f"ostro {__version__}" if argv == ["--version"] else _USAGE)
         return 0 if argv else 2
-    return entry_point(lambda signals: _dispatch(argv[0], argv[1:], signals), debug=debug)
+    return _load(_ENTRY_POINT)(lambda signals: _dispatch(argv[0], argv[1:], signals), debug=debug)
 
 
-def _dispatch(name: str, argv: list[str], signals: Signals) -> None:
-    command = COMMANDS.get(name)
-    if command is None:
+def _is_question(argv: Sequence[str]) -> bool:
+    """Whether this module answers by itself, without importing torch."""
+    return not argv or argv[0] in ("-h", "--help", "help") or list(argv) == ["--version"]
+
+
+def _dispatch(name: str, argv: list[str], signals: Any) -> None:
+    if name not in COMMANDS:
         advice = did_you_mean(name, COMMANDS) or "`ostro --help` lists them"
         raise ConfigError(f"ostro {name} - no such command - {advice}")
+    command = _load(COMMANDS[name])
     if (name, argv[:1]) == ("config", ["translate"]):  # it takes the files of others
         return command(argv, signals)
-    with recognising(argv, "native"):
+    with _load(_RECOGNISING)(argv, "native"):
         command(argv, signals)
+
+
+def _load(where: str) -> Callable[..., Any]:
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 if __name__ == "__main__":

@@ -69,14 +69,15 @@ def typed_program(
     default: Sequence[str], argv: Sequence[str] | None = None, orig: Sequence[str] | None = None
 ) -> tuple[str, ...]:
     """What started this process, up to its first argument, without a launcher: `ostro`,
-    `python3 train.py`, `python -m ostro.cli.main`; `default` where it was something else, such as
+    `python3 train.py`, `python -m ostro`; `default` where it was something else, such as
     a notebook.
     """
     argv = sys.argv if argv is None else argv
     orig = sys.orig_argv if orig is None else orig
     head = list(orig[: len(orig) - len(argv) + 1])
     name = Path(argv[0]).name if argv else ""
-    if "-m" in head and head[-2] == "-m" and head[-1].startswith("ostro."):
+    is_ours = bool(head) and (head[-1] == "ostro" or head[-1].startswith("ostro."))
+    if is_ours and head[-2:-1] == ["-m"]:
         return _python(head[0]), "-m", head[-1]
     if not head or head[-1] != argv[0] or name != Path(default[-1]).name:
         return _found(tuple(default))
@@ -89,7 +90,7 @@ def typed_program(
 def _found(default: tuple[str, ...]) -> tuple[str, ...]:
     """The default, with an interpreter that is there."""
     if default == ("ostro",):
-        return default if shutil.which("ostro") else (sys.executable, "-m", "ostro.cli.main")
+        return default if shutil.which("ostro") else (sys.executable, "-m", "ostro")
     return (_python(sys.executable, default[0]), *default[1:])
 
 
