@@ -9,7 +9,7 @@ from ostro.core.errors import ConfigError
 from ostro.data.sources.source import StdlibSource
 from ostro.data.text import LMDatasetConfig
 from ostro.distributed import World
-from ostro.inspect.simulated_step import CollectiveCounter, rehearse
+from ostro.inspect.simulated_step import CollectiveCounter, simulate_step
 from ostro.lm_config import TrainLmConfig
 from ostro.models.gpt2 import Gpt2Config
 from ostro.trainer import TrainerConfig, build_state, choose_engine, init_mesh
@@ -52,7 +52,7 @@ def real_steps(world: World) -> dict[str, tuple[dict, dict]]:
 @pytest.mark.dist
 def test_collectives_are_those_of_four_real_processes():
     for (layout, name), (calls, num_bytes) in spawned(real_steps, 4).items():
-        played = rehearse(config(MODELS[name], trainer_config(1, **LAYOUTS[layout])), 4)
+        played = simulate_step(config(MODELS[name], trainer_config(1, **LAYOUTS[layout])), 4)
         assert played.calls == calls, (layout, name)
         assert played.bytes == num_bytes, (layout, name)
         assert {"all-gather", "reduce-scatter", "all-reduce"} <= calls.keys()
@@ -77,7 +77,7 @@ def test_weights_are_gathered_while_the_block_before_computes(monkeypatch):
     monkeypatch.setattr(Order, "found", "")
     model = Gpt2Config(seq_len=16, num_layers=4, hidden_dim=16, num_heads=2,
                        gradient_checkpointing=False)  # fmt: skip
-    rehearse(config(model, trainer_config(1)), 4)
+    simulate_step(config(model, trainer_config(1)), 4)
     # The root's and two blocks', then always one block ahead, in both directions.
     assert Order.found == ("GGGFGFGFF" + "GGBGBGBB") * 3, "three micro-batches"
 
@@ -89,7 +89,7 @@ def test_memory_falls_with_context_parallel_devices():
     for devices in (1, 2, 4):
         settings = {"train_batch_size": 1, "per_device_parallelism": 1}
         trainer = TrainerConfig(context_axis_size=devices, **settings)
-        held[devices] = rehearse(config(model, trainer), devices)
+        held[devices] = simulate_step(config(model, trainer), devices)
     # When Python frees what refers to itself is left to chance.
     assert held[4].working < 0.6 * held[1].working and held[2].working < 0.85 * held[1].working
     assert held[4].parameters * 4 == held[1].parameters and not held[1].calls
@@ -112,4 +112,4 @@ def test_step_as_typed(capsys):
 
 def test_copies_have_nothing_to_rehearse():
     with pytest.raises(ConfigError, match="nothing is split"):
-        rehearse(config(MODELS["gpt2"], trainer_config(fsdp_axis=None)), 4)
+        simulate_step(config(MODELS["gpt2"], trainer_config(fsdp_axis=None)), 4)

@@ -21,7 +21,7 @@ from ostro.distributed.launchers import find_rank_info
 from ostro.evaluation.losses import evaluate as evaluate_sets
 from ostro.generate.sampling import SamplingConfig, complete_all
 from ostro.inspect.plan import describe_sharding, draw
-from ostro.inspect.simulated_step import rehearse
+from ostro.inspect.simulated_step import simulate_step
 from ostro.lm_config import TrainLmConfig
 from ostro.runtime.commands import NativeDialect
 from ostro.runtime.run_log import logging_to_terminal
@@ -158,7 +158,7 @@ def plan(argv: list[str], signals: Signals) -> None:
     loaded = load_run(options.config_path, flags, trust=options.trust)
     num_devices = options.devices or loaded.config.trainer.min_devices
     if options.what == "step":
-        lines = explained(loaded, lambda: rehearse(loaded.config, num_devices)).lines()
+        lines = explained(loaded, lambda: simulate_step(loaded.config, num_devices)).lines()
     else:
         lines = explained(loaded, lambda: list(describe_sharding(loaded.config, num_devices)))
     for line in lines:

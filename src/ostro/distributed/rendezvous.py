@@ -182,7 +182,7 @@ class Rendezvous:
     def hears(self, text: str, deadline: float) -> bool:
         """Whether rank 0 fails with the same words before `deadline`, and so has printed them.
 
-        A rank 0 that has come to the meeting does not refuse the settings: no need to wait for it.
+        A rank 0 that has come to the rendezvous accepts the settings: no need to wait for it.
         """
         early = Rendezvous.current is None and not self.rank_info.attempt
         with contextlib.suppress(dist.DistError), quiet_torch():

@@ -73,7 +73,7 @@ def _num_bytes(value: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class SimulatedStep:
     """What the first of the ranks did in one step."""
 
     parameters: int  # bytes of its part of the weights
@@ -94,7 +94,7 @@ class Rehearsal:
             yield f"{kind:<16} {count:>6}  {format_bytes(self.bytes[kind]):>10}"
 
 
-def rehearse(config: TrainLmConfig, num_devices: int) -> Rehearsal:
+def simulate_step(config: TrainLmConfig, num_devices: int) -> SimulatedStep:
     """Play the first update of the first of `num_devices` ranks; in a process without a group."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -107,7 +107,7 @@ def rehearse(config: TrainLmConfig, num_devices: int) -> Rehearsal:
         world, mesh = init_mesh(trainer, world)
         if mesh is not None and not mesh.is_split:
             rule = "nothing is split: every device holds everything, and sums its gradients once"
-            raise ConfigError(Problem("trainer.fsdp_axis", rule, "nothing to rehearse", "null"))
+            raise ConfigError(Problem("trainer.fsdp_axis", rule, "no exchange to simulate", "null"))
         model = build_model(config.model, trainer, num_tokens, mesh)
         with FakeTensorMode(allow_non_fake_inputs=True):
             state = allocate(model, config.optimizer, trainer, world.device)
@@ -123,7 +123,7 @@ def rehearse(config: TrainLmConfig, num_devices: int) -> Rehearsal:
                 engine.update(loss, 0.0, config.optimizer.max_grad_norm)
             parameters = list(state.parameters.values())
             moments = [state.optimizer.state[parameter].values() for parameter in parameters]
-            return Rehearsal(
+            return SimulatedStep(
                 parameters=_num_bytes(parameters),
                 moments=sum(_num_bytes(list(values)) for values in moments),
                 working=counter.peak,

@@ -62,7 +62,7 @@ def arrange(world: World, sizes: MeshSizes, *, shards: bool) -> tuple[World, Mes
         context_rank=context_rank,
         batch_group=batch,
     )
-    # Slices are made here, as making one looks at values: a rehearsal on fake tensors could not.
+    # Slices are made here: making one looks at values, which a simulated step does not have.
     models = parameters["model"]
     model = Group(models.get_group(), models.get_local_rank(), sizes.model)
     fsdp = parameters["replica", "data"] if copies > 1 else parameters["data"]

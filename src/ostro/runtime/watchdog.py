@@ -80,7 +80,7 @@ def watching(
 ) -> Iterator[None]:
     """End this process, with a report in `folder`, when the run begins no phase for so long.
 
-    `meeting` is where the ranks have met, if there are several; all of them enter together.
+    `rendezvous` is where the ranks have met, if there are several; all of them enter together.
     """
     if timeout is None:
         yield
