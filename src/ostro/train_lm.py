@@ -448,14 +448,14 @@ def _announce(
     batch, micro = plan.schedule.size(state.step), plan.micro_batch_size(state.step)
     peak = throughput.peak
     log.info("model: %s parameters", format_count(state.num_parameters))
+    seq_len, num_steps = config.model.seq_len, config.trainer.num_train_steps
     log.info(
-        "batch: %d examples of %d tokens in micro-batches of %d; %d steps",
-        *(batch, config.model.seq_len, micro, config.trainer.num_train_steps),
+        f"batch: {batch} examples of {seq_len} tokens in micro-batches of {micro};"
+        f" {num_steps} steps"
     )
     for warning in config.optimizer.schedule(config.trainer.num_train_steps).warnings:
         log.warning("%s", warning)
     log.info("%s peak: %.0f GFLOP/s (%s)", peak.kind, peak.flops / 1e9, peak.source)
-    num_steps = config.trainer.num_train_steps
     left = plan.schedule.offset(num_steps) - plan.schedule.offset(state.step)
     seconds = throughput.least_seconds(left)
     if peak.kind == "cpu" and seconds > _LONG and not config.trainer.eval_only:
@@ -468,7 +468,7 @@ def _announce(
 
 
 def shorten_on_a_cpu(compute: str, flops: float) -> str:
-    """What makes a run shorter on a CPU that does so many operations per second of that type."""
+    """What makes a run shorter on a CPU that reaches `flops` per second in type `compute`."""
     if compute != "float32":
         faster = measure_peak(torch.device("cpu"), torch.float32) / flops
         if faster > 2:  # it has no instructions for the type

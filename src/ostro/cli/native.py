@@ -35,7 +35,11 @@ MODEL = ("model", "trainer.mp", "vocab_size")
 """What a model is made of: sections of the configuration in a checkpoint."""
 DATA = (
     *MODEL,
-    *("data", "data_seed", "epoch", "sample_prompts", "sampling"),
+    "data",
+    "data_seed",
+    "epoch",
+    "sample_prompts",
+    "sampling",
     *(f"trainer.{name.name}" for name in fields(TrainerConfig) if name.name != "tracker"),
 )
 """What a model and its data are made of: neither the optimizer nor a tracker."""

@@ -197,8 +197,8 @@ class _Watchdog(threading.Thread):
 def unfinished_collective() -> str | None:
     """The collective in which this rank waits for others, if it does: its number, and what it is.
 
-    FSDP begins one while another goes on; then it is the last, which need not be the one that is
-    waited for. It is the same on ranks that wait for each other.
+    FSDP starts one before another has finished. Then this is the last one, which need not be the
+    one that the rank waits for; it is the same on ranks that wait for each other.
     """
     sent = _collectives()
     if all(entry["retired"] for entry in sent):

@@ -79,9 +79,17 @@ POLICIES: dict[str, tuple[Policy, str]] = {
     **{
         f"trainer.{name}": ("warn", _SUMS)
         for name in (
-            *("per_device_parallelism", "deterministic_reduction", "batch_axis", "fsdp_axis"),
-            *("tensor_parallel_axes", "model_axis_size", "context_axis_size", "replica_axis_size"),
-            *("axis_resources", "parameter_axis_resources", "compute_axis_resources"),
+            "per_device_parallelism",
+            "deterministic_reduction",
+            "batch_axis",
+            "fsdp_axis",
+            "tensor_parallel_axes",
+            "model_axis_size",
+            "context_axis_size",
+            "replica_axis_size",
+            "axis_resources",
+            "parameter_axis_resources",
+            "compute_axis_resources",
         )
     },
     "made_by.ostro": ("warn", "another version may compute something else"),
@@ -99,10 +107,17 @@ POLICIES: dict[str, tuple[Policy, str]] = {
 
 # How this start came about and where it runs; the run itself is the same.
 NOT_COMPARED = {
-    *("trainer.id", "trainer.device", "trainer.distributed", "trainer.resume_policy"),
-    *("trainer.load_checkpoint", "trainer.load_checkpoint_path", "trainer.initialize_from"),
-    *("initialize_from_hf", "use_hf_model_config"),
-    *("trainer.num_threads", "trainer.kernels"),  # those of made_by are
+    "trainer.id",
+    "trainer.device",
+    "trainer.distributed",
+    "trainer.resume_policy",
+    "trainer.load_checkpoint",
+    "trainer.load_checkpoint_path",
+    "trainer.initialize_from",
+    "initialize_from_hf",
+    "use_hf_model_config",
+    "trainer.num_threads",
+    "trainer.kernels",  # those of made_by are
 }
 
 
